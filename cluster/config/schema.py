@@ -1,0 +1,100 @@
+"""Every setting, its meaning, its bounds and its default. Frozen and composed; an unknown key is an error."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+LOOPBACK = "127.0.0.1"
+Port = int
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """One model to serve. ``None`` means that the planner decides."""
+
+    model: str = Field(description="Local directory in Hugging Face layout, hub id, or 'demo'.", min_length=1)
+    served_model_name: str | None = Field(None, description="Name that clients use; default: the last part of `model`.")
+    revision: str | None = Field(None, description="Revision of a hub id; resolved once to a commit.")
+    replicas: int = Field(1, ge=0, le=10_000)
+    tensor_parallel_size: PositiveInt | None = None
+    pipeline_parallel_size: PositiveInt | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's on an accelerator, float32 on CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: PositiveInt | None = Field(None, description="Tokens of prompt and output; default: the model's.")
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step.")
+    max_num_waiting: int = Field(256, ge=1, description="Bound of the engine's waiting queue, in requests.")
+    block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block.")
+    device_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a device's memory that is ours.")
+    kv_cache_bytes: PositiveInt | None = Field(
+        None, description="KV cache per rank; default: what the device leaves (on CPU at most 1 GiB)."
+    )
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _name_is_a_label(cls, value: str | None) -> str | None:
+        if value is not None and (not value or len(value) > 128 or any(c.isspace() or c in "/#" for c in value)):
+            raise ValueError("a served model name has 1 to 128 characters without spaces, '/' and '#'")
+        return value
+
+
+class RouterConfig(_Section):
+    """The router's process."""
+
+    host: str = LOOPBACK
+    port: Port = Field(50051, ge=0, le=65535, description="gRPC Inference; 0 = any free port.")
+    metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
+    max_concurrent_requests: int = Field(4096, ge=1, description="Requests in flight; over it RESOURCE_EXHAUSTED.")
+    max_failovers: int = Field(8, ge=0, description="Replicas that one request may outlive.")
+    failover_wait_s: float = Field(120.0, ge=0, description="How long a started request waits for a ready replica.")
+    engine_silence_s: float = Field(2.0, gt=0, description="A leader silent for so long is suspect.")
+    max_message_bytes: int = Field(64 * 2**20, ge=2**20)
+    drain_deadline_s: float = Field(30.0, ge=0)
+
+
+class ControllerConfig(_Section):
+    """The controller's actor."""
+
+    host: str = LOOPBACK
+    port: Port = Field(50052, ge=0, le=65535, description="gRPC Control; 0 = any free port.")
+    metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
+    engine_port: Port = Field(50060, ge=0, le=65535, description="First port tried by leaders on each host; 0 = any.")
+    rank_ports: tuple[int, int] = Field((20000, 23999), description="Rendezvous ports, first and last.")
+    reconcile_interval_s: float = Field(0.5, gt=0)
+    rank_silence_s: float = Field(5.0, gt=0, description="A rank that reports nothing for so long is dead.")
+    step_deadline_s: float = Field(60.0, gt=0, description="A step that runs for so long hangs.")
+    start_deadline_s: float = Field(600.0, gt=0, description="From PENDING to the first loaded byte.")
+    load_stall_s: float = Field(300.0, gt=0, description="A load that makes no progress for so long has failed.")
+    restart_backoff_s: float = Field(0.5, ge=0, description="First pause after a failure; doubles up to the next.")
+    restart_backoff_max_s: float = Field(60.0, ge=0)
+    drain_deadline_s: float = Field(30.0, ge=0)
+
+
+class ClusterConfig(_Section):
+    """A whole cluster."""
+
+    cluster_name: str = Field("llm-cluster", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    models: tuple[ModelConfig, ...] = ()
+    router: RouterConfig = RouterConfig()
+    controller: ControllerConfig = ControllerConfig()
+    run_dir: str | None = Field(None, description="State, logs and process ids; default: under XDG_RUNTIME_DIR.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ClusterConfig:
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two models are served as {', '.join(twice)}; give one a served_model_name")
+        return self

@@ -1,0 +1,1 @@
+"""Nouns that two or more components share: frozen values, standard library only."""

@@ -1,0 +1,84 @@
+"""A model's shape: what config.json says, in one vocabulary for every family."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class Dtype(enum.StrEnum):
+    """Element types of weights and KV cache."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self is Dtype.FLOAT32 else 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What may differ from layer to layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model's architecture. Sizes are of the unsharded model.
+
+    ``architecture`` is transformers' class name (``LlamaForCausalLM``), ``model_type`` its config's.
+    ``sliding_window``: tokens each token can look back on, itself included; None = all.
+    ``end_token_ids``: from generation_config.json, then config.json.
+    """
+
+    architecture: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    dtype: Dtype
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # biases on q, k and v
+    output_bias: bool = False  # a bias on the attention's output projection
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    end_token_ids: tuple[int, ...] = field(default_factory=tuple)
+    sliding_layers: tuple[bool, ...] = ()  # which layers the window holds for; empty = all
+    scaled_context: int | None = None  # context length after rope scaling, where it differs
+    qk_norm: bool = False  # a norm on each head's queries and keys
+    layer_norms: int = 2  # norms in a decoder layer, those of qk_norm aside
+    norm_bias: bool = False
+    num_experts: int = 0  # 0 = dense
+    experts_per_token: int = 0
+    layer_shapes: tuple[LayerShape, ...] = ()  # where layers differ (OpenELM); empty = all alike
+
+    def __post_init__(self) -> None:
+        assert self.num_heads % self.num_kv_heads == 0, (self.num_heads, self.num_kv_heads)
+        assert len(self.layer_shapes) in (0, self.num_layers), (len(self.layer_shapes), self.num_layers)
+        assert len(self.sliding_layers) in (0, self.num_layers), (len(self.sliding_layers), self.num_layers)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output that the model was made for, rope scaling included."""
+        return self.scaled_context or self.max_position_embeddings
+
+    def layer_shape(self, layer: int) -> LayerShape:
+        """Heads and width of one decoder layer."""
+        if self.layer_shapes:
+            return self.layer_shapes[layer]
+        return LayerShape(self.num_heads, self.num_kv_heads, self.ffn_size)
+
+    def kv_bytes_per_token(self, dtype: Dtype) -> int:
+        """KV cache of one token over all layers and heads: 2 x layers x kv_heads x head_dim x itemsize."""
+        kv_heads = sum(self.layer_shape(layer).num_kv_heads for layer in range(self.num_layers))
+        return 2 * kv_heads * self.head_dim * dtype.itemsize

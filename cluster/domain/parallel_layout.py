@@ -1,0 +1,69 @@
+"""Degrees, and which rank sits where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# DeepSpeed splits dimensions that are not made of heads in grains of this many columns.
+GRAIN_COLUMNS = 64
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ParallelLayout:
+    """Tensor-parallel degree within a stage, and the number of pipeline stages."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.tensor_parallel_size >= 1, self
+        assert self.pipeline_parallel_size >= 1, self
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def stage_of(self, rank: int) -> int:
+        """Ranks are numbered stage by stage: a stage's TP group is contiguous."""
+        return rank // self.tensor_parallel_size
+
+    def tensor_rank_of(self, rank: int) -> int:
+        return rank % self.tensor_parallel_size
+
+    def __str__(self) -> str:
+        return f"TP{self.tensor_parallel_size} x PP{self.pipeline_parallel_size}"
+
+
+def grain_size(ffn_size: int, tensor_parallel_size: int) -> int:
+    """DeepSpeed's ``tp_grain_size`` for a model: 64, or the largest power of two below it that leaves no rank empty.
+
+    Planner and engine both call this, so that the ledger and the shards agree.
+    """
+    grain = GRAIN_COLUMNS
+    while grain > 1 and ffn_size // grain < tensor_parallel_size:
+        grain //= 2
+    return grain
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlacement:
+    """One rank on one node."""
+
+    rank: int
+    node_id: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Every rank of one replica, in rank order."""
+
+    ranks: tuple[RankPlacement, ...]
+
+    def __post_init__(self) -> None:
+        assert [r.rank for r in self.ranks] == list(range(len(self.ranks))), self.ranks
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        """Distinct nodes, in rank order."""
+        return tuple(dict.fromkeys(r.node_id for r in self.ranks))

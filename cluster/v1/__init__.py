@@ -1,0 +1,1 @@
+"""Generated from protos/cluster/v1 by ops/protos; never edited by hand."""

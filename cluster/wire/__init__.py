@@ -1,0 +1,1 @@
+"""Where messages become domain values and errors become status codes."""
