@@ -1,0 +1,188 @@
+"""The leader's gRPC face (adapter): cluster.v1.Engine on an event loop of its own, beside the compute thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Mapping
+
+import grpc
+import grpc.aio
+
+from cluster.domain.clock import Clock
+from cluster.engine.loop import Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
+from cluster.engine.progress import RankProgress
+from cluster.engine.sequence import Sequence
+from cluster.engine.sessions import Outbox, Sessions
+from cluster.engine.step import SequenceKey
+from cluster.telemetry.logs import get_logger
+from cluster.v1 import engine_pb2, engine_pb2_grpc
+from cluster.wire.channel import bind, new_server
+from cluster.wire.convert import load_to_message, sampling_from_message
+
+BEAT_S = 0.5
+_HELLO_DEADLINE_S = 10.0
+_START_DEADLINE_S = 30.0
+
+
+class EngineServicer(engine_pb2_grpc.EngineServicer):
+    """Sessions of routers; commands go to ``loop``, updates come back through ``sessions``."""
+
+    def __init__(
+        self, identity: engine_pb2.ReplicaIdentity, card: engine_pb2.ModelCard, tokenizer_files: Mapping[str, bytes],
+        loop: EngineLoop, sessions: Sessions, progress: RankProgress, clock: Clock,
+    ) -> None:  # fmt: skip
+        self._identity, self._card, self._files = identity, card, tokenizer_files
+        self._loop, self._sessions, self._progress, self._clock = loop, sessions, progress, clock
+        self._log = get_logger(component="leader")
+
+    async def Describe(  # noqa: N802
+        self, request: engine_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.DescribeResponse:
+        del context
+        files = self._files if request.include_tokenizer else {}
+        return engine_pb2.DescribeResponse(
+            identity=self._identity,
+            card=self._card,
+            tokenizer_files=[engine_pb2.TokenizerFile(name=n, content=c) for n, c in files.items()],
+        )
+
+    async def Session(  # noqa: N802
+        self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.SessionResponse]:
+        router_id = await self._shake_hands(request_iterator, context)
+        session, outbox = self._sessions.open()
+        log = self._log.bind(session=session, router=router_id)
+        log.info("session_opened")
+        reader = asyncio.create_task(self._read(session, outbox, request_iterator))
+        try:
+            yield engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity))
+            async for response in self._updates(outbox, reader):
+                yield response
+            if outbox.overflowed:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "This session does not read; it was reset.")
+        finally:
+            reader.cancel()
+            self._sessions.close(session)
+            self._loop.post(CancelSession(session))
+            log.info("session_closed", overflowed=outbox.overflowed)
+
+    async def _shake_hands(
+        self, requests: AsyncIterator[engine_pb2.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> str:
+        try:
+            first = await asyncio.wait_for(anext(requests), _HELLO_DEADLINE_S)
+        except (TimeoutError, StopAsyncIteration):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "A session begins with a Hello.")
+        if first.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "A session begins with a Hello.")
+        if first.hello.expected != self._identity:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"This is {_name(self._identity)}, not {_name(first.hello.expected)}.",
+            )
+        return str(first.hello.router_id)
+
+    async def _updates(
+        self, outbox: Outbox, reader: asyncio.Task[None]
+    ) -> AsyncIterator[engine_pb2.SessionResponse]:
+        """Step messages as they come and a beat every BEAT_S, until the router has left or the outbox overflows."""
+        taking = asyncio.ensure_future(outbox.take())
+        next_beat_s = self._clock.now()
+        try:
+            while not reader.done() and not outbox.overflowed:
+                timeout = max(0.0, next_beat_s - self._clock.now())
+                await asyncio.wait({taking, reader}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if taking.done():
+                    yield engine_pb2.SessionResponse(step=taking.result())
+                    taking = asyncio.ensure_future(outbox.take())
+                if self._clock.now() >= next_beat_s:
+                    next_beat_s = self._clock.now() + BEAT_S
+                    yield engine_pb2.SessionResponse(beat=self._beat())
+        finally:
+            taking.cancel()
+
+    def _beat(self) -> engine_pb2.Beat:
+        progress = self._progress
+        return engine_pb2.Beat(
+            step=progress.step, step_age_s=progress.step_age_s(), load=load_to_message(progress.load)
+        )
+
+    async def _read(
+        self, session: int, outbox: Outbox, requests: AsyncIterator[engine_pb2.SessionRequest]
+    ) -> None:
+        async for request in requests:
+            for cancel in request.commands.cancels:
+                self._loop.post(Cancel(SequenceKey(session, cancel.sequence_id)))
+            for submit in request.commands.submits:
+                sequence = self._sequence(session, submit)
+                if not self._loop.post(Submit(sequence)):
+                    refused = refused_for_capacity(sequence.key, submit.attempt)
+                    outbox.put(self._progress.step, [refused], load_to_message(self._progress.load))
+
+    def _sequence(self, session: int, submit: engine_pb2.Submit) -> Sequence:
+        deadline_s = self._clock.now() + submit.deadline_s if submit.HasField("deadline_s") else None
+        return Sequence(
+            key=SequenceKey(session, submit.sequence_id),
+            attempt=submit.attempt,
+            prompt_token_ids=list(submit.prompt_token_ids),
+            generated_token_ids=list(submit.generated_token_ids),
+            params=sampling_from_message(submit.sampling, submit.logprobs),
+            priority=submit.priority,
+            deadline_s=deadline_s,
+            request_id=submit.request_id,
+        )
+
+
+def _name(identity: engine_pb2.ReplicaIdentity) -> str:
+    return f"{identity.model}/{identity.slot}#{identity.generation} ({identity.checkpoint_digest[:12]})"
+
+
+class LeaderServer:
+    """Runs the Engine service in a thread with its own event loop; ``publish`` may be called from any thread."""
+
+    def __init__(self, host: str, first_port: int) -> None:
+        self._host, self._first_port = host, first_port
+        self._sessions = Sessions()
+        self._events = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._bound = threading.Event()
+        self._failure: BaseException | None = None
+        self.port = 0
+
+    @property
+    def sessions(self) -> Sessions:
+        return self._sessions
+
+    def publish(self, published: Published) -> None:
+        # A step that ends while the process stops has no listener left.
+        with contextlib.suppress(RuntimeError):
+            self._events.call_soon_threadsafe(self._sessions.deliver, published)
+
+    def start(self, servicer: EngineServicer) -> int:
+        """Binds the first free port from ``first_port`` on and returns it; raises what binding raised."""
+        thread = threading.Thread(target=self._run, args=(servicer,), name="engine-grpc", daemon=True)
+        thread.start()
+        self._bound.wait(_START_DEADLINE_S)
+        if self._failure is not None:
+            raise self._failure
+        return self.port
+
+    def _run(self, servicer: EngineServicer) -> None:
+        asyncio.set_event_loop(self._events)
+        self._events.run_until_complete(self._serve(servicer))
+
+    async def _serve(self, servicer: EngineServicer) -> None:
+        server = new_server()
+        engine_pb2_grpc.add_EngineServicer_to_server(servicer, server)
+        try:
+            self.port = bind(server, self._host, self._first_port, scan=True)
+            await server.start()
+        except BaseException as error:  # boundary: start() raises it in the caller's thread
+            self._failure = error
+            return
+        finally:
+            self._bound.set()
+        await self._stopping.wait()
+        await server.stop(grace=None)

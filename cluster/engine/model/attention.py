@@ -1,0 +1,192 @@
+"""Paged attention behind transformers' attention interface.
+
+The KV cache of a rank is one pool per layer, ``[blocks, block_size, kv_heads, head_dim]`` for keys and for values. A
+step's tokens come packed as ``[1, tokens]``; ``StepLayout`` says which block slots they go to, and which slots each
+of them may look at. Sequences that add one token are batched together, chunks of a prompt run one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from cluster.engine.step import StepEntry
+
+IMPLEMENTATION = "llm_cluster_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``first .. last`` of the step belong to one sequence and stand at positions ``start ..`` of it."""
+
+    first: int
+    last: int
+    start: int
+    blocks: torch.Tensor  # [n] block ids, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Sequences that add one token each.
+
+    ``tokens``: [batch] indices into the step; ``blocks``: [batch, n] block ids, padded with block 0;
+    ``lengths``: [batch] tokens to attend to, the new one included.
+    """
+
+    tokens: torch.Tensor
+    blocks: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """Where a step's tokens go in the KV cache, and what they look at."""
+
+    slots: torch.Tensor  # [tokens] block id * block size + offset
+    decodes: Decodes | None
+    chunks: tuple[Chunk, ...]
+
+
+def layout_step(entries: tuple[StepEntry, ...], block_size: int, device: torch.device) -> StepLayout:
+    """The layout of the packed tokens of ``entries``, in their order."""
+    slots: list[int] = []
+    chunks: list[Chunk] = []
+    decode_tokens: list[int] = []
+    decode_blocks: list[tuple[int, ...]] = []
+    lengths: list[int] = []
+    first = 0
+    for entry in entries:
+        count = len(entry.token_ids)
+        for position in range(entry.start, entry.start + count):
+            slots.append(entry.block_ids[position // block_size] * block_size + position % block_size)
+        if count == 1:
+            decode_tokens.append(first)
+            decode_blocks.append(entry.block_ids)
+            lengths.append(entry.start + 1)
+        else:
+            blocks = torch.tensor(entry.block_ids, dtype=torch.long, device=device)
+            chunks.append(Chunk(first, first + count, entry.start, blocks))
+        first += count
+    decodes = None
+    if decode_tokens:
+        width = max(len(blocks) for blocks in decode_blocks)
+        padded = [blocks + (0,) * (width - len(blocks)) for blocks in decode_blocks]
+        decodes = Decodes(
+            torch.tensor(decode_tokens, dtype=torch.long, device=device),
+            torch.tensor(padded, dtype=torch.long, device=device),
+            torch.tensor(lengths, dtype=torch.long, device=device),
+        )
+    return StepLayout(torch.tensor(slots, dtype=torch.long, device=device), decodes, tuple(chunks))
+
+
+class PagedKVCache:
+    """One rank's KV pool for all its layers. ``layout`` is set anew for every step."""
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        shape = (num_layers, num_blocks, block_size, kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+        self.layout: StepLayout | None = None
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores the step's ``[tokens, kv_heads, head_dim]`` at its slots."""
+        assert self.layout is not None
+        self.keys[layer].flatten(0, 1).index_copy_(0, self.layout.slots, key)
+        self.values[layer].flatten(0, 1).index_copy_(0, self.layout.slots, value)
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of whole blocks: ``[..., n]`` ids -> ``[..., n * block_size, kv_heads, head_dim]``."""
+        shape = (*blocks.shape[:-1], blocks.shape[-1] * self.block_size, *self.keys.shape[-2:])
+        return self.keys[layer][blocks].view(shape), self.values[layer][blocks].view(shape)
+
+
+def install(model: nn.Module, cache: PagedKVCache) -> None:
+    """Gives every attention module of ``model`` its pool; ``model`` was built with IMPLEMENTATION."""
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "head_dim"):
+            module.paged_cache = cache
+
+
+def register() -> None:
+    """Makes IMPLEMENTATION known to transformers. It has no mask function: transformers then makes no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a step's tokens over their own sequences.
+
+    query ``[1, heads, tokens, head_dim]``, key and value ``[1, kv_heads, tokens, head_dim]`` (this rank's heads);
+    returns ``[1, tokens, heads, head_dim]``. ``sliding_window`` counts the token itself.
+    """
+    assert attention_mask is None, "the step's layout says who sees whom"
+    cache = module.paged_cache
+    assert isinstance(cache, PagedKVCache)
+    layout, layer = cache.layout, module.layer_idx
+    assert layout is not None
+    assert isinstance(layer, int)
+    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    cache.write(layer, keys, values)
+    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    if layout.decodes is not None:
+        out[layout.decodes.tokens] = _decode(query[0], cache, layer, layout.decodes, scaling, sliding_window)
+    for chunk in layout.chunks:
+        part = query[:, :, chunk.first : chunk.last]
+        fresh = (key[:, :, chunk.first : chunk.last], value[:, :, chunk.first : chunk.last])
+        out[chunk.first : chunk.last] = _prefill(part, fresh, cache, layer, chunk, scaling, sliding_window)
+    return out.unsqueeze(0), None
+
+
+def _decode(
+    query: torch.Tensor, cache: PagedKVCache, layer: int, decodes: Decodes, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """One token of each sequence: ``[batch, heads, head_dim]``. The query heads of a KV head are its rows."""
+    keys, values = cache.gather(layer, decodes.blocks)  # [batch, length, kv_heads, head_dim]
+    batch, length, kv_heads, head_dim = keys.shape
+    rows = query[:, decodes.tokens].transpose(0, 1).reshape(batch, kv_heads, -1, head_dim)
+    positions = torch.arange(length, device=keys.device)
+    visible = positions < decodes.lengths[:, None]
+    if window is not None:
+        visible &= positions >= decodes.lengths[:, None] - window
+    out = scaled_dot_product_attention(
+        rows, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None, None, :], scale=scaling
+    )
+    return out.reshape(batch, -1, head_dim)
+
+
+def _prefill(
+    query: torch.Tensor, fresh: tuple[torch.Tensor, torch.Tensor], cache: PagedKVCache, layer: int, chunk: Chunk,
+    scaling: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """A chunk of one prompt: ``[tokens, heads, head_dim]``."""
+    count, stop = chunk.last - chunk.first, chunk.start + chunk.last - chunk.first
+    if chunk.start == 0 and (window is None or window >= count):
+        out = scaled_dot_product_attention(query, *fresh, is_causal=True, scale=scaling, enable_gqa=True)
+        return out[0].transpose(0, 1)
+    keys, values = cache.gather(layer, chunk.blocks)  # [length, kv_heads, head_dim]
+    keys, values = keys[:stop].transpose(0, 1).unsqueeze(0), values[:stop].transpose(0, 1).unsqueeze(0)
+    positions = torch.arange(stop, device=query.device)
+    own = positions[chunk.start :, None]
+    visible = positions <= own
+    if window is not None:
+        visible &= positions > own - window
+    out = scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True)
+    return out[0].transpose(0, 1)

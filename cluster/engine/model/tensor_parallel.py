@@ -1,0 +1,201 @@
+"""One rank's place in its tensor-parallel group, and DeepSpeed AutoTP driven for that group.
+
+The model lives on ``meta`` while AutoTP decides: afterwards every parameter carries the record of its slice
+(``Shard``), and nobody has held more than shapes. AutoTP is driven directly instead of through
+``deepspeed.init_inference``: our own group, our own specs, no dtype cast (it would cast ``inv_freq`` too), no
+class-wide state.
+
+On CPU the all-reduce is DeepSpeed's shared-memory kernel where that is correct (the group is the whole world of one
+host and LOCAL_SIZE says so) and gloo elsewhere; see ``Collective``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import nn
+
+from cluster.domain.errors import EngineFailed
+from cluster.domain.parallel_layout import grain_size
+
+Collective = Literal["shm", "gloo", "nccl"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a checkpoint's tensor one parameter holds.
+
+    ``dim`` None: all of it. Otherwise the pieces ``(start, stop)`` along ``dim``, concatenated in order.
+    """
+
+    dim: int | None = None
+    pieces: tuple[tuple[int, int], ...] = ()
+
+
+WHOLE = Shard()
+
+
+class TensorParallelGroup:
+    """This rank's membership in one TP group; of size 1 it needs neither DeepSpeed nor a process group.
+
+    ``join`` blocks until every rank has come, at most ``deadline_s``.
+    """
+
+    def __init__(self, rank: int, size: int, collective: Collective) -> None:
+        assert 0 <= rank < size
+        self.rank, self.size, self.collective = rank, size, collective
+        self.process_group: Any = None
+
+    def join(self, host: str, port: int, deadline_s: float) -> None:
+        """Meets the other ranks at ``host:port``, a store that rank 0 opens."""
+        if self.size == 1:
+            return
+        _configure_environment(self, host, port)
+        import deepspeed.comm  # noqa: F401 - loads the torch backend that _without_shared_memory mends
+
+        if self.collective != "shm":
+            _without_shared_memory()
+        deepspeed_comm = sys.modules["deepspeed.comm"]
+        try:
+            deepspeed_comm.init_distributed(
+                dist_backend="nccl" if self.collective == "nccl" else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(seconds=deadline_s),
+                init_method=f"tcp://{host}:{port}",
+                rank=self.rank,
+                world_size=self.size,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise EngineFailed(f"The ranks did not meet at {host}:{port}: {error}", retryable=True) from error
+        self.process_group = torch.distributed.new_group(list(range(self.size)))
+
+    def gather_columns(self, local: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
+        """Columns of every rank side by side, on rank 0; None on the others.
+
+        ``local``: ``[rows, sizes[rank]]``. The shared-memory kernel knows only sums, so there the columns travel
+        as a sum with zeros, which is exact.
+        """
+        if self.size == 1:
+            return local
+        rows, offset = local.shape[0], sum(sizes[: self.rank])
+        if self.collective == "shm":
+            full = local.new_zeros(rows, sum(sizes))
+            full[:, offset : offset + sizes[self.rank]] = local
+            sys.modules["deepspeed.comm"].inference_all_reduce(full, group=self.process_group)
+            return full if self.rank == 0 else None
+        padded = local.new_zeros(rows, max(sizes))
+        padded[:, : sizes[self.rank]] = local
+        received = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+        torch.distributed.gather(padded, received, dst=0, group=self.process_group)
+        if received is None:
+            return None
+        return torch.cat([part[:, :size] for part, size in zip(received, sizes, strict=True)], dim=1)
+
+    def leave(self) -> None:
+        if self.process_group is not None:
+            torch.distributed.destroy_process_group()
+            self.process_group = None
+
+
+def _configure_environment(group: TensorParallelGroup, host: str, port: int) -> None:
+    """What DeepSpeed's kernel, gloo and NCCL read from the environment; before any of them is loaded."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(group.rank), str(group.size)
+    os.environ["LOCAL_RANK"] = str(group.rank)
+    if group.collective == "shm":
+        os.environ["LOCAL_SIZE"] = str(group.size)
+    if group.collective != "nccl":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # Where ops/setup compiled the kernel, so that no first request waits for a compiler.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
+    interface = _interface_towards(host)
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface whose own address routes to ``host``: chosen once, for gloo and NCCL alike."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: only asks the routing table
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            return name
+    return None
+
+
+def _without_shared_memory() -> None:
+    """Keeps DeepSpeed from building its shared-memory kernel, which it would use even where that sums wrongly."""
+    # `import deepspeed.comm.torch` would give the real torch: the module hides under the same name.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+_ROW = r".*\.(o_proj|down_proj)\.weight$"
+_COLUMN = r".*\.([qkv]_proj|gate_proj|up_proj)\.weight$"
+
+
+def shard_layers(model: nn.Module, config: Any, group: TensorParallelGroup) -> dict[str, Shard]:
+    """Replaces the Linears of ``model`` (on meta) by DeepSpeed's, and tells each parameter's slice by its name.
+
+    The output head is left alone: ``vocabulary_sizes`` splits it.
+    """
+    if group.size == 1:
+        return {name: WHOLE for name, _ in model.named_parameters(remove_duplicate=False)}
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
+
+    specs = [TPLayerSpec([_ROW], PartitionType.ROW), TPLayerSpec([_COLUMN], PartitionType.COLUMN)]
+    auto_tp = AutoTP(
+        module=model,
+        all_reduce_linears=(),
+        prefix="",
+        state_dict=None,
+        linear_layer_setting=(nn.Linear, nn.Embedding),
+        orig_layer_impl=None,
+        keep_module_on_host=True,
+        partition_config=AutoTPConfig(tp_size=group.size, layer_specs=specs),
+        model_config=config,
+        tp_grain_size=grain_size(config.intermediate_size, group.size),
+    )
+    auto_tp.set_tensor_parallel_config(group.size, group.process_group)
+    auto_tp.update_linear_policies()
+    auto_tp._replace_module(model)  # noqa: SLF001 - the only door to AutoTP without init_inference
+    return {name: _shard_of(p, group.rank) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _shard_of(parameter: nn.Parameter, rank: int) -> Shard:
+    """DeepSpeed's own record of the split, as pieces to read."""
+    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+
+    meta = getattr(parameter, DS_AUTOTP_UC_META, None)
+    if not meta or meta["replicated"]:
+        return WHOLE
+    pieces, offset = [], 0
+    for widths in meta["sub_param_shard_widths"] or [meta["partition_sizes"]]:
+        start = offset + sum(widths[:rank])
+        pieces.append((start, start + widths[rank]))
+        offset += sum(widths)
+    return Shard(meta["partition_dim"], tuple(pieces))
+
+
+def shard_sizes(total: int, config: Any, group: TensorParallelGroup, name: str) -> tuple[int, ...]:
+    """DeepSpeed's split of a dimension of ``total`` for the layer ``name``, rank by rank."""
+    if group.size == 1:
+        return (total,)
+    from deepspeed.module_inject.tp_shard import AutoTPMeta, get_shard_size_list
+
+    meta = AutoTPMeta.from_model_config(config, grain_size(config.intermediate_size, group.size))
+    return tuple(get_shard_size_list(total, group.size, meta, name))
