@@ -1,4 +1,4 @@
-"""This process's memory as the kernel counts it (Linux)."""
+"""Memory of the running process as the kernel counts it (Linux)."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Mapping
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -23,6 +24,7 @@ from cluster.wire.convert import load_to_message, sampling_from_message
 
 BEAT_S = 0.5
 _HELLO_DEADLINE_S = 10.0
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _START_DEADLINE_S = 30.0
 
 
@@ -38,7 +40,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._log = get_logger(component="leader")
 
     async def Describe(  # noqa: N802
-        self, request: engine_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+        self, request: engine_pb2.DescribeRequest, context: Context
     ) -> engine_pb2.DescribeResponse:
         del context
         files = self._files if request.include_tokenizer else {}
@@ -49,7 +51,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         )
 
     async def Session(  # noqa: N802
-        self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: Context
     ) -> AsyncIterator[engine_pb2.SessionResponse]:
         router_id = await self._shake_hands(request_iterator, context)
         session, outbox = self._sessions.open()
@@ -68,9 +70,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             self._loop.post(CancelSession(session))
             log.info("session_closed", overflowed=outbox.overflowed)
 
-    async def _shake_hands(
-        self, requests: AsyncIterator[engine_pb2.SessionRequest], context: grpc.aio.ServicerContext
-    ) -> str:
+    async def _shake_hands(self, requests: AsyncIterator[engine_pb2.SessionRequest], context: Context) -> str:
         try:
             first = await asyncio.wait_for(anext(requests), _HELLO_DEADLINE_S)
         except (TimeoutError, StopAsyncIteration):
@@ -84,9 +84,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             )
         return str(first.hello.router_id)
 
-    async def _updates(
-        self, outbox: Outbox, reader: asyncio.Task[None]
-    ) -> AsyncIterator[engine_pb2.SessionResponse]:
+    async def _updates(self, outbox: Outbox, reader: asyncio.Task[None]) -> AsyncIterator[engine_pb2.SessionResponse]:
         """Step messages as they come and a beat every BEAT_S, until the router has left or the outbox overflows."""
         taking = asyncio.ensure_future(outbox.take())
         next_beat_s = self._clock.now()
@@ -109,9 +107,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             step=progress.step, step_age_s=progress.step_age_s(), load=load_to_message(progress.load)
         )
 
-    async def _read(
-        self, session: int, outbox: Outbox, requests: AsyncIterator[engine_pb2.SessionRequest]
-    ) -> None:
+    async def _read(self, session: int, outbox: Outbox, requests: AsyncIterator[engine_pb2.SessionRequest]) -> None:
         async for request in requests:
             for cancel in request.commands.cancels:
                 self._loop.post(Cancel(SequenceKey(session, cancel.sequence_id)))

@@ -117,7 +117,9 @@ class PlanReceiver:
                 break
             except OSError as error:
                 if clock.now() >= deadline:
-                    raise EngineFailed(f"The leader at {self._address} does not listen: {error}", retryable=True) from error
+                    raise EngineFailed(
+                        f"The leader at {self._address} does not listen: {error}", retryable=True
+                    ) from error
                 pause.wait(_CONNECT_PAUSE_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(self._hello)

@@ -25,7 +25,7 @@ class RankProgress:
     bytes_total: int = 0
     peak_host_bytes: int = 0
     failure: str = ""
-    load: LoadSnapshot = LoadSnapshot()
+    load: LoadSnapshot = field(default_factory=LoadSnapshot)
     ports: dict[str, int] = field(default_factory=dict)
 
     def step_age_s(self) -> float:

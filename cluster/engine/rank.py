@@ -1,8 +1,8 @@
 """One rank's process, from a RankSpec to READY and through its life.
 
-The compute thread goes STARTING (imports, rendezvous) -> LOADING (its shard) -> WARMING_UP -> READY; the heartbeat tells
-the controller, from outside it. Whatever breaks is reported and ends the process: nobody unwinds a broken collective,
-the replica is rebuilt as a whole.
+The compute thread goes STARTING (imports, rendezvous) -> LOADING (its shard) -> WARMING_UP -> READY; the heartbeat
+tells the controller, from outside it. Whatever breaks is reported and ends the process: nobody unwinds a broken
+collective, the replica is rebuilt as a whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from cluster.checkpoint.config_json import model_spec
 from cluster.checkpoint.layout import Checkpoint, read_checkpoint
-from cluster.checkpoint.resolve import resolve
+from cluster.checkpoint.resolve import ResolvedModel, fetch
 from cluster.domain.clock import MonotonicClock
 from cluster.domain.errors import CheckpointError
 from cluster.domain.replica import RankPhase
@@ -95,12 +95,17 @@ class RankProcess:
     def _checkpoint(self) -> Checkpoint:
         """The files on this node; CheckpointError when they are not those that were planned with."""
         spec = self._spec
-        path = resolve(spec.checkpoint_path, spec.revision).path
+        local = Path(spec.checkpoint_path)
+        path = (
+            local
+            if local.is_dir()
+            else fetch(ResolvedModel(spec.model_name, repo_id=spec.checkpoint_path, commit=spec.revision))
+        )
         checkpoint = read_checkpoint(path)
         if checkpoint.digest != spec.checkpoint_digest:
             raise CheckpointError(
-                f"{path} on {spec.host} is not the checkpoint that was planned with "
-                f"({checkpoint.digest[:12]} instead of {spec.checkpoint_digest[:12]}); copy the same files to every node."
+                f"{path} on {spec.host} is not the checkpoint that was planned with ({checkpoint.digest[:12]} "
+                f"instead of {spec.checkpoint_digest[:12]}); copy the same files to every node."
             )
         return checkpoint
 
@@ -179,9 +184,7 @@ class RankProcess:
         from cluster.engine.runner import follow
 
         spec = self._spec
-        receiver = PlanReceiver(
-            spec.plan_host, spec.plan_port, spec.rank_id.incarnation.generation, spec.rank_id.rank
-        )
+        receiver = PlanReceiver(spec.plan_host, spec.plan_port, spec.rank_id.incarnation.generation, spec.rank_id.rank)
         receiver.connect(RENDEZVOUS_DEADLINE_S, self._clock)
         become_ready: Callable[[], None] = lambda: self._enter(RankPhase.READY)  # noqa: E731
         follow(model, receiver, self._progress, become_ready)

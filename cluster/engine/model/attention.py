@@ -61,8 +61,10 @@ def layout_step(entries: tuple[StepEntry, ...], block_size: int, device: torch.d
     first = 0
     for entry in entries:
         count = len(entry.token_ids)
-        for position in range(entry.start, entry.start + count):
-            slots.append(entry.block_ids[position // block_size] * block_size + position % block_size)
+        slots.extend(
+            entry.block_ids[position // block_size] * block_size + position % block_size
+            for position in range(entry.start, entry.start + count)
+        )
         if count == 1:
             decode_tokens.append(first)
             decode_blocks.append(entry.block_ids)
@@ -112,7 +114,7 @@ def install(model: nn.Module, cache: PagedKVCache) -> None:
     """Gives every attention module of ``model`` its pool; ``model`` was built with IMPLEMENTATION."""
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "head_dim"):
-            module.paged_cache = cache
+            setattr(module, "paged_cache", cache)  # noqa: B010 - mypy knows no new attributes of modules
 
 
 def register() -> None:

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.domain.request import SamplingParams, TokenLogprob
-from cluster.engine.sampling import noise_key
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+from cluster.engine.sampling import GOLDEN, LARGEST_UNIFORM, MIX_1, MIX_2, noise_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +118,13 @@ def _filter(scores: torch.Tensor, params: SamplingParams) -> None:
 
 
 def uniforms(keys: Sequence[int], count: int, device: torch.device) -> torch.Tensor:
-    """``[len(keys), count]`` float64 in (0, 1): ``cluster.engine.sampling.uniform(key, token_id)`` for all token ids."""
-    steps = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
+    """``[len(keys), count]`` float64 in (0, 1): ``sampling.uniform(key, token_id)`` for all token ids."""
+    steps = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(GOLDEN)
     x = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)[:, None] + steps
-    x = (x ^ _shift_right(x, 30)) * _signed(_MIX[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_MIX[1])
+    x = (x ^ _shift_right(x, 30)) * _signed(MIX_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(MIX_2)
     x = x ^ _shift_right(x, 31)
-    return (_shift_right(x, 11).double() + 0.5) / 2.0**53
+    return ((_shift_right(x, 11).double() + 0.5) / 2.0**53).clamp(max=LARGEST_UNIFORM)
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -42,7 +42,7 @@ WHOLE = Shard()
 
 
 class TensorParallelGroup:
-    """This rank's membership in one TP group; of size 1 it needs neither DeepSpeed nor a process group.
+    """One rank's membership in a TP group; of size 1 it needs neither DeepSpeed nor a process group.
 
     ``join`` blocks until every rank has come, at most ``deadline_s``.
     """

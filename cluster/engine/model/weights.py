@@ -94,7 +94,7 @@ def _buffer(staging: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _read_exactly(descriptor: int, buffer: torch.Tensor, header: TensorHeader, offset: int) -> None:
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer protocol
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:
