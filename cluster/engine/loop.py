@@ -18,7 +18,6 @@ from cluster.engine.step import SequenceKey, SequenceProgress, StepPlan, StepRes
 from cluster.telemetry.metrics import EngineMetrics
 
 MAX_INBOX = 8192
-_IDLE_WAIT_S = 0.25  # only bounds how late a waiting sequence's deadline is noticed
 
 
 class History(Protocol):
@@ -127,8 +126,6 @@ class EngineLoop:
         with self._wake:
             if not self._inbox and not self._stopped and not self._scheduler.has_work:
                 self._wake.wait()
-            elif not self._inbox and not self._stopped and not self._scheduler.can_run:
-                self._wake.wait(_IDLE_WAIT_S)
             if self._stopped:
                 return None
             commands = list(self._inbox)
@@ -153,9 +150,8 @@ class EngineLoop:
         elapsed = self._clock.now() - started
         self._progress.end_step(elapsed)
         self._metrics.step_seconds.labels(plan.kind).observe(elapsed)
-        sampled = len(result.tokens)
-        self._metrics.generation_tokens.inc(sampled)
-        self._metrics.prompt_tokens.inc(plan.num_tokens - sum(len(e.token_ids) == 1 and e.sample for e in plan.entries))
+        self._metrics.generation_tokens.inc(sum(len(p.token_ids) for p in progresses))
+        self._metrics.prompt_tokens.inc(plan.num_tokens - sum(entry.is_decode for entry in plan.entries))
         return progresses
 
     def _export(self, load: LoadSnapshot) -> None:

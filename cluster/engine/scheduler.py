@@ -229,15 +229,13 @@ class Scheduler:
     def _share_out(self) -> list[tuple[Sequence, int]]:
         """Who computes how many tokens: decodes, chunks under way, newcomers."""
         budget = self._limits.max_num_batched_tokens
-        preemptions = self.preemptions
         shares = [(sequence, 1) for sequence in self._decodes(budget)]
         budget -= len(shares)
         for sequence in self._running:
             if budget and sequence.is_prefilling:
                 shares.append((sequence, min(budget, sequence.num_uncomputed)))
                 budget -= shares[-1][1]
-        # Blocks that were just taken from somebody are not for newcomers.
-        while budget and preemptions == self.preemptions and (newcomer := self._admit_next()) is not None:
+        while budget and (newcomer := self._admit_next()) is not None:
             shares.append((newcomer, min(budget, newcomer.num_uncomputed)))
             budget -= shares[-1][1]
         return shares

@@ -1,0 +1,307 @@
+"""The composition root: builds each process from a configuration, and is the only place that chooses adapters.
+
+A local cluster is remembered in its run directory (``cluster.json``), so that ``status``, ``stop`` and the next
+``serve`` find it. Ray, the controller and the router are processes of their own: whoever started them may leave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.checkpoint.config_json import model_spec, require_served
+from cluster.checkpoint.layout import read_checkpoint
+from cluster.checkpoint.resolve import DEMO, resolve
+from cluster.checkpoint.validate import check_tensors, stored_dtype
+from cluster.client.control import ControlClient, ControllerUnreachable
+from cluster.client.local_cluster import LocalCluster, forget, load_local, remember
+from cluster.config.schema import ClusterConfig, ModelConfig, RouterConfig
+from cluster.controller import ray_start
+from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
+from cluster.wire.channel import require_free
+
+ROUTER_START_DEADLINE_S = 60.0
+PROCESS_END_DEADLINE_S = 10.0
+
+Say = Callable[[str], None]
+
+
+# ---- serve ----
+
+
+def check_models(models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
+    """The models with absolute paths, their files checked; raises what is wrong before anything is started."""
+    return tuple(_checked(model) for model in models)
+
+
+def _checked(config: ModelConfig) -> ModelConfig:
+    if config.model == DEMO:
+        return config
+    resolved = resolve(config.model, config.revision)
+    if resolved.path is None:
+        return config.model_copy(update={"revision": resolved.commit})
+    checkpoint = read_checkpoint(resolved.path)
+    spec = model_spec(checkpoint.config, checkpoint.generation_config, stored_dtype=stored_dtype(checkpoint))
+    require_served(spec)
+    check_tensors(checkpoint, spec)
+    name = config.served_model_name or resolved.path.name
+    return config.model_copy(update={"model": str(resolved.path), "served_model_name": name})
+
+
+def start_cluster(config: ClusterConfig, run_dir: Path, ray_address: str | None, say: Say) -> LocalCluster:
+    """Ray (or the one at ``ray_address``), controller, models applied, router; returns while replicas still load.
+
+    What was started is ended again when a later part refuses.
+    """
+    _require_alone(run_dir)
+    require_free(config.router.host, config.router.port, "router port (--port)")
+    models = check_models(config.models)
+    try:
+        address = _connect_ray(config, run_dir, ray_address, say)
+        say("Starting the controller.")
+        control_address = _start_controller(config, run_dir)
+        ray_start.disconnect()
+        with ControlClient(control_address) as control:
+            say(f"Planning {', '.join(model.name for model in models) or 'nothing'}.")
+            control.apply(models)
+        say("Starting the router.")
+        cluster = start_router(config, run_dir, control_address, address, owns_ray=ray_address is None)
+    except BaseException:
+        _end_what_began(run_dir)
+        raise
+    return cluster
+
+
+def start_router(
+    config: ClusterConfig, run_dir: Path, control_address: str, ray_address: str, *, owns_ray: bool
+) -> LocalCluster:
+    """A router process for the controller at ``control_address``; remembered with the cluster."""
+    process, ports = _spawn_router(config, run_dir, control_address)
+    cluster = LocalCluster(
+        control_address=control_address,
+        router_address=f"{config.router.host}:{ports['grpc']}",
+        router_pid=process.pid,
+        router_started_s=psutil.Process(process.pid).create_time(),
+        ray_address=ray_address,
+        owns_ray=owns_ray,
+    )
+    remember(run_dir, cluster)
+    return cluster
+
+
+def router_is_alive(cluster: LocalCluster) -> bool:
+    return _router_process(cluster) is not None
+
+
+def _require_alone(run_dir: Path) -> None:
+    found = load_local(run_dir)
+    if found is None:
+        return
+    with ControlClient(found.control_address) as control:
+        try:
+            control.status()
+        except ControllerUnreachable:
+            stop_cluster(run_dir, drain_s=0.0, say=lambda _: None)
+            return
+    raise ConfigError(
+        f"A cluster runs under {run_dir} already; stop it with 'llm-cluster stop', or choose another --run-dir."
+    )
+
+
+def _connect_ray(config: ClusterConfig, run_dir: Path, ray_address: str | None, say: Say) -> str:
+    if ray_address is not None:
+        say(f"Joining Ray at {ray_address}.")
+        ray_start.connect(ray_address)
+        return ray_address
+    if ray_start.load_node(run_dir) is not None:
+        ray_start.stop_node(run_dir)  # the remains of a cluster that ended without saying so
+    say("Starting Ray on this machine.")
+    node = ray_start.start_head(run_dir, num_cpus=cpu_slots(config), host=config.controller.host)
+    ray_start.connect(node.address, token_file=Path(node.token_file))
+    return node.address
+
+
+def _start_controller(config: ClusterConfig, run_dir: Path) -> str:
+    # Imports Ray, which reads how to treat loopback when it is imported: after ``ray_start.connect`` has said so.
+    from cluster.controller.controller_actor import start_controller
+
+    return start_controller(config, run_dir)
+
+
+def cpu_slots(config: ClusterConfig) -> int:
+    """CPU ranks that this machine offers: its cores, or as many more as the models ask for."""
+    wanted = sum(model.replicas * (model.tensor_parallel_size or 1) for model in config.models)
+    return max(os.cpu_count() or 1, wanted)
+
+
+def _spawn_router(
+    config: ClusterConfig, run_dir: Path, control_address: str
+) -> tuple[subprocess.Popen[bytes], dict[str, int]]:
+    logs = run_dir / "logs"
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    settings = run_dir / "router.yaml"
+    settings.write_text(json.dumps({"router": config.router.model_dump(mode="json")}), encoding="utf-8")
+    command = [sys.executable, "-m", "cluster", "router", "--controller", control_address]
+    command += ["--config", str(settings), "--run-dir", str(run_dir)]
+    errors = logs / "router.err"
+    with errors.open("wb") as stderr:
+        # A session of its own: Ctrl-C in the terminal drains through us, it does not cut streams.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
+        )
+    line = _first_line(process)
+    if not line:
+        process.kill()
+        process.wait()
+        said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        reason = said[-1].removeprefix("llm-cluster: ") if said else "it said nothing"
+        raise ReplicaError(f"The router did not start: {reason}")
+    ports: dict[str, int] = json.loads(line)["ports"]
+    return process, ports
+
+
+def _first_line(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(ROUTER_START_DEADLINE_S):
+            return b""
+    return process.stdout.readline()
+
+
+def _end_what_began(run_dir: Path) -> None:
+    """After a failed start: nothing of ours stays behind."""
+    ray_start.disconnect()
+    ray_start.stop_node(run_dir)
+    forget(run_dir)
+
+
+# ---- stop ----
+
+
+def stop_cluster(run_dir: Path, drain_s: float, say: Say) -> None:
+    """Drains, removes every replica, ends the router, the controller and the Ray that we started."""
+    cluster = load_local(run_dir)
+    if cluster is None:
+        raise ConfigError(f"No cluster runs under {run_dir}; name another with --run-dir.")
+    say("Draining the router.")
+    router = _router_process(cluster)
+    if router is not None:
+        _end(router, drain_s + PROCESS_END_DEADLINE_S)
+    say("Removing the replicas.")
+    try:
+        with ControlClient(cluster.control_address) as control:
+            control.shut_down(drain_s)
+    except ControllerUnreachable:
+        say("The controller is gone already.")
+    except ClusterError as error:
+        say(f"The controller could not end everything: {error}")
+    if cluster.owns_ray:
+        say("Stopping Ray.")
+        ray_start.stop_node(run_dir)
+    forget(run_dir)
+
+
+def _router_process(cluster: LocalCluster) -> psutil.Process | None:
+    """The router, unless its id belongs to another process by now."""
+    try:
+        process = psutil.Process(cluster.router_pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process if abs(process.create_time() - cluster.router_started_s) < 1.0 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _end(process: psutil.Process, deadline_s: float) -> None:
+    try:
+        process.send_signal(signal.SIGTERM)
+        process.wait(deadline_s)
+    except psutil.NoSuchProcess:
+        return
+    except psutil.TimeoutExpired:
+        process.kill()
+
+
+# ---- one process each: what the chart runs ----
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A Ray head with a controller on it. ``token_file``: what workers need to join."""
+
+    control_address: str
+    ray_address: str
+    token_file: str
+
+
+def start_head(config: ClusterConfig, run_dir: Path, ray_port: int, num_cpus: int | None, say: Say) -> Head:
+    """Ray's head and the controller on this machine, the config's models applied; nothing is left after a refusal."""
+    models = check_models(config.models)
+    try:
+        say("Starting Ray's head.")
+        cpus = (os.cpu_count() or 1) if num_cpus is None else num_cpus
+        node = ray_start.start_head(run_dir, num_cpus=cpus, host=config.controller.host, port=ray_port)
+        ray_start.connect(node.address, token_file=Path(node.token_file))
+        say("Starting the controller.")
+        control_address = _start_controller(config, run_dir)
+        ray_start.disconnect()
+        if models:
+            with ControlClient(control_address) as control:
+                control.apply(models)
+    except BaseException:
+        _end_what_began(run_dir)
+        raise
+    return Head(control_address, node.address, node.token_file)
+
+
+def stop_head(head: Head, run_dir: Path, drain_s: float, say: Say) -> None:
+    """Drains and removes every replica, then ends the controller and Ray."""
+    say("Removing the replicas.")
+    try:
+        with ControlClient(head.control_address) as control:
+            control.shut_down(drain_s)
+    except ClusterError as error:
+        say(f"The controller could not end everything: {error}")
+    ray_start.stop_node(run_dir)
+
+
+def start_worker(
+    address: str, run_dir: Path, host: str, num_cpus: int | None, token_file: Path | None
+) -> ray_start.RayNode:
+    """Make this machine a node of the Ray cluster at ``address``."""
+    return ray_start.start_worker(address, run_dir, host=host, num_cpus=num_cpus, token_file=token_file)
+
+
+def worker_is_alive(node: ray_start.RayNode) -> bool:
+    return ray_start.is_alive(node)
+
+
+def stop_worker(run_dir: Path) -> None:
+    ray_start.stop_node(run_dir)
+
+
+def run_router(config: RouterConfig, controller_address: str, run_dir: Path) -> int:
+    """A router until SIGTERM or Ctrl-C; prints one line of JSON with its ports when it listens."""
+    from cluster.router.service import RunningRouter
+    from cluster.router.service import run_router as run
+    from cluster.telemetry.logs import configure_logs
+
+    logs = run_dir / "logs"
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    configure_logs("router", logs / "router.log")
+
+    def started(router: RunningRouter) -> None:
+        sys.stdout.write(json.dumps(router.ready_line) + "\n")
+        sys.stdout.flush()
+
+    return run(config, controller_address, state_file=run_dir / "endpoints.json", started=started)

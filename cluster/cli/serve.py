@@ -1,0 +1,217 @@
+"""``llm-cluster serve``: the main job, and ``stop``, its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from cluster.assembly import router_is_alive, start_cluster, start_router, stop_cluster
+from cluster.cli.status import render_status, wide_console
+from cluster.client import Client
+from cluster.client.control import ControlClient
+from cluster.client.local_cluster import LocalCluster, load_local
+from cluster.config.load import load_config
+from cluster.config.run_dir import default_run_dir, open_run_dir
+from cluster.config.schema import ClusterConfig
+from cluster.domain.errors import ConfigError, ReplicaError
+from cluster.v1 import control_pb2
+
+POLL_S = 0.3
+FAILURES_TOLERATED = 3
+ROUTER_READY_DEADLINE_S = 30.0
+_PARALLEL, _ENGINE, _PROCESS = "Layout", "Engine", "Processes"
+
+
+def serve_command(
+    models: Annotated[list[str] | None, typer.Argument(help="Directories, hub ids, or demo.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with the same names in snake_case.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join (HOST:PORT or auto); default: start one here.")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, rich_help_panel=_PARALLEL)] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", "-tp", min=1, rich_help_panel=_PARALLEL)
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, typer.Option("--pipeline-parallel-size", "-pp", min=1, rich_help_panel=_PARALLEL)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=_ENGINE)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_ENGINE)] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=2, rich_help_panel=_ENGINE)] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, rich_help_panel=_ENGINE)] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, rich_help_panel=_ENGINE)] = None,
+    kv_cache_bytes: Annotated[int | None, typer.Option(min=1, rich_help_panel=_ENGINE)] = None,
+    device_memory_utilization: Annotated[float | None, typer.Option(rich_help_panel=_ENGINE)] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call it.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Bind router and controller to it.", rich_help_panel=_PROCESS)
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="The router's gRPC port.", rich_help_panel=_PROCESS)] = None,
+    control_port: Annotated[int | None, typer.Option(help="The controller's port.", rich_help_panel=_PROCESS)] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="First port tried for /metrics.", rich_help_panel=_PROCESS)
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="State, logs, process ids.", rich_help_panel=_PROCESS)] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Leave it running and return.")] = False,
+) -> None:
+    """Plan, place, load and serve models; Ctrl-C drains and stops."""
+    shared = {
+        "replicas": replicas, "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size, "dtype": dtype, "device": device,
+        "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens, "kv_cache_bytes": kv_cache_bytes,
+        "device_memory_utilization": device_memory_utilization, "served_model_name": served_model_name,
+        "revision": revision,
+    }  # fmt: skip
+    processes = {
+        "router.host": host, "router.port": port, "router.metrics_port": metrics_port,
+        "controller.host": host, "controller.port": control_port, "controller.metrics_port": metrics_port,
+    }  # fmt: skip
+    loaded = load_config(config, os.environ, {**_model_flags(models or [], shared), **processes}).config
+    if not loaded.models:
+        raise ConfigError("Nothing to serve; name a model, for example 'llm-cluster serve demo'.")
+    folder = open_run_dir(
+        Path(loaded.run_dir) if loaded.run_dir and not run_dir else run_dir or default_run_dir(os.environ)
+    )
+    _serve(loaded, folder, address, detach=detach)
+
+
+def _model_flags(models: list[str], shared: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in shared.items() if value is not None}
+    if len(models) > 1 and "served_model_name" in given:
+        raise ConfigError("--served-model-name names one model; put several into a --config file.")
+    flags: dict[str, Any] = {}
+    for index, model in enumerate(models):
+        flags[f"models.{index}.model"] = model
+        flags.update({f"models.{index}.{name}": value for name, value in given.items()})
+    return flags
+
+
+def _serve(config: ClusterConfig, run_dir: Path, address: str | None, *, detach: bool) -> None:
+    console = wide_console(stderr=True)
+    with interruptions() as interrupted:
+        cluster = start_cluster(config, run_dir, address, console.print)
+        try:
+            with ControlClient(cluster.control_address) as control:
+                _wait_until_ready(control, console, interrupted)
+                _wait_for_router(cluster)
+                console.print(render_status(control.status()))
+            _say_how_to_talk(console, cluster, run_dir)
+            if detach:
+                return
+            _supervise(config, run_dir, interrupted, console)
+        except BaseException:
+            stop_cluster(run_dir, 0.0, console.print)
+            raise
+        stop_cluster(run_dir, config.controller.drain_deadline_s, console.print)
+
+
+@contextmanager
+def interruptions() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once."""
+    event = threading.Event()
+
+    def on_signal(number: int, _frame: object) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def _wait_until_ready(control: ControlClient, console: Console, interrupted: threading.Event) -> None:
+    """Shows every replica's load until all that are desired are READY; ReplicaError when one keeps failing."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, TaskID] = {}
+        phases: dict[str, str] = {}
+        while True:
+            status = control.status()
+            for replica in status.replicas:
+                _show(progress, bars, replica)
+                if not console.is_terminal and phases.get(replica.replica) != replica.phase:
+                    phases[replica.replica] = replica.phase
+                    console.print(f"{replica.replica}: {replica.phase} {replica.reason}".rstrip())
+            _raise_if_hopeless(status)
+            if status.models and all(m.ready_replicas >= m.desired_replicas for m in status.models):
+                return
+            if interrupted.wait(POLL_S):
+                raise KeyboardInterrupt
+
+
+def _show(progress: Progress, bars: dict[str, TaskID], replica: control_pb2.ReplicaStatus) -> None:
+    if replica.replica not in bars:
+        bars[replica.replica] = progress.add_task(replica.replica)
+    progress.update(
+        bars[replica.replica],
+        description=f"{replica.replica} {replica.phase}",
+        total=replica.bytes_total or None,
+        completed=replica.bytes_loaded,
+    )
+
+
+def _raise_if_hopeless(status: control_pb2.ClusterStatus) -> None:
+    ready = {model.name for model in status.models if model.ready_replicas}
+    for replica in status.replicas:
+        if replica.phase == "FAILED" and replica.generation >= FAILURES_TOLERATED and replica.model not in ready:
+            raise ReplicaError(
+                f"{replica.replica} failed {replica.generation} times: {replica.reason}; "
+                "its ranks' logs are in the run directory."
+            )
+
+
+def _wait_for_router(cluster: LocalCluster) -> None:
+    with Client(cluster.router_address) as client:
+        client.wait_ready(ROUTER_READY_DEADLINE_S)
+
+
+def _say_how_to_talk(console: Console, cluster: LocalCluster, run_dir: Path) -> None:
+    console.print(f"Ready: gRPC on {cluster.router_address}, control on {cluster.control_address}.")
+    console.print(f"Talk to it:  llm-cluster generate 'Return the ' --address {cluster.router_address}")
+    console.print(f"Look at it:  llm-cluster status --run-dir {run_dir}")
+    console.print(f"Stop it:     llm-cluster stop --run-dir {run_dir}")
+
+
+def _supervise(config: ClusterConfig, run_dir: Path, interrupted: threading.Event, console: Console) -> None:
+    """Until Ctrl-C; a router that died is started again on its port."""
+    while not interrupted.wait(1.0):
+        cluster = load_local(run_dir)
+        if cluster is None:
+            return  # somebody else said 'stop'
+        if not router_is_alive(cluster):
+            console.print("The router died; starting another.")
+            start_router(config, run_dir, cluster.control_address, cluster.ray_address, owns_ray=cluster.owns_ray)
+    console.print("Draining; Ctrl-C again to stop at once.")
+
+
+def stop_command(
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory of the cluster to stop.")] = None,
+    controller: Annotated[str | None, typer.Option(help="HOST:PORT of a controller elsewhere.")] = None,
+    drain_deadline_s: Annotated[float, typer.Option(min=0, help="Seconds that running streams get.")] = 30.0,
+) -> None:
+    """Drain, then end every process of the cluster."""
+    console = Console(stderr=True, highlight=False)
+    if controller:
+        with ControlClient(controller) as control:
+            control.shut_down(drain_deadline_s)
+        console.print("Every replica is gone, and so is the controller; routers end by themselves or with SIGTERM.")
+        return
+    stop_cluster(run_dir or default_run_dir(os.environ), drain_deadline_s, console.print)
+    console.print("Stopped.")
