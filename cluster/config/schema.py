@@ -81,6 +81,13 @@ class ControllerConfig(_Section):
     restart_backoff_max_s: float = Field(60.0, ge=0)
     drain_deadline_s: float = Field(30.0, ge=0)
 
+    @field_validator("rank_ports")
+    @classmethod
+    def _ports_are_a_range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1024 <= value[0] < value[1] <= 65535:
+            raise ValueError("rank_ports are a first and a larger last port between 1024 and 65535")
+        return value
+
 
 class ClusterConfig(_Section):
     """A whole cluster."""

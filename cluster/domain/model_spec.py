@@ -78,6 +78,11 @@ class ModelSpec:
             return self.layer_shapes[layer]
         return LayerShape(self.num_heads, self.num_kv_heads, self.ffn_size)
 
+    @property
+    def distinct_layer_shapes(self) -> tuple[LayerShape, ...]:
+        """Every shape that a layer has, once; one for most models."""
+        return tuple(dict.fromkeys(self.layer_shapes)) or (self.layer_shape(0),)
+
     def kv_bytes_per_token(self, dtype: Dtype) -> int:
         """KV cache of one token over all layers and heads: 2 x layers x kv_heads x head_dim x itemsize."""
         kv_heads = sum(self.layer_shape(layer).num_kv_heads for layer in range(self.num_layers))

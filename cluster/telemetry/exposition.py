@@ -39,7 +39,9 @@ class MetricsServer:
     ) -> None:
         self._server = _bind(_request_class(registry, ready or (lambda: True)), host, first_port)
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="metrics", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:

@@ -97,3 +97,9 @@ class ControllerMetrics:
         self.placement_blocked = Gauge(
             "cluster_placement_blocked", "1 while a model cannot be placed.", ["model", "reason"], registry=registry
         )
+        self.ray_calls = Counter(
+            "cluster_controller_ray_calls",
+            "Calls to Ray; none in fault-free steady state.",
+            ["call"],
+            registry=registry,
+        )

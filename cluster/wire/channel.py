@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import grpc
 import grpc.aio
 
@@ -65,3 +67,17 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, scan: bool = False) -
             return int(bound)
     ports = f"port {port}" if last == port + 1 else f"every port from {port} to {last - 1}"
     raise PortTakenError(f"{ports.capitalize()} on {host} is taken; stop who listens there, or choose another port.")
+
+
+def require_free(host: str, port: int, what: str) -> None:
+    """PortTakenError when somebody listens on ``host:port``; ``what`` names the setting that would move us away."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As a server binds: a port in TIME_WAIT can be taken, one that is listened on cannot.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise PortTakenError(
+                f"Port {port} on {host} is taken; stop who listens there, or choose another {what}."
+            ) from error

@@ -85,7 +85,8 @@ def to_rpc_status(error: BaseException) -> grpc.Status:
         delay.FromNanoseconds(int((retry_after_s or RETRY_AFTER_S) * 1e9))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     message = status_pb2.Status(code=code_pb2.Code.Value(status.code.name), message=str(error), details=details)
-    return rpc_status.to_status(message)
+    converted: grpc.Status = rpc_status.to_status(message)
+    return converted
 
 
 def from_rpc_error(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, str, float | None]:

@@ -267,4 +267,6 @@ class EngineLife(RuleBasedStateMachine):
 
 
 TestEngineLife = EngineLife.TestCase
-TestEngineLife.settings = settings(max_examples=25, stateful_step_count=30, deadline=None, derandomize=True, database=None)
+TestEngineLife.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True, database=None
+)

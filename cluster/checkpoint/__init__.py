@@ -1,0 +1,1 @@
+"""What lies on disk: a model in Hugging Face layout, checked before anything is started."""

@@ -1,0 +1,179 @@
+"""A checkpoint directory in Hugging Face layout: what is in it, and whether its files agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.checkpoint.headers import FileHeader, TensorHeader, read_header
+from cluster.domain.errors import CheckpointError, UnsupportedModelError
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+# A JSON file of a checkpoint that is larger than this is something else.
+_MAX_JSON_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One model on disk. ``tensors``: name -> header (which names its file); ``files``: shards, sorted.
+
+    ``digest`` is the sha256 over config.json, generation_config.json, the tokenizer files and, for every
+    shard, its name, header and size. It tells two checkpoints apart that differ in shape, configuration
+    or text; it does not read the weights, so it costs milliseconds and does not detect flipped bits in them.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    tensors: dict[str, TensorHeader]
+    files: tuple[Path, ...]
+    total_bytes: int
+    tokenizer_files: tuple[Path, ...]
+    digest: str
+
+    @property
+    def nbytes_by_name(self) -> dict[str, int]:
+        """Stored bytes of every tensor: what ``planner.plan`` takes as ``weights_nbytes_by_name``."""
+        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in directory ``path``; CheckpointError or UnsupportedModelError with the fix otherwise."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; give the directory that holds {CONFIG_FILE}.")
+    config = read_config(path)
+    _refuse_custom_code(path, config)
+    generation_config = _optional_json(path / GENERATION_CONFIG_FILE)
+    headers = tuple(read_header(file) for file in _weight_files(path))
+    tensors = _tensors_by_name(path, headers)
+    tokenizer_files = tuple(path / name for name in TOKENIZER_FILES if (path / name).is_file())
+    return Checkpoint(
+        path=path,
+        config=config,
+        generation_config=generation_config,
+        tensors=tensors,
+        files=tuple(header.file for header in headers),
+        total_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        tokenizer_files=tokenizer_files,
+        digest=_digest(path, tokenizer_files, headers),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of directory ``path``, or the file ``path`` itself."""
+    file = path / CONFIG_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no {CONFIG_FILE}; a model is a directory in Hugging Face layout.")
+    return _json(file)
+
+
+def read_generation_config(path: Path) -> dict[str, Any] | None:
+    """generation_config.json of directory ``path``, None when there is none."""
+    return _optional_json(path / GENERATION_CONFIG_FILE)
+
+
+def _refuse_custom_code(path: Path, config: dict[str, Any]) -> None:
+    if "auto_map" in config:
+        raise UnsupportedModelError(
+            f"{path / CONFIG_FILE} asks for its own code (auto_map), which is never run here; "
+            "use a checkpoint of an architecture that transformers itself knows."
+        )
+
+
+def _optional_json(file: Path) -> dict[str, Any] | None:
+    return _json(file) if file.is_file() else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{file} is larger than {_MAX_JSON_BYTES} bytes; it cannot be a model's JSON file.")
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); check its permissions.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); download or copy it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object; download or copy it again.")
+    return value
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    if (path / INDEX_FILE).is_file():
+        names = sorted(set(_weight_map(path).values()))
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{path / INDEX_FILE} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+                "not there; copy the missing shards into the directory."
+            )
+        return tuple(path / name for name in names)
+    if (path / SINGLE_FILE).is_file():
+        return (path / SINGLE_FILE,)
+    if any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} has safetensors shards but no {INDEX_FILE}; copy the index as well.")
+    if any(path.glob("*.bin")) or any(path.glob("*.pth")) or any(path.glob("*.pt")):
+        raise CheckpointError(
+            f"{path} has only pickled weights, which are never loaded here; convert them to safetensors "
+            "(transformers: model.save_pretrained)."
+        )
+    raise CheckpointError(f"{path} has no weights; it needs {SINGLE_FILE}, or {INDEX_FILE} and its shards.")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX_FILE} has no weight_map; download or copy it again.")
+    for tensor, name in weight_map.items():
+        # A shard lies beside its index: nothing outside the directory is ever opened.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path / INDEX_FILE} places {tensor} in {name!r}, which is no safetensors file there."
+            )
+    return weight_map
+
+
+def _tensors_by_name(path: Path, headers: tuple[FileHeader, ...]) -> dict[str, TensorHeader]:
+    by_file = {header.file.name: {tensor.name: tensor for tensor in header.tensors} for header in headers}
+    if not (path / INDEX_FILE).is_file():
+        return by_file[SINGLE_FILE]
+    weight_map = _weight_map(path)
+    for name, file in weight_map.items():
+        if name not in by_file[file]:
+            elsewhere = [other for other, tensors in by_file.items() if name in tensors]
+            found = f"it is in {elsewhere[0]}" if elsewhere else "no shard has it"
+            raise CheckpointError(
+                f"{path / INDEX_FILE} places {name} in {file}, but that file lacks it ({found}); "
+                "copy index and shards of one and the same checkpoint."
+            )
+    return {name: by_file[file][name] for name, file in weight_map.items()}
+
+
+def _digest(path: Path, tokenizer_files: tuple[Path, ...], headers: tuple[FileHeader, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in (path / CONFIG_FILE, path / GENERATION_CONFIG_FILE, *tokenizer_files):
+        if file.is_file():
+            content = file.read_bytes()
+            digest.update(f"{file.name}\0{len(content)}\0".encode())
+            digest.update(content)
+    for header in headers:
+        digest.update(f"{header.file.name}\0{header.size}\0{len(header.raw)}\0".encode())
+        digest.update(header.raw)
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""``llm-cluster plan``: how a model would be laid out, without starting anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from cluster.checkpoint.config_json import model_spec
+from cluster.checkpoint.layout import CONFIG_FILE, Checkpoint, read_checkpoint, read_config, read_generation_config
+from cluster.checkpoint.resolve import fetch_config, resolve
+from cluster.checkpoint.validate import check_tensors, stored_dtype
+from cluster.config.schema import ModelConfig
+from cluster.domain.errors import ConfigError, NoFeasiblePlan
+from cluster.domain.hardware import Inventory, cpu_device, device_type, uniform_inventory
+from cluster.domain.model_spec import ModelSpec
+from cluster.planner.plan import plan
+from cluster.planner.render import no_plan_to_json, plan_to_json, render_no_plan, render_plan
+
+_LAYOUT, _HARDWARE, _LIMITS = "Layout", "Machines", "Limits"
+
+
+def plan_command(
+    model: Annotated[str, typer.Argument(help="Directory, config.json, hub id, or demo.")],
+    nodes: Annotated[int | None, typer.Option(min=1, max=10_000, rich_help_panel=_HARDWARE)] = None,
+    devices_per_node: Annotated[int | None, typer.Option(min=1, max=1024, rich_help_panel=_HARDWARE)] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device type: h100, a100, ... or cpu.", rich_help_panel=_HARDWARE)
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option("--tensor-parallel-size", "-tp", min=1, rich_help_panel=_LAYOUT)
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, typer.Option("--pipeline-parallel-size", "-pp", min=1, rich_help_panel=_LAYOUT)
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, max=10_000, rich_help_panel=_LAYOUT)] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_LIMITS)] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
+    device_memory_utilization: Annotated[float | None, typer.Option(rich_help_panel=_LIMITS)] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show layout, placement, per-rank bytes and expected speed; or every reason why not (exit 2)."""
+    config = _model_config(
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        device_memory_utilization=device_memory_utilization,
+    )
+    spec, checkpoint = _read_model(model, revision)
+    inventory = _inventory(nodes, devices_per_node, device)
+    stored = checkpoint.nbytes_by_name if checkpoint else None
+    try:
+        result = plan(spec, config, inventory, replicas=replicas, weights_nbytes_by_name=stored)
+    except NoFeasiblePlan as error:
+        _print(no_plan_to_json(error) if as_json else render_no_plan(error))
+        raise typer.Exit(2) from None
+    _print(plan_to_json(result) if as_json else render_plan(result))
+
+
+def _print(result: Any) -> None:
+    if isinstance(result, dict):
+        print(json.dumps(result, indent=2))
+    else:
+        Console(soft_wrap=False).print(result)
+
+
+def _model_config(**values: Any) -> ModelConfig:
+    """The options that were given; the schema's defaults hold for the others."""
+    try:
+        return ModelConfig.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"{option} {first['input']!r} is not allowed: {first['msg']}.") from None
+
+
+def _read_model(model: str, revision: str | None) -> tuple[ModelSpec, Checkpoint | None]:
+    """The model's shape; its checkpoint too when the weights are here."""
+    path = Path(model).expanduser()
+    if not path.is_file():
+        path = fetch_config(resolve(model, revision))
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        checkpoint = read_checkpoint(path)
+        spec = model_spec(checkpoint.config, checkpoint.generation_config, stored_dtype=stored_dtype(checkpoint))
+        check_tensors(checkpoint, spec)
+        return spec, checkpoint
+    directory = path if path.is_dir() else path.parent
+    if path.is_file() and path.suffix != ".json":
+        raise ConfigError(f"{model} is no {CONFIG_FILE}; give a directory in Hugging Face layout or its config.json.")
+    return model_spec(read_config(path), read_generation_config(directory)), None
+
+
+def _inventory(nodes: int | None, devices_per_node: int | None, device: str | None) -> Inventory:
+    """The machines that were named; without any, this one: its cores as CPU slots that share its memory."""
+    if nodes is None and devices_per_node is None and device is None:
+        return _this_machine(1, os.cpu_count() or 1)
+    count = devices_per_node or (os.cpu_count() or 1 if device in (None, "cpu") else 8)
+    if device in (None, "cpu"):
+        return _this_machine(nodes or 1, count)
+    return uniform_inventory(nodes or 1, count, device_type(str(device)))
+
+
+def _this_machine(nodes: int, slots: int) -> Inventory:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return uniform_inventory(nodes, slots, cpu_device(memory // slots))

@@ -1,0 +1,162 @@
+"""Adapter: the client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+import grpc
+import grpc.aio
+
+from cluster.client.events import Chunk, Completion
+from cluster.client.requests import Options, Prompt, build_request, typed_error
+from cluster.client.transcript import Transcript
+from cluster.domain.errors import ClusterError, RejectReason, RequestRejected
+from cluster.v1 import inference_pb2, inference_pb2_grpc
+from cluster.wire import channel
+from cluster.wire.status import from_rpc_error
+
+if TYPE_CHECKING:
+    from cluster.v1.inference_pb2_grpc import InferenceStub
+
+RESUMES_MAX = 10
+
+
+class AsyncClient:
+    """Speaks to one router, or to several that serve the same cluster; use it as a context manager.
+
+    Errors are those of `cluster.domain.errors`: RequestRejected, RequestEvicted, RequestAborted, ModelNotFound,
+    EngineFailed. A stream that breaks because its router or replica did goes on at the next address, exactly where
+    it was. ``timeout_s`` covers a whole request, resumes included.
+    """
+
+    def __init__(self, *addresses: str, resumes_max: int = RESUMES_MAX) -> None:
+        self._addresses = addresses or ("127.0.0.1:50051",)
+        self._resumes_max = resumes_max
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        channels, self._channels = self._channels, {}
+        for opened in channels.values():
+            await opened.close()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        logprobs: int = 0,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        generated_token_ids: Sequence[int] = (),
+        **options: Unpack[Options],
+    ) -> AsyncIterator[Chunk | Completion]:
+        """Chunks as they come, then one Completion with the whole."""
+        request = build_request(
+            prompt, options, model=model, request_id=request_id, logprobs=logprobs, priority=priority,
+            generated_token_ids=generated_token_ids,
+        )  # fmt: skip
+        transcript = Transcript(request, self._addresses, self._resumes_max)
+        loop = asyncio.get_running_loop()
+        until_s = None if timeout_s is None else loop.time() + timeout_s
+        while True:
+            left_s = None if until_s is None else max(0.0, until_s - loop.time())
+            address = transcript.address
+            call = self._stub(address).Generate(transcript.next_request(), timeout=left_s)
+            try:
+                async for event in call:
+                    if event.HasField("end"):
+                        yield transcript.finish(event.end)
+                        return
+                    yield transcript.take(event.chunk)
+                code, reason, message, retry_after_s = grpc.StatusCode.UNAVAILABLE, "", "", None
+            except grpc.RpcError as error:
+                code, reason, message, retry_after_s = from_rpc_error(error)
+            finally:
+                call.cancel()  # a caller that stops iterating stops the generation
+            pause_s = transcript.resume_after_s(code.name, retry_after_s)
+            if pause_s is None:
+                raise typed_error(code.name, reason, message, retry_after_s, address, started=transcript.started)
+            await asyncio.sleep(pause_s)
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        request_id: str = "",
+        logprobs: int = 0,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[Options],
+    ) -> Completion:
+        """The whole answer at once, with the same resumption as ``generate``."""
+        last: Chunk | Completion | None = None
+        async for event in self.generate(
+            prompt, model=model, request_id=request_id, logprobs=logprobs, priority=priority, timeout_s=timeout_s,
+            **options,
+        ):  # fmt: skip
+            last = event
+        assert isinstance(last, Completion), "a stream ends with its Completion"
+        return last
+
+    async def tokenize(
+        self, prompt: Prompt, *, model: str = "", add_special_tokens: bool = False, timeout_s: float | None = 30.0
+    ) -> list[int]:
+        """The token ids of a text or a chat."""
+        whole = build_request(prompt, {}, model=model)
+        request = inference_pb2.TokenizeRequest(model=model, add_special_tokens=add_special_tokens)
+        if whole.HasField("chat"):
+            request.chat.CopyFrom(whole.chat)
+        else:
+            request.text = whole.text
+        try:
+            return list((await self._stub(self._addresses[0]).Tokenize(request, timeout=timeout_s)).ids)
+        except grpc.RpcError as error:
+            raise self._typed(error) from error
+
+    async def list_models(self, *, timeout_s: float | None = 30.0) -> list[inference_pb2.Model]:
+        try:
+            answer = await self._stub(self._addresses[0]).ListModels(
+                inference_pb2.ListModelsRequest(), timeout=timeout_s
+            )
+        except grpc.RpcError as error:
+            raise self._typed(error) from error
+        return list(answer.models)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Until a model has a ready replica; RequestRejected NO_ENDPOINT when that takes too long."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + timeout_s
+        pause_s = 0.05
+        while (left_s := until_s - loop.time()) > 0:
+            try:
+                if any(model.ready_replicas for model in await self.list_models(timeout_s=min(left_s, 5.0))):
+                    return
+            except ClusterError:
+                pass  # it may not listen yet
+            await asyncio.sleep(min(pause_s, max(0.0, until_s - loop.time())))
+            pause_s = min(2 * pause_s, 1.0)
+        raise RequestRejected(
+            RejectReason.NO_ENDPOINT, f"No model was ready at {self._addresses[0]} within {timeout_s:g} s."
+        )
+
+    def _stub(self, address: str) -> InferenceStub:
+        if address not in self._channels:
+            self._channels[address] = channel.open_channel(address)
+        return inference_pb2_grpc.InferenceStub(self._channels[address])
+
+    def _typed(self, error: grpc.RpcError) -> ClusterError:
+        code, reason, message, retry_after_s = from_rpc_error(error)
+        return typed_error(code.name, reason, message, retry_after_s, self._addresses[0], started=False)

@@ -1,0 +1,40 @@
+"""What a client receives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.domain.request import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some new text and tokens. Text may lag behind the tokens: half a character is never shown."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """``generated_tokens`` and ``failovers`` cover all routers that took part; ``resumes`` counts our own."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    cached_prompt_tokens: int
+    failovers: int
+    resumes: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The last event of a stream, with the whole of it; ``finish_reason`` is "stop", "length" or "aborted"."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str
+    usage: Usage
+    request_id: str

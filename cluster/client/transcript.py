@@ -1,0 +1,96 @@
+"""What a client has of one request so far, and how it goes on after a router broke. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.client.events import Chunk, Completion, Usage
+from cluster.domain.request import TokenLogprob
+from cluster.v1 import inference_pb2
+from cluster.wire import convert
+
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 2.0
+_FINISH = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_ABORTED: "aborted",
+}
+
+
+class Transcript:
+    """One request over any number of calls.
+
+    ``resumes_max`` bounds the calls beyond the first one in a row without a new token; every token is
+    received once, because each call is told those that are here already.
+    """
+
+    def __init__(self, request: inference_pb2.GenerateRequest, addresses: Sequence[str], resumes_max: int) -> None:
+        self._request = request
+        self._addresses = tuple(addresses)
+        self._resumes_max = resumes_max
+        self._known = list(request.generated_token_ids)
+        self._given = len(self._known)
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._futile = 0  # calls in a row that brought nothing
+        self._address = 0
+        self.resumes = 0
+
+    @property
+    def started(self) -> bool:
+        return len(self._known) > self._given
+
+    @property
+    def address(self) -> str:
+        """The router to ask now."""
+        return self._addresses[self._address % len(self._addresses)]
+
+    def next_request(self) -> inference_pb2.GenerateRequest:
+        """The request, with every token that is here already."""
+        if self.started:
+            del self._request.generated_token_ids[:]
+            self._request.generated_token_ids.extend(self._known)
+        return self._request
+
+    def take(self, chunk: inference_pb2.Chunk) -> Chunk:
+        logprobs = tuple(map(convert.logprob_from_message, chunk.logprobs))
+        self._futile = 0
+        self._known += chunk.token_ids
+        self._texts.append(chunk.text)
+        self._logprobs += logprobs
+        return Chunk(chunk.text, tuple(chunk.token_ids), logprobs)
+
+    def finish(self, end: inference_pb2.End) -> Completion:
+        token_ids = tuple(self._known[self._given :])
+        usage = Usage(
+            prompt_tokens=end.usage.prompt_tokens,
+            generated_tokens=len(token_ids),
+            cached_prompt_tokens=end.usage.cached_prompt_tokens,
+            failovers=end.usage.failovers,
+            resumes=self.resumes,
+            seed=end.usage.seed,
+        )
+        return Completion(
+            text="".join(self._texts),
+            token_ids=token_ids,
+            logprobs=tuple(self._logprobs),
+            finish_reason=_FINISH.get(end.finish_reason, ""),
+            usage=usage,
+            request_id=self._request.request_id,
+        )
+
+    def resume_after_s(self, code: str, retry_after_s: float | None) -> float | None:
+        """Seconds to wait before the next call, on the next router; None when the error is final.
+
+        Only UNAVAILABLE is worth another call. A request that has not started is tried once on each router.
+        """
+        self._futile += 1
+        limit = self._resumes_max if self.started else len(self._addresses) - 1
+        if code != "UNAVAILABLE" or self._futile > limit:
+            return None
+        self._address += 1
+        self.resumes += 1
+        if self._futile < len(self._addresses):
+            return 0.0  # another router is right there
+        return min(retry_after_s or BACKOFF_FIRST_S * 2 ** (self._futile - 1), BACKOFF_MAX_S)

@@ -1,0 +1,63 @@
+"""What the loop asks of whoever places and kills processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.config.schema import ModelConfig
+from cluster.controller.desired import Desired, DesiredModel
+from cluster.domain.ids import Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class StartOrder:
+    """One incarnation to bring to life.
+
+    ``port_candidates``: rendezvous ports that no other incarnation was offered. ``total_ranks``: of all desired
+    replicas, which bounds what a host may come to hold.
+    """
+
+    incarnation: Incarnation
+    model: DesiredModel
+    port_candidates: tuple[int, ...]
+    control_address: str
+    total_ranks: int
+
+
+class Actuator(Protocol):
+    """Places and kills. Every method is bounded in time; ReplicaError says in one sentence what went wrong."""
+
+    async def start(self, order: StartOrder, blocked: Callable[[str], None]) -> None:
+        """Reserves devices, starts the ranks and tells them what to run; ``blocked`` hears why it waits ("": no more).
+
+        Waits for room until it is abandoned by ``destroy`` of the same incarnation.
+        """
+
+    async def watch(self, incarnation: Incarnation) -> str:
+        """Returns when a rank process that ``start`` began has ended, with its story."""
+
+    async def destroy(self, incarnation: Incarnation, world_size: int) -> None:
+        """Kills every process of the incarnation, gives its devices back; returns when nothing is left."""
+
+    async def sweep(self, live: frozenset[Incarnation]) -> None:
+        """Removes whatever this cluster left behind on any node, ``live`` incarnations excepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the planner says about one model."""
+
+    feasible: bool
+    text: str
+    json: str
+
+
+class ModelPlanner(Protocol):
+    """Checks a model and decides how it is laid out. ConfigError, NoFeasiblePlan: the user's to fix."""
+
+    async def plan(self, config: ModelConfig, kept: Desired) -> DesiredModel:
+        """``kept``: models whose devices are spoken for."""
+
+    async def explain(self, config: ModelConfig, kept: Desired) -> Explanation: ...

@@ -1,0 +1,349 @@
+"""Observe, reconcile, act: the controller's event loop around its pure decisions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import dataclass, replace
+
+from cluster.config.schema import ControllerConfig, ModelConfig
+from cluster.controller.actions import Action, Advance, Fence, Remove, Start
+from cluster.controller.actuator import Actuator, Explanation, ModelPlanner, StartOrder
+from cluster.controller.cluster_status import ProcessFacts, cluster_status
+from cluster.controller.desired import Desired, DesiredModel, asks_the_same, find_model
+from cluster.controller.endpoints import first_epoch, next_table
+from cluster.controller.fleet import Fleet, Transition
+from cluster.controller.observed import Report
+from cluster.controller.ports import PortRange
+from cluster.controller.reconcile import reconcile
+from cluster.controller.replica_lifecycle import ReplicaEvent
+from cluster.controller.store import Store, StoredState
+from cluster.domain.clock import Clock
+from cluster.domain.endpoint import EndpointTable
+from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
+from cluster.domain.ids import Incarnation, RankId, ReplicaId
+from cluster.domain.replica import ReplicaPhase
+from cluster.telemetry.logs import Logger
+from cluster.telemetry.metrics import ControllerMetrics
+from cluster.v1 import control_pb2
+
+ADOPT_S = 3.0
+# After the drain's own deadline: killing, giving back, sweeping.
+SHUTDOWN_MARGIN_S = 90.0
+MAX_ROUTERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop is composed of. ``run_dir`` state survives in ``store``."""
+
+    cluster_name: str
+    settings: ControllerConfig
+    store: Store
+    actuator: Actuator
+    planner: ModelPlanner
+    clock: Clock
+    metrics: ControllerMetrics
+    log: Logger
+
+
+class ControllerLoop:
+    """Owns desired state, fleet and endpoint table. Everything runs on one event loop.
+
+    ``control_address`` (HOST:PORT as ranks reach it) and ``process`` (this one) are known once the server is bound.
+    """
+
+    def __init__(self, parts: Parts, state: StoredState) -> None:
+        self._parts = parts
+        self._settings = parts.settings
+        self._state = state
+        self._desired: Desired = state.desired
+        self._ports = PortRange(*parts.settings.rank_ports, state.port_cursor)
+        adopt_s = ADOPT_S if state.slots and state.desired else 0.0
+        now_s = parts.clock.now()
+        self._fleet = Fleet(parts.settings, state.slots, now_s, adopt_s, self._on_transition)
+        self._table = EndpointTable(first_epoch(state.life))
+        self._table_changed = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._routers: dict[object, ProcessFacts] = {}
+        self._changing = asyncio.Lock()
+        self._settled = False
+        self._stopping = False
+        self.control_address = ""
+        self.process: ProcessFacts | None = None
+
+    # ---- the loop ----
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            began_s = self._parts.clock.now()
+            self._wake.clear()  # before the pass: what happens during it asks for another one
+            try:
+                await self._pass()
+            except (ClusterError, OSError) as error:
+                self._parts.log.warning("reconcile_failed", caused_by=str(error))
+            self._parts.metrics.reconcile_seconds.observe(self._parts.clock.now() - began_s)
+            try:
+                # Not wait_for: Python 3.11's forgets a cancellation that meets a wake-up.
+                async with asyncio.timeout(self._settings.reconcile_interval_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def _pass(self) -> None:
+        for action in reconcile(self._desired, self._fleet.observed(), self._settings, self._parts.clock.now()):
+            self._carry_out(action)
+        if not self._settled and self._adoption_is_over():
+            await self._parts.actuator.sweep(self._fleet.live())
+            self._settled = True
+            self._announce()
+        self._publish()
+
+    def _adoption_is_over(self) -> bool:
+        """Time is up, or every replica that is wanted has been found ready."""
+        observed = self._fleet.observed()
+        ready = sum(view.phase is ReplicaPhase.READY for view in observed.replicas)
+        all_ready = bool(self._desired) and ready >= sum(model.replicas for model in self._desired)
+        return all_ready or self._parts.clock.now() >= observed.adopt_until_s
+
+    def _carry_out(self, action: Action) -> None:
+        now_s = self._parts.clock.now()
+        match action:
+            case Start():
+                self._start(action, now_s)
+            case Advance():
+                self._fleet.advance(action.incarnation, action.event, action.reason, now_s, action.drain_s)
+                self._wake.set()
+            case Remove():
+                view = self._fleet.view(action.incarnation)
+                self._fleet.removing(action.incarnation)
+                self._spawn(self._remove(action.incarnation, len(view.ranks) if view else 1))
+            case Fence():
+                self._fleet.fencing(action.incarnation, now_s)
+                self._parts.log.warning(
+                    "fenced", incarnation=str(action.incarnation), caused_by="it is not its slot's current generation"
+                )
+                self._spawn(self._remove(action.incarnation, action.world_size))
+
+    def _start(self, action: Start, now_s: float) -> None:
+        model = find_model(self._desired, action.incarnation.replica.model)
+        assert model is not None, action
+        candidates, self._ports = self._ports.take()
+        self._fleet.start(action.incarnation, model.fingerprint, model.layout.world_size, action.reason, now_s)
+        self._save()  # before anything acts: a generation is never used twice
+        total = sum(m.replicas * m.layout.world_size for m in self._desired if m.device is model.device)
+        order = StartOrder(action.incarnation, model, candidates, self.control_address, total)
+        self._parts.log.info("replica_start", incarnation=str(action.incarnation), caused_by=action.reason)
+        self._spawn(self._bring_up(order))
+
+    async def _bring_up(self, order: StartOrder) -> None:
+        incarnation, actuator = order.incarnation, self._parts.actuator
+
+        def blocked(reason: str) -> None:
+            self._fleet.note_blocked(incarnation, reason)
+
+        try:
+            await actuator.start(order, blocked)
+        except Exception as error:  # boundary: whatever a start breaks on fails this replica only
+            if not isinstance(error, ReplicaError):
+                self._parts.log.exception("start_broke", incarnation=str(incarnation))
+            self._advance(incarnation, ReplicaEvent.FAIL, f"start: {error}")
+            return
+        view = self._fleet.view(incarnation)
+        if view is None or view.phase is not ReplicaPhase.PENDING:
+            return
+        self._advance(incarnation, ReplicaEvent.PLACED, "ranks started")
+        self._advance(incarnation, ReplicaEvent.FAIL, await actuator.watch(incarnation))
+
+    async def _remove(self, incarnation: Incarnation, world_size: int) -> None:
+        gone = True
+        try:
+            await self._parts.actuator.destroy(incarnation, world_size)
+        except Exception as error:  # boundary: a slot whose removal broke is tried again, not blocked for ever
+            gone = False
+            self._parts.log.warning("removal_failed", incarnation=str(incarnation), caused_by=repr(error))
+        self._fleet.removed(incarnation, self._parts.clock.now(), gone=gone)
+        self._wake.set()
+
+    def _advance(self, incarnation: Incarnation, event: ReplicaEvent, reason: str) -> None:
+        self._fleet.advance(incarnation, event, reason, self._parts.clock.now())
+        self._wake.set()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._guarded(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except Exception:  # boundary: a bug in one replica's task must not end the others' controller
+            self._parts.log.exception("task_failed")
+
+    def _on_transition(self, step: Transition) -> None:
+        failed = step.event is ReplicaEvent.FAIL
+        label = step.reason.partition(":")[0] if failed else step.event.value
+        self._parts.metrics.transitions.labels(step.before.value, step.after.value, label).inc()
+        write = self._parts.log.error if failed else self._parts.log.info
+        story = {"story": step.story} if failed else {}
+        write(
+            "replica_transition",
+            replica=str(step.incarnation.replica),
+            generation=step.incarnation.generation,
+            before=step.before.value,
+            after=step.after.value,
+            caused_by=step.reason,
+            **story,
+        )
+
+    def _save(self) -> None:
+        self._state = replace(
+            self._state, desired=self._desired, slots=self._fleet.slots(), port_cursor=self._ports.cursor
+        )
+        self._parts.store.save(self._state)
+
+    def _publish(self) -> None:
+        """A new table to whoever watches, if it changed; gauges."""
+        observed = self._fleet.observed()
+        table = next_table(self._table, self._desired, observed)
+        if table is not self._table:
+            self._table = table
+            self._announce()
+        gauge, blocked = self._parts.metrics.replicas, self._parts.metrics.placement_blocked
+        gauge.clear()
+        blocked.clear()
+        for model in self._desired:
+            views = observed.of_model(model.name)
+            for phase in ReplicaPhase:
+                gauge.labels(model.name, phase.value).set(sum(view.phase is phase for view in views))
+            if any(view.blocked for view in views):
+                blocked.labels(model.name, "no_room").set(1)
+
+    def _announce(self) -> None:
+        """Wakes whoever watches; those who come later wait for the next time."""
+        self._table_changed.set()
+        self._table_changed = asyncio.Event()
+
+    # ---- what operators ask ----
+
+    async def apply(self, configs: tuple[ModelConfig, ...]) -> Desired:
+        """Replaces the desired state once every model is checked and planned; nothing changes before that."""
+        self._refuse_while_stopping()
+        _require_names_differ(configs)
+        async with self._changing:
+            kept = tuple(m.scaled(c.replicas) for c in configs for m in self._desired if asks_the_same(m.config, c))
+            planned: dict[str, DesiredModel] = {model.name: model for model in kept}
+            for config in configs:
+                if config.name not in planned:
+                    planned[config.name] = await self._parts.planner.plan(config, tuple(planned.values()))
+            self._refuse_while_stopping()
+            self._set_desired(tuple(planned[config.name] for config in configs), "apply")
+        return self._desired
+
+    async def scale(self, name: str, replicas: int) -> None:
+        self._refuse_while_stopping()
+        async with self._changing:
+            model = find_model(self._desired, name)
+            if model is None:
+                known = ", ".join(m.name for m in self._desired) or "none"
+                raise ConfigError(f"No model is called {name!r}; served are: {known}.")
+            self._refuse_while_stopping()
+            changed = tuple(m.scaled(replicas) if m.name == name else m for m in self._desired)
+            self._set_desired(changed, f"scale {name} to {replicas}")
+
+    async def drain(self, replica: ReplicaId, deadline_s: float) -> None:
+        """Takes a ready replica out of service; it is replaced once its streams have ended."""
+        view = next((v for v in self._fleet.observed().replicas if v.replica == replica), None)
+        if view is None or view.phase is not ReplicaPhase.READY:
+            phase = view.phase.value if view else "unknown"
+            raise ConfigError(f"Replica {replica} is {phase}; only a READY replica can be drained.")
+        now_s = self._parts.clock.now()
+        self._fleet.advance(view.incarnation, ReplicaEvent.DRAIN, "an operator asked for it", now_s, deadline_s)
+        self._publish()
+        self._wake.set()
+
+    async def explain(self, config: ModelConfig) -> Explanation:
+        kept = tuple(model for model in self._desired if model.name != config.name)
+        return await self._parts.planner.explain(config, kept)
+
+    async def shutdown(self, drain_deadline_s: float) -> None:
+        """Drains and removes everything; returns when nothing is left, ReplicaError when that takes too long."""
+        self._stopping = True  # an apply that is still planning will find this and change nothing
+        now_s = self._parts.clock.now()
+        for view in self._fleet.observed().replicas:
+            if view.phase is ReplicaPhase.READY:
+                self._fleet.advance(view.incarnation, ReplicaEvent.DRAIN, "shutdown", now_s, drain_deadline_s)
+        self._set_desired((), "shutdown")
+        give_up_s = now_s + drain_deadline_s + SHUTDOWN_MARGIN_S
+        while self._fleet.observed().replicas or self._fleet.observed().stale or not self._settled:
+            if self._parts.clock.now() > give_up_s:
+                left = ", ".join(str(view.incarnation) for view in self._fleet.observed().replicas)
+                raise ReplicaError(f"Something is left after the shutdown: {left}; see the controller's log.")
+            await asyncio.sleep(0.05)
+        await self._parts.actuator.sweep(frozenset())
+
+    def status(self) -> control_pb2.ClusterStatus:
+        processes = [self.process] if self.process else []
+        return cluster_status(
+            self._parts.cluster_name,
+            self._table.epoch,
+            self._desired,
+            self._fleet.observed(),
+            [*processes, *self._routers.values()],
+            self._parts.clock.now(),
+        )
+
+    def _refuse_while_stopping(self) -> None:
+        if self._stopping:
+            raise ReplicaError("The cluster is shutting down; start it again with llm-cluster serve.")
+
+    def _set_desired(self, desired: Desired, cause: str) -> None:
+        self._desired = desired
+        self._save()
+        models = {model.name: model.replicas for model in desired}
+        self._parts.log.info("desired_changed", models=models, caused_by=cause)
+        self._publish()
+        self._wake.set()
+
+    # ---- what ranks and routers bring ----
+
+    def take_report(self, report: Report, stream: object) -> None:
+        """One report. A change that matters is acted on at once."""
+        view = self._fleet.view(report.rank_id.incarnation)
+        last = view.ranks[report.rank_id.rank] if view and report.rank_id.rank < len(view.ranks) else None
+        self._fleet.report(report, stream, self._parts.clock.now())
+        if last is None or last.report.phase is not report.phase:
+            self._wake.set()
+
+    def rank_stream_ended(self, rank_id: RankId, stream: object) -> None:
+        if self._fleet.stream_broken(rank_id, stream):
+            self._parts.log.warning("rank_stream_broken", rank=str(rank_id), caused_by="its process or network ended")
+            self._wake.set()
+
+    async def watch_endpoints(self, router: ProcessFacts) -> AsyncGenerator[EndpointTable, None]:
+        """The table now, and every later one; while it is read the router counts as a process of the cluster.
+
+        A restarted controller says nothing before it has found the replicas that live: routers keep what they have.
+        """
+        if len(self._routers) >= MAX_ROUTERS:
+            raise ReplicaError(f"{MAX_ROUTERS} routers watch already; stop some.")
+        key = object()
+        self._routers[key] = router
+        sent: EndpointTable | None = None
+        try:
+            while True:
+                while not self._settled or self._table is sent:
+                    await self._table_changed.wait()
+                sent = self._table
+                yield sent
+        finally:
+            del self._routers[key]
+
+
+def _require_names_differ(configs: tuple[ModelConfig, ...]) -> None:
+    names = [config.name for config in configs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"Two models are served as {', '.join(twice)}; give one a served_model_name.")

@@ -1,0 +1,65 @@
+"""The Ray actor around one rank process: it checks its host, starts the rank, and dies with its raylet."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+from cluster.controller.rank_specs import HostFacts
+from cluster.engine.rank_spec import RankSpec
+
+RANK_ENTRY = "cluster.engine.rank:start_rank"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """SIGKILL when the process that started this one ends; at once when it has ended already.
+
+    The kernel ties the signal to the parent's thread that forked; a raylet forks from its main thread.
+    """
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class RankActor:
+    """Small on purpose: once a rank runs, nothing asks its actor for anything."""
+
+    def __init__(self) -> None:
+        die_with_parent()
+
+    def prepare(self, bind_host: str, candidates: tuple[int, ...]) -> HostFacts:
+        """Which of ``candidates`` can be listened on here."""
+        free = tuple(port for port in candidates if _is_free(bind_host, port))
+        return HostFacts(os.getpid(), len(os.sched_getaffinity(0)), free)
+
+    def launch(self, spec: RankSpec, entry: str = RANK_ENTRY) -> int:
+        """Starts the rank's threads and returns the process id."""
+        module, _, name = entry.partition(":")
+        start: Callable[[RankSpec], None] = getattr(importlib.import_module(module), name)
+        start(spec)
+        return os.getpid()
+
+    def hold(self) -> None:
+        """Never answers: its pending result is how the controller hears from Ray that the process ended."""
+        threading.Event().wait()
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As the torch store binds: a port in TIME_WAIT can be taken, one that is listened on cannot.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,331 @@
+"""Starts, joins and ends Ray nodes of this machine: token authentication on, bound to one address, ours to stop."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.config.schema import LOOPBACK
+from cluster.controller.node_sweep import sweep_node
+from cluster.controller.rank_marker import SweepOrder
+from cluster.domain.errors import ConfigError, ReplicaError
+
+OBJECT_STORE_BYTES = 100_000_000
+START_DEADLINE_S = 90.0
+STOP_DEADLINE_S = 2.0
+# Ray's sockets lie under its folder, and a Unix socket's path has at most 107 bytes; Ray adds up to 64.
+_LONGEST_FOLDER = 42
+# Outside Ray's default worker ports (10002-19999) and our rendezvous ports.
+_CLIENT_PORTS = range(24000, 30000)
+# Named for other systems; 0 keeps a node that is told loopback on loopback.
+_LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_GCS_SILENCE_S = 3600  # tokens flow while the head is away; a raylet that waits longer gives up
+
+
+@dataclass(frozen=True, slots=True)
+class RayNode:
+    """A Ray node that we started. ``address``: of the head; ``processes``: (pid, its start time)."""
+
+    address: str
+    folder: str
+    token_file: str
+    processes: tuple[tuple[int, float], ...]
+
+
+def token_path(run_dir: Path) -> Path:
+    return run_dir / "ray" / "token"
+
+
+def start_head(
+    run_dir: Path,
+    *,
+    num_cpus: int,
+    host: str = LOOPBACK,
+    port: int = 0,
+    num_gpus: int | None = None,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+) -> RayNode:
+    """A new Ray cluster of one node, here. ``port`` 0: any; ``host``: the one address that it binds and advertises."""
+    _make_token(run_dir)
+    arguments = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor"]
+    arguments.append(f"--ray-client-server-port={_free_port()}")
+    return _start(run_dir, arguments, host, num_cpus, num_gpus, object_store_bytes)
+
+
+def start_worker(
+    address: str,
+    run_dir: Path,
+    *,
+    host: str,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    token_file: Path | None = None,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+) -> RayNode:
+    """Joins the Ray cluster at ``address`` as a node; ``token_file``: a copy of the head's token."""
+    if address.startswith((f"{LOOPBACK}:", "localhost:")):
+        raise ConfigError(
+            f"The head at {address} listens on loopback only, where no other node reaches it; start it with --host "
+            "and the address that other nodes know it by."
+        )
+    if token_file is not None:
+        _copy_token(token_file, run_dir)
+    elif not token_path(run_dir).exists() and "RAY_AUTH_TOKEN" not in os.environ:
+        raise ConfigError(
+            f"Joining {address} needs the head's token: copy its ray/token file here and name it with --token-file."
+        )
+    return _start(run_dir, [f"--address={address}"], host, num_cpus, num_gpus, object_store_bytes)
+
+
+def load_node(run_dir: Path) -> RayNode | None:
+    """The node that was started under ``run_dir`` and has not been stopped."""
+    try:
+        stored = json.loads(_record(run_dir).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    processes = tuple((int(pid), float(started)) for pid, started in stored["processes"])
+    return RayNode(stored["address"], stored["folder"], stored["token_file"], processes)
+
+
+def is_alive(node: RayNode) -> bool:
+    """Whether every process of the node still runs."""
+    return all(_find(pid, started) is not None for pid, started in node.processes)
+
+
+def connect(address: str, *, token_file: Path | None = None, namespace: str = "llm-cluster") -> None:
+    """Joins this process to the Ray cluster at ``address``; ConfigError when nobody answers there."""
+    if token_file is not None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+    if address.startswith((f"{LOOPBACK}:", "localhost:")):
+        os.environ[_LOOPBACK_VARIABLE] = "0"
+    import ray
+
+    _forget_other_tokens()
+    try:
+        ray.init(
+            address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR", configure_logging=True
+        )
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"No Ray cluster can be joined at {address}: {reason}; check the address and token."
+        ) from error
+
+
+def disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def stop_node(run_dir: Path, orphans: SweepOrder | None = None) -> int:
+    """Ends exactly the processes of the node that was started under ``run_dir``; how many there were.
+
+    With ``orphans`` it sweeps this machine afterwards: what a killed raylet or controller could not remove.
+    """
+    node = load_node(run_dir)
+    ended = _end(node, run_dir) if node is not None else 0
+    if orphans is not None:
+        sweep_node(orphans)
+    return ended
+
+
+def _end(node: RayNode, run_dir: Path) -> int:
+    doomed = _with_descendants(node)
+    for process in doomed:
+        _signal(process, "terminate")
+    _, left = psutil.wait_procs(doomed, timeout=STOP_DEADLINE_S)
+    for process in left:
+        _signal(process, "kill")
+    _, left = psutil.wait_procs(left, timeout=STOP_DEADLINE_S)
+    if left:
+        raise ReplicaError(f"Ray's processes {[process.pid for process in left]} do not end; end them by hand.")
+    if not Path(node.folder).is_relative_to(run_dir.resolve()):
+        shutil.rmtree(node.folder, ignore_errors=True)
+    _record(run_dir).unlink(missing_ok=True)
+    return len(doomed)
+
+
+def _start(
+    run_dir: Path, arguments: list[str], host: str, num_cpus: int | None, num_gpus: int | None, store_bytes: int
+) -> RayNode:
+    folder = _folder(run_dir)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
+    command += [f"--node-ip-address={host}", f"--object-store-memory={store_bytes}", "--disable-usage-stats"]
+    command.append("--include-log-monitor=false")
+    if "--head" in arguments:
+        command.append(f"--temp-dir={folder}")
+    command += [] if num_cpus is None else [f"--num-cpus={num_cpus}"]
+    command += [] if num_gpus is None else [f"--num-gpus={num_gpus}"]
+    log = run_dir / "logs" / "ray-start.log"
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        # A session of its own: Ctrl-C is ours to translate, and its members are found by their session.
+        child = subprocess.Popen(
+            command,
+            env=_environment(run_dir, host),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait(START_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            code = child.wait()
+    processes = _session_members(child.pid)
+    address = _address(arguments, Path(folder))
+    node = RayNode(address, folder, str(token_path(run_dir)), tuple((p.pid, p.create_time()) for p in processes))
+    _save(run_dir, node)
+    if code != 0 or not processes or not address:
+        stop_node(run_dir)
+        raise ConfigError(f"Ray could not be started: {_last_line(log)} (the whole story is in {log}).")
+    return node
+
+
+def _address(arguments: list[str], folder: Path) -> str:
+    given = next((a.partition("=")[2] for a in arguments if a.startswith("--address=")), "")
+    if given:
+        return given
+    try:
+        return (folder / "ray_current_cluster").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _environment(run_dir: Path, host: str) -> Mapping[str, str]:
+    foreign = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", _LOOPBACK_VARIABLE)
+    environment = {k: v for k, v in os.environ.items() if k not in foreign}
+    if token_path(run_dir).exists():
+        environment.pop("RAY_AUTH_TOKEN", None)
+        environment["RAY_AUTH_TOKEN_PATH"] = str(token_path(run_dir))
+    environment["RAY_AUTH_MODE"] = "token"
+    environment["RAY_USAGE_STATS_ENABLED"] = "0"
+    environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(_GCS_SILENCE_S)
+    # Its killing of the largest process has no word for why; loading checks its own memory.
+    environment["RAY_memory_monitor_refresh_ms"] = "0"
+    if host == LOOPBACK:
+        # Otherwise Ray replaces loopback by an address of the network and listens on every interface.
+        environment[_LOOPBACK_VARIABLE] = "0"
+    return environment
+
+
+def _folder(run_dir: Path) -> str:
+    """Ray's folder: in the run directory where its sockets' paths stay short enough."""
+    inside = str((run_dir / "ray" / "session").resolve())
+    if len(inside) <= _LONGEST_FOLDER:
+        return inside
+    return tempfile.mkdtemp(prefix="llmc-")
+
+
+def _make_token(run_dir: Path) -> None:
+    path = token_path(run_dir)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        _write_private(path, secrets.token_hex(32))
+
+
+def _copy_token(source: Path, run_dir: Path) -> None:
+    try:
+        token = source.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"The token file {source} cannot be read ({error.strerror}); copy it from the head."
+        ) from error
+    path = token_path(run_dir)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    _write_private(path, token)
+
+
+def _write_private(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _forget_other_tokens() -> None:
+    """Ray caches mode and token per process; this one may have been joined to another cluster before."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    raylet.Config.initialize("")
+
+
+def _free_port() -> int:
+    for port in _CLIENT_PORTS:
+        with socket.socket(socket.AF_INET) as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return port
+    raise ConfigError(f"No port from {_CLIENT_PORTS[0]} to {_CLIENT_PORTS[-1]} is free; stop what uses them.")
+
+
+def _record(run_dir: Path) -> Path:
+    return run_dir / "ray" / "node.json"
+
+
+def _save(run_dir: Path, node: RayNode) -> None:
+    _record(run_dir).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _record(run_dir).write_text(json.dumps(asdict(node)), encoding="utf-8")
+
+
+def _session_members(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (OSError, psutil.Error):
+            continue
+    return found
+
+
+def _find(pid: int, started: float) -> psutil.Process | None:
+    """The process, unless its id belongs to another one by now."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return None
+    return process if same else None
+
+
+def _with_descendants(node: RayNode) -> list[psutil.Process]:
+    roots = [process for pid, started in node.processes if (process := _find(pid, started))]
+    found: dict[int, psutil.Process] = {process.pid: process for process in roots}
+    for root in roots:
+        try:
+            found.update({child.pid: child for child in root.children(recursive=True)})
+        except psutil.NoSuchProcess:
+            continue
+    return list(found.values())
+
+
+def _signal(process: psutil.Process, how: str) -> None:
+    try:
+        getattr(process, how)()
+    except psutil.NoSuchProcess:
+        return
+
+
+def _last_line(log: Path) -> str:
+    lines: list[Any] = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return str(lines[-1]) if lines else "it said nothing"

@@ -1,0 +1,126 @@
+"""The Control service on gRPC: messages in, the loop's methods, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from cluster.controller.cluster_status import ProcessFacts
+from cluster.controller.loop import ControllerLoop
+from cluster.controller.messages import plan_summary, report_from_message
+from cluster.domain.errors import ClusterError, ConfigError
+from cluster.domain.ids import ReplicaId
+from cluster.telemetry.logs import get_logger
+from cluster.v1 import control_pb2, control_pb2_grpc
+from cluster.wire.convert import endpoint_table_to_message
+from cluster.wire.deployment import deployment_from_message
+from cluster.wire.status import to_rpc_status
+
+MAX_REPLICAS = 10_000
+MAX_DEADLINE_S = 3600.0
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ControlService(control_pb2_grpc.ControlServicer):
+    """Adapter. ``on_shutdown`` is called once nothing is left and the answer is on its way."""
+
+    def __init__(self, loop: ControllerLoop, on_shutdown: Callable[[], None]) -> None:
+        self._loop = loop
+        self._on_shutdown = on_shutdown
+        self._closing = False
+        self._log = get_logger()
+
+    def close(self) -> None:
+        """Streams that end from now on are our doing, not their ranks'."""
+        self._closing = True
+
+    async def Apply(self, request: control_pb2.ApplyRequest, context: Context) -> control_pb2.ApplyResponse:
+        try:
+            configs = tuple(deployment_from_message(m) for m in request.spec.models)
+            desired = await self._loop.apply(configs)
+        except Exception as error:  # boundary: every error becomes a status
+            await self._refuse(context, error)
+        return control_pb2.ApplyResponse(plans=[plan_summary(model) for model in desired])
+
+    async def GetStatus(self, _request: control_pb2.GetStatusRequest, _context: Context) -> control_pb2.ClusterStatus:
+        return self._loop.status()
+
+    async def Scale(self, request: control_pb2.ScaleRequest, context: Context) -> control_pb2.ScaleResponse:
+        try:
+            await self._loop.scale(request.model, _replicas(request.replicas))
+        except Exception as error:  # boundary: every error becomes a status
+            await self._refuse(context, error)
+        return control_pb2.ScaleResponse()
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
+        try:
+            await self._loop.drain(ReplicaId.parse(request.replica), _deadline(request.deadline_s, "deadline_s"))
+        except Exception as error:  # boundary: every error becomes a status
+            await self._refuse(context, error)
+        return control_pb2.DrainResponse()
+
+    async def Shutdown(self, request: control_pb2.ShutdownRequest, context: Context) -> control_pb2.ShutdownResponse:
+        try:
+            deadline_s = _deadline(request.drain_deadline_s, "drain_deadline_s")
+            # Goes on when the one who asked does not wait for it.
+            await asyncio.shield(self._loop.shutdown(deadline_s))
+        except Exception as error:  # boundary: every error becomes a status
+            await self._refuse(context, error)
+        self._on_shutdown()
+        return control_pb2.ShutdownResponse()
+
+    async def ExplainPlacement(
+        self, request: control_pb2.ExplainPlacementRequest, context: Context
+    ) -> control_pb2.PlacementExplanation:
+        try:
+            found = await self._loop.explain(deployment_from_message(request.deployment))
+        except Exception as error:  # boundary: every error becomes a status
+            await self._refuse(context, error)
+        return control_pb2.PlacementExplanation(feasible=found.feasible, text=found.text, json=found.json)
+
+    async def WatchEndpoints(
+        self, request: control_pb2.WatchEndpointsRequest, context: Context
+    ) -> AsyncIterator[control_pb2.EndpointTable]:
+        router = ProcessFacts("router", request.pid, request.node, dict(request.ports))
+        try:
+            async with aclosing(self._loop.watch_endpoints(router)) as tables:
+                async for table in tables:
+                    yield endpoint_table_to_message(table)
+        except ClusterError as error:
+            await self._refuse(context, error)
+
+    async def ReportRank(
+        self, request_iterator: AsyncIterator[control_pb2.RankReport], _context: Context
+    ) -> control_pb2.ReportRankResponse:
+        rank_id, stream = None, object()
+        try:
+            async for message in request_iterator:
+                report = report_from_message(message)
+                rank_id = rank_id or report.rank_id
+                if report.rank_id == rank_id:  # one stream speaks for one rank
+                    self._loop.take_report(report, stream)
+        finally:
+            if rank_id is not None and not self._closing:
+                self._loop.rank_stream_ended(rank_id, stream)
+        return control_pb2.ReportRankResponse()
+
+    async def _refuse(self, context: Context, error: Exception) -> None:
+        if not isinstance(error, ClusterError):
+            self._log.error("control_call_failed", caused_by=repr(error), exc_info=error)
+        await context.abort_with_status(to_rpc_status(error))
+
+
+def _replicas(count: int) -> int:
+    if count > MAX_REPLICAS:
+        raise ConfigError(f"replicas is {count}; at most {MAX_REPLICAS} can be asked for.")
+    return count
+
+
+def _deadline(seconds: float, name: str) -> float:
+    if not 0 <= seconds <= MAX_DEADLINE_S:
+        raise ConfigError(f"{name} is {seconds}; give 0 to {MAX_DEADLINE_S:.0f} seconds.")
+    return seconds

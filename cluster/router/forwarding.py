@@ -1,0 +1,356 @@
+"""The life of one request: pick, submit, stream, fail over, end in exactly one way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.config.schema import RouterConfig
+from cluster.domain.clock import Clock
+from cluster.domain.errors import (
+    AbortReason,
+    EngineFailed,
+    RejectReason,
+    RequestAborted,
+    RequestEvicted,
+    RequestRejected,
+)
+from cluster.domain.ids import Incarnation
+from cluster.domain.request import SequenceEnd
+from cluster.router.fleet import Fleet
+from cluster.router.journal import Journal
+from cluster.router.policy.contracts import Demand
+from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
+from cluster.router.session import EngineSession
+from cluster.router.text import TextStream
+from cluster.router.validation import ValidRequest
+from cluster.telemetry.metrics import RouterMetrics
+from cluster.v1 import engine_pb2, inference_pb2
+from cluster.wire import convert
+
+RETRY_AFTER_S = 1.0
+REFUSALS_MAX = 1  # further endpoints that a new request tries after one is full
+UPDATES_SLACK = 16  # updates of a sequence beside one for each token
+FULL_PAUSE_S = 0.1  # a started request that finds every endpoint full looks again after this
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """New text and tokens of a request."""
+
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[inference_pb2.TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that ran to its end."""
+
+    finish_reason: inference_pb2.FinishReason
+    usage: inference_pb2.Usage
+
+
+Emit = Callable[[Progress], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every request of a router shares."""
+
+    fleet: Fleet
+    config: RouterConfig
+    metrics: RouterMetrics
+    clock: Clock
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What has been tried for one request."""
+
+    failed: set[Incarnation] = field(default_factory=set)
+    full: set[Incarnation] = field(default_factory=set)
+    draining: set[Incarnation] = field(default_factory=set)
+    losses: int = 0
+
+
+class RequestRun:
+    """One request on its way. ``run`` once; ``interrupt`` ends it from outside with the given error."""
+
+    def __init__(
+        self,
+        request: ValidRequest,
+        text: TextStream | None,
+        checkpoint_digest: str,
+        surroundings: Surroundings,
+        arrived_s: float,
+    ) -> None:
+        self._request = request
+        self._text = text
+        self._digest = checkpoint_digest
+        self._around = surroundings
+        self._arrived_s = arrived_s
+        self._journal = Journal(request.resumed_token_ids, request.sampling.max_tokens)
+        self._tries = _Tries()
+        self._interruption: Exception | None = None
+        self._interrupted = asyncio.Event()
+        self._stream: SequenceStream | None = None
+        self._last_token_s: float | None = None
+        self._wait_until_s: float | None = None
+        self._cached_prompt_tokens = 0
+        self._itl = surroundings.metrics.inter_token_latency.labels(model=request.model)
+
+    @property
+    def started(self) -> bool:
+        """Whether an engine has generated anything for this call."""
+        return self._last_token_s is not None
+
+    def interrupt(self, error: Exception) -> None:
+        if self._interruption is None:
+            self._interruption = error
+            self._interrupted.set()
+            if self._stream is not None:
+                self._stream.fail(error)
+
+    def reach_deadline(self) -> None:
+        """The client's deadline has come."""
+        if self.started:
+            self.interrupt(RequestAborted(AbortReason.DEADLINE, "The deadline came before the last token."))
+        else:
+            self.interrupt(RequestEvicted("The deadline came before the first token; allow the request more time."))
+
+    async def run(self, emit: Emit, deadline_s: float | None) -> Ended:
+        """Streams through ``emit`` to the end; raises the request's error otherwise.
+
+        ``deadline_s``: seconds from now. Cancelling the calling task cancels the sequence in its engine.
+        """
+        loop = asyncio.get_running_loop()
+        until_s = None if deadline_s is None else loop.time() + deadline_s
+        timer = None if until_s is None else loop.call_at(until_s, self.reach_deadline)
+        try:
+            ended = await self._replay(emit)
+            while ended is None:
+                ended = await self._attempt(emit, None if until_s is None else until_s - loop.time())
+            return ended
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _replay(self, emit: Emit) -> Ended | None:
+        """Brings the text up to the tokens generated before this call; they may already be the end."""
+        resumed = self._request.resumed_token_ids
+        if self._text is not None and resumed:
+            self._text.push(resumed)
+            if self._text.stopped:
+                return self._ended(inference_pb2.FINISH_REASON_STOP)
+        return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH) if self._journal.full else None
+
+    async def _attempt(self, emit: Emit, deadline_s: float | None) -> Ended | None:
+        """One try on one endpoint; None when another one has to follow."""
+        session = await self._endpoint()
+        attempt = self._journal.begin_attempt()
+        incarnation = session.endpoint.incarnation
+        try:
+            sequence_id, stream = self._submit(session, attempt, deadline_s)
+        except SequenceLost as lost:
+            self._lose(incarnation, lost.reason)
+            return None
+        self._stream = stream
+        try:
+            return await self._follow(emit, stream, attempt, incarnation)
+        except SequenceLost as lost:
+            if self._journal.full:  # only the engine's last word is missing, and we know it
+                return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH)
+            self._lose(incarnation, lost.reason)
+            return None
+        finally:
+            self._stream = None
+            session.release(sequence_id)
+
+    def _submit(self, session: EngineSession, attempt: int, deadline_s: float | None) -> tuple[int, SequenceStream]:
+        request = self._request
+        submit = engine_pb2.Submit(
+            attempt=attempt,
+            prompt_token_ids=request.prompt_token_ids,
+            generated_token_ids=self._journal.generated,
+            sampling=convert.sampling_to_message(request.sampling),
+            logprobs=request.sampling.logprobs,
+            priority=request.priority,
+            deadline_s=None if deadline_s is None else max(0.0, deadline_s),
+            request_id=request.request_id,
+        )
+        tokens = len(request.prompt_token_ids) + len(self._journal.generated)
+        entry = session.submit(submit, tokens, updates_max=self._journal.room() + UPDATES_SLACK)
+        if attempt == 1:
+            waited_s = self._around.clock.now() - self._arrived_s
+            self._around.metrics.queue_seconds.labels(model=request.model).observe(waited_s)
+        return entry
+
+    async def _follow(self, emit: Emit, stream: SequenceStream, attempt: int, incarnation: Incarnation) -> Ended | None:
+        """Journals and emits whatever the engine says, until it says that it is over."""
+        while True:
+            for update in await stream.receive():
+                if not self._journal.accepts(update.attempt):
+                    continue
+                assert attempt == self._journal.attempt
+                if update.cached_prompt_tokens:
+                    self._cached_prompt_tokens = max(self._cached_prompt_tokens, update.cached_prompt_tokens)
+                if update.token_ids:
+                    await self._take(emit, update)
+                    if self._text is not None and self._text.stopped:
+                        return self._ended(inference_pb2.FINISH_REASON_STOP)
+                end = convert.end_from_message(update.end)
+                if end is not None:
+                    return await self._close(emit, end, update.detail, incarnation)
+
+    async def _take(self, emit: Emit, update: engine_pb2.SequenceUpdate) -> None:
+        token_ids: Sequence[int] = update.token_ids
+        room = self._journal.room()
+        if len(token_ids) > room:
+            token_ids = token_ids[:room]
+        text = ""
+        if self._text is not None:
+            emission = self._text.push(token_ids)
+            text = emission.text
+            if emission.kept < len(token_ids):
+                token_ids = token_ids[: emission.kept]
+        self._journal.append(token_ids)
+        self._wait_until_s = None
+        self._observe_tokens(len(token_ids))
+        await emit(Progress(text, token_ids, update.logprobs[: len(token_ids)]))
+
+    def _observe_tokens(self, count: int) -> None:
+        now_s = self._around.clock.now()
+        if self._last_token_s is None:
+            metric = self._around.metrics.time_to_first_token.labels(model=self._request.model)
+            metric.observe(now_s - self._arrived_s)
+        elif count:
+            gap_s = (now_s - self._last_token_s) / count
+            for _ in range(count):
+                self._itl.observe(gap_s)
+        self._last_token_s = now_s
+
+    async def _close(self, emit: Emit, end: SequenceEnd, detail: str, incarnation: Incarnation) -> Ended | None:
+        """The engine's last word, in the request's terms; None when another endpoint is to be tried."""
+        if end is SequenceEnd.STOP:
+            return await self._finish(emit, inference_pb2.FINISH_REASON_STOP)
+        if end is SequenceEnd.LENGTH:
+            return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH)
+        if end is SequenceEnd.REJECTED_DRAINING:
+            self._tries.draining.add(incarnation)
+            return None
+        if end is SequenceEnd.REJECTED_CAPACITY:
+            self._tries.full.add(incarnation)
+            return None
+        if end is SequenceEnd.CANCELLED:
+            raise SequenceLost(LossReason.DROPPED)
+        if end is SequenceEnd.REJECTED_INVALID:
+            raise RequestRejected(RejectReason.INVALID, detail or "The engine refuses this request.")
+        if self.started:
+            raise RequestAborted(AbortReason.DEADLINE, "The deadline came before the last token.")
+        raise RequestEvicted("The deadline came before the first token; allow the request more time.")
+
+    async def _finish(self, emit: Emit, reason: inference_pb2.FinishReason) -> Ended:
+        """Lets the held-back text out; a stop string found in it beats LENGTH."""
+        if self._text is not None:
+            text = self._text.flush()
+            if self._text.stopped:
+                reason = inference_pb2.FINISH_REASON_STOP
+            if text:
+                await emit(Progress(text, (), ()))
+        return self._ended(reason)
+
+    def _ended(self, reason: inference_pb2.FinishReason) -> Ended:
+        usage = inference_pb2.Usage(
+            prompt_tokens=len(self._request.prompt_token_ids),
+            generated_tokens=self._journal.generated_tokens,
+            cached_prompt_tokens=self._cached_prompt_tokens,
+            failovers=self._tries.losses,
+            seed=self._request.sampling.seed,
+        )
+        return Ended(reason, usage)
+
+    def _lose(self, incarnation: Incarnation, reason: LossReason) -> None:
+        self._tries.failed.add(incarnation)
+        self._tries.losses += 1
+        self._around.metrics.failovers.labels(reason=reason.value).inc()
+        allowed = self._around.config.max_failovers
+        if self._tries.losses > allowed:
+            raise EngineFailed(
+                f"{self._tries.losses} replicas broke under this request, more than max_failovers {allowed}; "
+                "send it again with the tokens received so far.",
+                retryable=True,
+            )
+
+    async def _endpoint(self) -> EngineSession:
+        """An endpoint for the next attempt.
+
+        A new request takes one now or is rejected. A request that has lost its replica waits, exempt from
+        bounds, for ``failover_wait_s`` at most.
+        """
+        self._raise_interruption()
+        picked = self._pick()
+        if picked is not None:
+            return picked
+        if not self._tries.losses:
+            raise self._rejection()
+        gauge = self._around.metrics.queued_requests.labels(model=self._request.model)
+        loop = asyncio.get_running_loop()
+        if self._wait_until_s is None:
+            self._wait_until_s = loop.time() + self._around.config.failover_wait_s
+        with gauge.track_inprogress():
+            while (left_s := self._wait_until_s - loop.time()) > 0:
+                await self._pause(min(left_s, FULL_PAUSE_S) if self._tries.full else left_s)
+                self._raise_interruption()
+                self._tries.full.clear()
+                picked = self._pick()
+                if picked is not None:
+                    return picked
+        raise EngineFailed(
+            f"The replica broke and no other was ready within failover_wait_s "
+            f"({self._around.config.failover_wait_s:g} s); send the request again with the tokens received so far.",
+            retryable=True,
+        )
+
+    def _pick(self) -> EngineSession | None:
+        tries = self._tries
+        if len(tries.full) > REFUSALS_MAX and not tries.losses:
+            return None
+        demand = Demand(
+            model=self._request.model,
+            checkpoint_digest=self._digest,
+            refused=frozenset(tries.full | tries.draining),
+            failed=frozenset(tries.failed),
+        )
+        found = self._around.fleet.choose(demand)
+        if found is None:
+            return None
+        session, choice = found
+        replica = str(session.endpoint.incarnation.replica)
+        self._around.metrics.endpoint_picks.labels(replica=replica, scorer=choice.scorer).inc()
+        self._digest = session.endpoint.checkpoint_digest
+        return session
+
+    def _rejection(self) -> RequestRejected:
+        model = self._request.model
+        if self._tries.full:
+            message = f"Model {model} has no room for another request; try again in a moment."
+            return RequestRejected(RejectReason.QUEUE_FULL, message, RETRY_AFTER_S)
+        message = f"No replica of model {model} takes new requests; try again in a moment."
+        reason = RejectReason.DRAINING if self._tries.draining else RejectReason.NO_ENDPOINT
+        return RequestRejected(reason, message, RETRY_AFTER_S)
+
+    async def _pause(self, limit_s: float) -> None:
+        """Until an endpoint changes, the request is interrupted, or ``limit_s`` have passed."""
+        change = self._around.fleet.change()
+        interrupted = asyncio.ensure_future(self._interrupted.wait())
+        try:
+            await asyncio.wait((change, interrupted), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            change.cancel()
+            interrupted.cancel()
+
+    def _raise_interruption(self) -> None:
+        if self._interruption is not None:
+            raise self._interruption

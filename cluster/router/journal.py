@@ -1,0 +1,51 @@
+"""What is known for sure about one request: its tokens so far, and which attempt may add to them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Journal:
+    """The tokens of one request, each once, however often they were replayed.
+
+    ``resumed`` tokens came with the request (they count towards ``max_tokens``, not as this call's);
+    ``attempt`` numbers the tries from 1, and only the current one may append.
+    """
+
+    __slots__ = ("_generated", "_max_tokens", "_resumed", "attempt")
+
+    def __init__(self, resumed: Sequence[int], max_tokens: int) -> None:
+        self._generated = list(resumed)
+        self._resumed = len(self._generated)
+        self._max_tokens = max_tokens
+        self.attempt = 0
+
+    def begin_attempt(self) -> int:
+        """A new try: whatever an older one still says is ignored from here on."""
+        self.attempt += 1
+        return self.attempt
+
+    def accepts(self, attempt: int) -> bool:
+        return attempt == self.attempt
+
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return max(0, self._max_tokens - len(self._generated))
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        assert len(token_ids) <= self.room(), "more tokens than were asked for"
+        self._generated += token_ids
+
+    @property
+    def full(self) -> bool:
+        return len(self._generated) >= self._max_tokens
+
+    @property
+    def generated(self) -> Sequence[int]:
+        """All tokens after the prompt, resumed ones first: what the next attempt continues from."""
+        return self._generated
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of this call, resumed ones left out."""
+        return len(self._generated) - self._resumed

@@ -1,0 +1,278 @@
+"""Adapter: one replica incarnation, met through its Engine service.
+
+A session keeps one multiplexed stream open for as long as the endpoint is in the table. A stream that breaks or
+falls silent fails every sequence on it at once and is opened again, with a bounded backoff.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import grpc
+import grpc.aio
+
+from cluster.domain.endpoint import Endpoint
+from cluster.domain.errors import CheckpointError
+from cluster.router.endpoint_table import Candidate, LiveLoad
+from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
+from cluster.router.tokenization import Tokenizer, TokenizerCache
+from cluster.telemetry.logs import Logger
+from cluster.v1 import engine_pb2, engine_pb2_grpc
+from cluster.wire import channel, convert
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 1.0
+OUTBOX_MAX = 16384
+SILENCE_CHECKS = 8  # per engine_silence_s
+DESCRIBE_TIMEOUT_S = 30.0
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]"
+
+
+class HandshakeRefused(Exception):  # noqa: N818 - stays inside the session
+    """Somebody else than expected answers at the endpoint's address."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettings:
+    """What all sessions of a router share."""
+
+    router_id: str
+    engine_silence_s: float
+    tokenizers: TokenizerCache
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a replica serves; ``tokenizer`` is None when its checkpoint has none."""
+
+    card: engine_pb2.ModelCard
+    tokenizer: Tokenizer | None
+
+
+class EngineSession:
+    """The router's side of Engine.Session for one endpoint.
+
+    ``on_change`` is called whenever ``up`` changed. ``submit`` and ``release`` never wait: they are gathered
+    and leave in one Commands message per turn of the event loop.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, settings: SessionSettings, on_change: Callable[[], None], log: Logger
+    ) -> None:
+        self.endpoint = endpoint
+        self.up = False
+        self.load = LiveLoad(endpoint.block_size)
+        self.served: ServedModel | None = None
+        self._settings = settings
+        self._on_change = on_change
+        self._log = log.bind(replica=str(endpoint.incarnation), address=endpoint.address)
+        self._sequences: dict[int, tuple[SequenceStream, int]] = {}
+        self._next_id = 1
+        self._submits: dict[int, engine_pb2.Submit] = {}
+        self._cancels: list[int] = []
+        self._outgoing = asyncio.Event()
+        self._heard = False
+        self._task = asyncio.get_running_loop().create_task(self._keep_open(), name=f"session {endpoint.incarnation}")
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.endpoint, self.up, self.load.tokens)
+
+    @property
+    def open_sequences(self) -> int:
+        return len(self._sequences)
+
+    def submit(self, submit: engine_pb2.Submit, tokens: int, updates_max: int) -> tuple[int, SequenceStream]:
+        """Sends ``submit`` under an id of its own. SequenceLost when the session is down or its outbox full."""
+        if not self.up:
+            raise SequenceLost(LossReason.BROKEN)
+        if len(self._submits) >= OUTBOX_MAX:
+            raise SequenceLost(LossReason.OVERFLOW)
+        sequence_id, self._next_id = self._next_id, self._next_id + 1
+        submit.sequence_id = sequence_id
+        stream = SequenceStream(updates_max)
+        self._sequences[sequence_id] = stream, tokens
+        self._submits[sequence_id] = submit
+        self.load.sent(tokens)
+        self._outgoing.set()
+        return sequence_id, stream
+
+    def release(self, sequence_id: int) -> None:
+        """The request is done with this sequence; the engine is told unless it ended by itself."""
+        entry = self._sequences.pop(sequence_id, None)
+        if entry is None:
+            return
+        stream, tokens = entry
+        self.load.ended(tokens)
+        unsent = self._submits.pop(sequence_id, None)
+        if self.up and unsent is None and not stream.ended:
+            self._cancels.append(sequence_id)
+            self._outgoing.set()
+
+    async def close(self, reason: LossReason = LossReason.REMOVED) -> None:
+        """Ends the session; its sequences are lost for ``reason``."""
+        self.up = False
+        self._fail_sequences(reason)
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _keep_open(self) -> None:
+        backoff_s = BACKOFF_FIRST_S
+        while True:
+            reason = LossReason.BROKEN
+            try:
+                async with channel.open_channel(self.endpoint.address) as opened:
+                    await self._run(engine_pb2_grpc.EngineStub(opened))
+            except SequenceLost as lost:
+                reason = lost.reason
+            except (HandshakeRefused, CheckpointError, TimeoutError, grpc.RpcError) as error:
+                self._log.warning("session_failed", error=_brief(error))
+            except Exception:  # boundary: whatever an engine says, its endpoint must be tried again
+                self._log.exception("session_failed")
+            backoff_s = BACKOFF_FIRST_S if self.up else min(2 * backoff_s, BACKOFF_MAX_S)
+            self._went_down(reason)
+            await asyncio.sleep(backoff_s)
+
+    async def _run(self, stub: engine_pb2_grpc.EngineStub) -> None:
+        """One stream, from its handshake to its end; always raises."""
+        call = stub.Session()
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async with asyncio.timeout(self._settings.engine_silence_s):
+                hello = engine_pb2.Hello(
+                    router_id=self._settings.router_id, expected=convert.identity_of(self.endpoint)
+                )
+                await call.write(engine_pb2.SessionRequest(hello=hello))
+                self._check_welcome(await call.read())
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                self.served = await self._describe(stub)
+            silent = asyncio.Event()
+            spawn = asyncio.get_running_loop().create_task
+            tasks = [spawn(self._watch_silence(call, silent)), spawn(self._write(call))]
+            self._came_up()
+            await self._read(call)
+            raise SequenceLost(LossReason.SILENT if silent.is_set() else LossReason.BROKEN)
+        finally:
+            for task in tasks:
+                task.cancel()
+            call.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+
+    async def _read(self, call: _Call) -> None:
+        """Dispatches whatever comes until the stream ends; never waits for a request."""
+        while True:
+            try:
+                message = await call.read()
+            except (grpc.RpcError, asyncio.CancelledError):
+                if _being_cancelled():
+                    raise
+                return
+            if not isinstance(message, engine_pb2.SessionResponse):
+                return  # grpc.aio.EOF
+            self._heard = True
+            kind = message.WhichOneof("message")
+            if kind == "step":
+                for update in message.step.sequences:
+                    entry = self._sequences.get(update.sequence_id)
+                    if entry is not None:
+                        entry[0].deliver(update)
+                if message.step.HasField("load"):
+                    self.load.reported(convert.load_from_message(message.step.load))
+            elif kind == "beat" and message.beat.HasField("load"):
+                self.load.reported(convert.load_from_message(message.beat.load))
+
+    async def _write(self, call: _Call) -> None:
+        """Sends what was gathered, one message per turn of the event loop; ends with the call."""
+        while True:
+            await self._outgoing.wait()
+            await asyncio.sleep(0)  # the rest of this turn joins the same message
+            self._outgoing.clear()
+            submits, self._submits = self._submits, {}
+            cancels, self._cancels = self._cancels, []
+            if not submits and not cancels:
+                continue
+            cancelled = [engine_pb2.Cancel(sequence_id=i) for i in cancels]
+            commands = engine_pb2.Commands(submits=submits.values(), cancels=cancelled)
+            try:
+                await call.write(engine_pb2.SessionRequest(commands=commands))
+            except (grpc.RpcError, asyncio.InvalidStateError):
+                return  # the reader sees the same end and says so
+
+    def _check_welcome(self, message: engine_pb2.SessionResponse | object) -> None:
+        if not isinstance(message, engine_pb2.SessionResponse) or not message.HasField("welcome"):
+            raise HandshakeRefused("the engine ended the session without a welcome")
+        self._check_identity(message.welcome.identity)
+
+    def _check_identity(self, met: engine_pb2.ReplicaIdentity) -> None:
+        expected = convert.identity_of(self.endpoint)
+        if met != expected:
+            raise HandshakeRefused(f"expected {_one_line(expected)}, met {_one_line(met)}")
+
+    async def _describe(self, stub: engine_pb2_grpc.EngineStub) -> ServedModel:
+        """The card, and the tokenizer by its digest: its files travel once per checkpoint."""
+        answer = await stub.Describe(engine_pb2.DescribeRequest())
+        self._check_identity(answer.identity)
+        digest = answer.card.tokenizer_digest
+        if not digest:
+            return ServedModel(answer.card, None)
+        known = self._settings.tokenizers.get(digest)
+        if known is None:
+            full = await stub.Describe(engine_pb2.DescribeRequest(include_tokenizer=True))
+            files = {file.name: file.content for file in full.tokenizer_files}
+            known = await self._settings.tokenizers.build(digest, files)
+        return ServedModel(answer.card, known)
+
+    async def _watch_silence(self, call: _Call, silent: asyncio.Event) -> None:
+        """Cancels the call after ``engine_silence_s`` without a message.
+
+        Time is counted in short waits, each for its nominal length: while this process itself stands still,
+        silence proves nothing about the engine.
+        """
+        interval_s = self._settings.engine_silence_s / SILENCE_CHECKS
+        missed = 0
+        while missed < SILENCE_CHECKS:
+            self._heard = False
+            await asyncio.sleep(interval_s)
+            missed = 0 if self._heard else missed + 1
+        silent.set()
+        call.cancel()
+
+    def _came_up(self) -> None:
+        self.up = True
+        self._log.info("session_up")
+        self._on_change()
+
+    def _went_down(self, reason: LossReason) -> None:
+        was_up, self.up = self.up, False
+        self._submits, self._cancels = {}, []
+        self._fail_sequences(reason)
+        if was_up:
+            self._log.warning("session_down", reason=reason.value)
+            self._on_change()
+
+    def _fail_sequences(self, reason: LossReason) -> None:
+        for stream, _ in self._sequences.values():
+            stream.fail(SequenceLost(reason))
+
+
+def _being_cancelled() -> bool:
+    """Whether this very task is asked to stop, rather than the call it reads from."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _brief(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _one_line(identity: engine_pb2.ReplicaIdentity) -> str:
+    return (
+        f"{identity.model}/{identity.slot}#{identity.generation} digest {identity.checkpoint_digest} "
+        f"block size {identity.block_size}"
+    )

@@ -1,0 +1,60 @@
+"""From tokens to the text a client may see: detokenization and stop strings together. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.router.detokenizer import Detokenizer, Vocabulary
+from cluster.router.stop_strings import StopFilter
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What some tokens let out: ``kept`` of them count, the rest came after a stop."""
+
+    text: str
+    kept: int
+
+
+class TextStream:
+    """One request's text. Everything it says is a pure function of the tokens pushed so far.
+
+    A stop string does not count before ``min_tokens`` tokens: until then text passes unsearched.
+    """
+
+    __slots__ = ("_detokenizer", "_filter", "_min_tokens", "_tokens")
+
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str], min_tokens: int = 0) -> None:
+        self._detokenizer = Detokenizer(vocabulary)
+        self._filter = StopFilter(stops)
+        self._min_tokens = min_tokens
+        self._tokens = 0
+
+    @property
+    def stopped(self) -> bool:
+        return self._filter.stopped
+
+    def push(self, token_ids: Sequence[int]) -> Emission:
+        assert not self.stopped
+        pieces: list[str] = []
+        for index, token_id in enumerate(token_ids):
+            self._tokens += 1
+            text = self._detokenizer.push(token_id)
+            if text:
+                pieces.append(self._filtered(text))
+                if self._filter.stopped:
+                    return Emission("".join(pieces), index + 1)
+        return Emission("".join(pieces), len(token_ids))
+
+    def flush(self) -> str:
+        """The rest after the last token; it may still end at a stop string."""
+        if self.stopped:
+            return ""
+        text = self._filtered(self._detokenizer.flush())
+        return text if self._filter.stopped else text + self._filter.flush()
+
+    def _filtered(self, text: str) -> str:
+        if self._tokens < self._min_tokens:
+            return text
+        return self._filter.push(text)

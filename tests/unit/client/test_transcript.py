@@ -1,0 +1,118 @@
+"""What a client keeps, asks again, and calls its errors."""
+
+import pytest
+
+from cluster.client.requests import build_request, typed_error
+from cluster.client.transcript import Transcript
+from cluster.domain.errors import (
+    ClusterError,
+    ConfigError,
+    EngineFailed,
+    ModelNotFound,
+    RejectReason,
+    RequestAborted,
+    RequestEvicted,
+    RequestRejected,
+)
+from cluster.v1 import inference_pb2
+
+
+def transcript(*addresses: str, resumes_max: int = 2) -> Transcript:
+    return Transcript(build_request([1, 2], {"max_tokens": 9}), addresses or ("a",), resumes_max)
+
+
+def chunk(*ids: int, text: str = "") -> inference_pb2.Chunk:
+    return inference_pb2.Chunk(text=text, token_ids=ids)
+
+
+def test_a_resumed_request_tells_what_is_known() -> None:
+    t = transcript("a", "b")
+    assert list(t.next_request().generated_token_ids) == []
+    t.take(chunk(5, text="x"))
+    t.take(chunk(6, 7, text="y"))
+    assert t.address == "a"
+    assert t.resume_after_s("UNAVAILABLE", None) == 0.0
+    assert t.address == "b"
+    assert list(t.next_request().generated_token_ids) == [5, 6, 7]
+    t.take(chunk(8, text="z"))
+    usage = inference_pb2.Usage(prompt_tokens=2, generated_tokens=1, seed=4)
+    whole = t.finish(inference_pb2.End(finish_reason=inference_pb2.FINISH_REASON_STOP, usage=usage))
+    assert (whole.text, whole.token_ids, whole.finish_reason) == ("xyz", (5, 6, 7, 8), "stop")
+    assert (whole.usage.generated_tokens, whole.usage.resumes, whole.usage.seed) == (4, 1, 4)
+
+
+def test_tokens_given_by_the_caller_are_not_given_back() -> None:
+    t = Transcript(build_request([1], {}, generated_token_ids=[8, 9]), ("a",), 2)
+    t.take(chunk(5))
+    assert t.finish(inference_pb2.End()).token_ids == (5,)
+    t.resume_after_s("UNAVAILABLE", None)
+    assert list(t.next_request().generated_token_ids) == [8, 9, 5]
+
+
+def test_resumes_are_bounded_and_start_again_with_progress() -> None:
+    t = transcript()
+    t.take(chunk(5))
+    assert t.resume_after_s("UNAVAILABLE", None) == 0.1
+    assert t.resume_after_s("UNAVAILABLE", 0.7) == 0.7
+    assert t.resume_after_s("UNAVAILABLE", None) is None
+    t.take(chunk(6))
+    assert t.resume_after_s("UNAVAILABLE", 60.0) == 2.0
+
+
+@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED"])
+def test_only_unavailable_is_tried_again(code: str) -> None:
+    t = transcript("a", "b")
+    t.take(chunk(5))
+    assert t.resume_after_s(code, None) is None
+
+
+def test_what_has_not_started_is_tried_once_on_each_router() -> None:
+    t = transcript("a", "b", "c")
+    assert [t.resume_after_s("UNAVAILABLE", 1.0) for _ in range(3)] == [0.0, 0.0, None]
+    assert transcript("a").resume_after_s("UNAVAILABLE", None) is None
+
+
+def test_prompts_of_every_kind() -> None:
+    assert build_request("hi", {}).text == "hi"
+    assert list(build_request((3, 4), {}).token_ids.ids) == [3, 4]
+    chat = build_request([{"role": "user", "content": "x"}], {}).chat
+    assert [(m.role, m.content) for m in chat.messages] == [("user", "x")]
+    with pytest.raises(RequestRejected, match="not both"):
+        build_request([1, {"role": "user", "content": "x"}], {})
+
+
+def test_sampling_gets_a_seed_and_defaults_stay_defaults() -> None:
+    assert not build_request("x", {}).HasField("sampling")
+    assert not build_request("x", {"max_tokens": 3}).sampling.HasField("seed")
+    sampled = build_request("x", {"temperature": 1.0, "stop": "END"})
+    assert sampled.sampling.HasField("seed")
+    assert list(sampled.sampling.stop) == ["END"]
+    assert build_request("x", {"temperature": 1.0, "seed": 0}).sampling.seed == 0
+    assert sampled.request_id != build_request("x", {}).request_id
+    with pytest.raises(RequestRejected, match="wrong value"):
+        build_request("x", {"max_tokens": -1})
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "started", "expected"),
+    [
+        ("INVALID_ARGUMENT", "INVALID", False, RequestRejected(RejectReason.INVALID, "m")),
+        ("NOT_FOUND", "MODEL_NOT_FOUND", False, ModelNotFound("m")),
+        ("RESOURCE_EXHAUSTED", "QUEUE_FULL", False, RequestRejected(RejectReason.QUEUE_FULL, "m")),
+        ("UNAVAILABLE", "NO_ENDPOINT", False, RequestRejected(RejectReason.NO_ENDPOINT, "m")),
+        ("UNAVAILABLE", "DRAINING", True, RequestRejected(RejectReason.DRAINING, "m")),
+        ("UNAVAILABLE", "REPLICA_FAILED", True, EngineFailed("m", retryable=True)),
+        ("UNAVAILABLE", "", True, RequestRejected(RejectReason.NO_ENDPOINT, "m")),
+        ("DEADLINE_EXCEEDED", "", False, RequestEvicted("m")),
+        ("UNIMPLEMENTED", "", False, ConfigError("m")),
+        ("INTERNAL", "INTERNAL", True, EngineFailed("m", retryable=False)),
+    ],
+)
+def test_errors_have_types(code: str, reason: str, started: bool, expected: ClusterError) -> None:
+    error = typed_error(code, reason, "m", None, "host:1", started=started)
+    assert (type(error), error.reason) == (type(expected), expected.reason)
+
+
+def test_a_deadline_after_the_start_is_an_abort() -> None:
+    assert isinstance(typed_error("DEADLINE_EXCEEDED", "", "", None, "a", started=True), RequestAborted)
+    assert isinstance(typed_error("CANCELLED", "", "", None, "a", started=True), RequestAborted)

@@ -1,0 +1,261 @@
+"""The loop with everything around it fake: what it asks of its parts, and what it tells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cluster.config.schema import ModelConfig
+from cluster.controller.actuator import Explanation
+from cluster.controller.cluster_status import ProcessFacts
+from cluster.controller.desired import DesiredModel
+from cluster.controller.loop import ControllerLoop, Parts
+from cluster.controller.store import Store
+from cluster.domain.clock import MonotonicClock
+from cluster.domain.errors import ConfigError, NoFeasiblePlan, ReplicaError
+from cluster.domain.ids import RankId, ReplicaId
+from cluster.domain.replica import RankPhase
+from cluster.telemetry.logs import get_logger
+from cluster.telemetry.metrics import ControllerMetrics
+from tests.unit.controller.builders import SETTINGS, incarnation, model, report
+
+FAST = SETTINGS.model_copy(update={"reconcile_interval_s": 0.02, "restart_backoff_s": 0.01})
+
+
+class FakeActuator:
+    """Remembers; a started incarnation lives until it is destroyed."""
+
+    def __init__(self) -> None:
+        self.alive: set = set()
+        self.orders: list = []
+        self.destroyed: list = []
+        self.swept: list = []
+        self.ended: dict = {}
+        self.refuse_start = ""
+        self.fail_destroy = 0
+
+    async def start(self, order, blocked) -> None:
+        self.orders.append(order)
+        if self.refuse_start:
+            raise ReplicaError(self.refuse_start)
+        blocked("")
+        self.alive.add(order.incarnation)
+        self.ended[order.incarnation] = asyncio.get_running_loop().create_future()
+
+    async def watch(self, incarnation) -> str:
+        return await asyncio.shield(self.ended[incarnation])
+
+    async def destroy(self, incarnation, world_size) -> None:
+        if self.fail_destroy:
+            self.fail_destroy -= 1
+            raise ReplicaError("it does not die")
+        self.destroyed.append((incarnation, world_size))
+        self.alive.discard(incarnation)
+
+    async def sweep(self, live) -> None:
+        self.swept.append(live)
+
+
+class FakePlanner:
+    def __init__(self) -> None:
+        self.asked: list = []
+
+    async def plan(self, config, kept) -> DesiredModel:
+        self.asked.append((config.name, [m.name for m in kept]))
+        if "huge" in config.model:
+            raise NoFeasiblePlan("huge does not fit")
+        return model(config=config, replicas=config.replicas)
+
+    async def explain(self, config, kept) -> Explanation:
+        return Explanation(True, config.name, "{}")
+
+
+class Bench:
+    def __init__(self, tmp_path) -> None:
+        self.tmp_path = tmp_path
+        self.actuator, self.planner = FakeActuator(), FakePlanner()
+        self.registry = CollectorRegistry()
+        self.begin()
+
+    def begin(self) -> None:
+        store = Store(self.tmp_path)
+        parts = Parts(
+            "c", FAST, store, self.actuator, self.planner, MonotonicClock(), ControllerMetrics(CollectorRegistry()),
+            get_logger(),
+        )  # fmt: skip
+        self.loop = ControllerLoop(parts, store.begin_life())
+        self.loop.control_address = "127.0.0.1:1"
+        self.running = asyncio.ensure_future(self.loop.run())
+
+    async def end(self) -> None:
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+
+    async def until(self, what, deadline_s: float = 5.0) -> None:
+        async def poll() -> None:
+            while not what():
+                assert not self.running.done(), self.running
+                await asyncio.sleep(0.005)
+
+        await asyncio.wait_for(poll(), deadline_s)
+
+    def speak(self, who, phase=RankPhase.READY, **changes) -> None:
+        for rank in range(2):
+            self.loop.take_report(report(who, rank, phase, **changes), (who, rank))
+
+    async def ready(self, who) -> None:
+        await self.until(lambda: who in self.actuator.alive)
+        self.speak(who)
+        await self.until(lambda: (who.replica.slot, who.generation) in self.serving())
+
+    def serving(self) -> list[tuple[int, int]]:
+        return [(r.slot, r.generation) for r in self.loop.status().replicas if r.phase == "READY"]
+
+
+@pytest.fixture
+async def bench(tmp_path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    await made.end()
+
+
+A = ModelConfig(model="/models/m")
+
+
+async def test_from_apply_to_ready(bench):
+    (planned,) = await bench.loop.apply((A,))
+    assert planned.name == "m"
+    await bench.ready(incarnation())
+    (order,) = bench.actuator.orders
+    assert order.control_address == "127.0.0.1:1"
+    assert order.total_ranks == 2
+    assert len(order.port_candidates) == 8
+
+
+async def test_the_generation_is_durable_before_anything_acts(bench):
+    seen = []
+    start = bench.actuator.start
+
+    async def look(order, blocked):
+        seen.append(Store(bench.tmp_path).load().slots[order.incarnation.replica].generation)
+        await start(order, blocked)
+
+    bench.actuator.start = look
+    await bench.loop.apply((A,))
+    await bench.until(lambda: seen)
+    assert seen == [1]
+
+
+async def test_a_process_that_ends_before_it_ever_reported_fails_its_replica(bench):
+    await bench.loop.apply((A,))
+    await bench.until(lambda: incarnation() in bench.actuator.alive)
+    bench.actuator.ended[incarnation()].set_result("dead: rank 0's process ended")
+    await bench.ready(incarnation(generation=2))
+    assert bench.actuator.destroyed == [(incarnation(), 2)]
+    ports = [set(order.port_candidates) for order in bench.actuator.orders]
+    assert not ports[0] & ports[1]
+
+
+async def test_a_start_that_fails_is_tried_again(bench):
+    bench.actuator.refuse_start = "no such thing"
+    await bench.loop.apply((A,))
+    await bench.until(lambda: len(bench.actuator.orders) >= 2)
+    bench.actuator.refuse_start = ""
+    await bench.until(lambda: bool(bench.actuator.alive))
+
+
+async def test_a_broken_stream_rebuilds_at_once(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    bench.loop.rank_stream_ended(RankId(incarnation(), 1), (incarnation(), 1))
+    await bench.ready(incarnation(generation=2))
+
+
+async def test_remains_that_do_not_die_are_never_doubled(bench):
+    bench.actuator.fail_destroy = 1
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    bench.loop.rank_stream_ended(RankId(incarnation(), 1), (incarnation(), 1))
+    await bench.until(lambda: bench.actuator.fail_destroy == 0)
+    await asyncio.sleep(0.1)
+    assert bench.actuator.alive == {incarnation()}
+    assert len(bench.actuator.orders) == 1
+
+
+async def test_a_refused_model_changes_nothing(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    with pytest.raises(NoFeasiblePlan):
+        await bench.loop.apply((A.model_copy(update={"replicas": 3}), ModelConfig(model="/models/huge")))
+    assert [(m.name, m.desired_replicas) for m in bench.loop.status().models] == [("m", 1)]
+    assert bench.serving() == [(0, 1)]
+
+
+async def test_models_that_ask_the_same_are_not_planned_again(bench):
+    await bench.loop.apply((A,))
+    await bench.loop.apply((A.model_copy(update={"replicas": 2}), ModelConfig(model="/models/b")))
+    assert bench.planner.asked == [("m", []), ("b", ["m"])]
+    assert [m.desired_replicas for m in bench.loop.status().models] == [2, 1]
+
+
+async def test_two_models_of_one_name_are_refused(bench):
+    with pytest.raises(ConfigError, match="served_model_name"):
+        await bench.loop.apply((A, ModelConfig(model="/elsewhere/m")))
+
+
+async def test_scaling_an_unknown_model_names_those_there_are(bench):
+    await bench.loop.apply((A,))
+    with pytest.raises(ConfigError, match="served are: m"):
+        await bench.loop.scale("x", 2)
+
+
+async def test_only_a_ready_replica_can_be_drained(bench):
+    with pytest.raises(ConfigError, match="unknown"):
+        await bench.loop.drain(ReplicaId("m", 0), 1.0)
+
+
+async def test_routers_hear_every_table_and_are_processes_meanwhile(bench):
+    await bench.loop.apply((A,))
+    tables = bench.loop.watch_endpoints(ProcessFacts("router", 7, "h"))
+    first = await anext(tables)
+    assert first.endpoints == ()
+    await bench.ready(incarnation())
+    second = await asyncio.wait_for(anext(tables), 5)
+    assert [e.incarnation for e in second.endpoints] == [incarnation()]
+    assert second.epoch > first.epoch
+    assert [p.kind for p in bench.loop.status().processes] == ["router", "rank", "rank"]
+    await tables.aclose()
+    assert [p.kind for p in bench.loop.status().processes] == ["rank", "rank"]
+
+
+async def test_a_restarted_loop_adopts_and_says_nothing_before_it_has(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    epoch = bench.loop.status().epoch
+    await bench.end()
+    bench.begin()
+    tables = bench.loop.watch_endpoints(ProcessFacts("router", 7, "h"))
+    waiting = asyncio.ensure_future(anext(tables))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    bench.speak(incarnation())
+    table = await asyncio.wait_for(waiting, 5)
+    assert [e.incarnation for e in table.endpoints] == [incarnation()]
+    assert table.epoch > epoch
+    assert len(bench.actuator.orders) == 1
+    assert bench.actuator.swept[-1] == {incarnation()}
+    await tables.aclose()
+
+
+async def test_shutdown_ends_everything_and_refuses_more(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    await asyncio.wait_for(bench.loop.shutdown(0.0), 5)
+    assert not bench.actuator.alive
+    assert bench.actuator.swept[-1] == frozenset()
+    with pytest.raises(ReplicaError, match="shutting down"):
+        await bench.loop.apply((A,))
+    assert Store(bench.tmp_path).load().desired == ()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cluster.controller.fleet import SlotRecord
+from cluster.controller.store import Store, StoredState
+from cluster.domain.errors import ConfigError
+from cluster.domain.ids import ReplicaId
+from tests.unit.controller.builders import model
+
+
+def test_no_file_is_an_empty_state(tmp_path):
+    assert Store(tmp_path).load() == StoredState()
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    slots = {ReplicaId("org.model-x", 3): SlotRecord(7, "f", 4)}
+    state = StoredState(2, (model(), model("b", 0, 1, revision="abc")), slots, 88, 50052)
+    Store(tmp_path).save(state)
+    assert Store(tmp_path).load() == state
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["controller.json"]
+
+
+def test_every_life_is_counted(tmp_path):
+    assert [Store(tmp_path).begin_life().life for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', "null"])
+def test_a_damaged_file_is_named_with_the_way_out(tmp_path, text):
+    store = Store(tmp_path)
+    store.save(StoredState())
+    store.path.write_text(text)
+    with pytest.raises(ConfigError, match=r"controller\.json is damaged .* remove that file"):
+        store.load()
+
+
+def test_a_damaged_model_is_damage_too(tmp_path):
+    store = Store(tmp_path)
+    store.save(StoredState(1, (model(),)))
+    stored = json.loads(store.path.read_text())
+    stored["models"][0]["weight_bytes_per_rank"] = [1]
+    store.path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match="damaged"):
+        store.load()
+
+
+def test_a_crash_while_writing_leaves_the_old_state(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.save(StoredState(life=1))
+
+    def crash(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(json, "dump", crash)
+    with pytest.raises(OSError, match="no space"):
+        store.save(StoredState(life=2))
+    assert store.load().life == 1

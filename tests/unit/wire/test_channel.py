@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from cluster.domain.errors import PortTakenError
+from cluster.wire import channel
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[grpc.aio.Server]:
+    server = channel.new_server()
+    yield server
+    await server.stop(None)
+
+
+async def test_any_port(server: grpc.aio.Server) -> None:
+    assert channel.bind(server, "127.0.0.1", 0) > 0
+
+
+async def test_a_taken_port_is_named(server: grpc.aio.Server) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"Port {port} on 127.0.0.1 is taken"):
+            channel.bind(server, "127.0.0.1", port)
+
+
+async def test_a_scan_takes_the_next_free_one(server: grpc.aio.Server) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert port < channel.bind(server, "127.0.0.1", port, scan=True) < port + channel.PORTS_TRIED
+
+
+async def test_two_servers_never_share_a_port(server: grpc.aio.Server) -> None:
+    port = channel.bind(server, "127.0.0.1", 0)
+    second = channel.new_server()
+    with pytest.raises(PortTakenError):
+        channel.bind(second, "127.0.0.1", port)
+    await second.stop(None)
+
+
+def test_both_ends_agree_on_limits() -> None:
+    ours, theirs = dict(channel.CHANNEL_OPTIONS), dict(channel.SERVER_OPTIONS)
+    for name in ("grpc.max_send_message_length", "grpc.max_receive_message_length"):
+        assert ours[name] == theirs[name] == 64 * 2**20
+    assert ours["grpc.keepalive_time_ms"] == theirs["grpc.keepalive_time_ms"] == 20_000
+    # A server that allows fewer pings than its clients send cuts them off.
+    assert theirs["grpc.http2.min_recv_ping_interval_without_data_ms"] < ours["grpc.keepalive_time_ms"]
