@@ -32,6 +32,9 @@ from cluster.wire.channel import require_free
 ROUTER_START_DEADLINE_S = 60.0
 PROCESS_END_DEADLINE_S = 10.0
 
+# Routers that this process started: they may outlive it, and those that end before it are reaped here.
+_CHILDREN: list[subprocess.Popen[bytes]] = []
+
 Say = Callable[[str], None]
 
 
@@ -138,7 +141,9 @@ def _start_controller(config: ClusterConfig, run_dir: Path) -> str:
 
 
 def cpu_slots(config: ClusterConfig) -> int:
-    """CPU ranks that this machine offers: its cores, or as many more as the models ask for."""
+    """CPU ranks that this machine offers: as configured, or its cores, or as many more as the models ask for."""
+    if config.controller.cpu_slots is not None:
+        return config.controller.cpu_slots
     wanted = sum(model.replicas * (model.tensor_parallel_size or 1) for model in config.models)
     return max(os.cpu_count() or 1, wanted)
 
@@ -166,16 +171,17 @@ def _spawn_router(
         reason = said[-1].removeprefix("llm-cluster: ") if said else "it said nothing"
         raise ReplicaError(f"The router did not start: {reason}")
     ports: dict[str, int] = json.loads(line)["ports"]
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None] + [process]
     return process, ports
 
 
 def _first_line(process: subprocess.Popen[bytes]) -> bytes:
     assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
+    with process.stdout as output, selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
         if not selector.select(ROUTER_START_DEADLINE_S):
             return b""
-    return process.stdout.readline()
+        return output.readline()
 
 
 def _end_what_began(run_dir: Path) -> None:

@@ -72,6 +72,9 @@ class ControllerConfig(_Section):
     metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
     engine_port: Port = Field(50060, ge=0, le=65535, description="First port tried by leaders on each host; 0 = any.")
     rank_ports: tuple[int, int] = Field((20000, 23999), description="Rendezvous ports, first and last.")
+    cpu_slots: PositiveInt | None = Field(
+        None, description="CPU ranks that a Ray started by us offers; default: its cores, or what the models ask for."
+    )
     reconcile_interval_s: float = Field(0.5, gt=0)
     rank_silence_s: float = Field(5.0, gt=0, description="A rank that reports nothing for so long is dead.")
     step_deadline_s: float = Field(60.0, gt=0, description="A step that runs for so long hangs.")

@@ -134,7 +134,9 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
     def __init__(self, engine: FakeEngine) -> None:
         self._engine = engine
 
-    async def Describe(self, request: engine_pb2.DescribeRequest, context: Any) -> engine_pb2.DescribeResponse:
+    async def Describe(  # noqa: N802 - the service's name
+        self, request: engine_pb2.DescribeRequest, context: Any
+    ) -> engine_pb2.DescribeResponse:
         engine = self._engine
         files = engine.tokenizer_files.items() if request.include_tokenizer else ()
         return engine_pb2.DescribeResponse(
@@ -143,7 +145,9 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             tokenizer_files=[engine_pb2.TokenizerFile(name=n, content=c) for n, c in files],
         )
 
-    async def Session(self, requests: Any, context: grpc.aio.ServicerContext) -> None:
+    async def Session(  # noqa: N802 - the service's name
+        self, requests: Any, context: grpc.aio.ServicerContext
+    ) -> None:
         engine = self._engine
         if engine.dead.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "dead")
@@ -222,7 +226,9 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
                 sequence.sent += 1
                 update.token_ids.append(token)
                 if submit.logprobs:
-                    update.logprobs.append(inference_pb2.TokenLogprobs(token_id=token, logprob=-len(sequence.generated)))
+                    update.logprobs.append(
+                        inference_pb2.TokenLogprobs(token_id=token, logprob=-len(sequence.generated))
+                    )
                 if len(sequence.generated) >= submit.sampling.max_tokens:
                     update.end = engine_pb2.SEQUENCE_END_LENGTH
                     break

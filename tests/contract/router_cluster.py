@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
-
 from cluster.config.schema import RouterConfig
 from cluster.router.service import RunningRouter, serve_router
 from cluster.v1 import inference_pb2, inference_pb2_grpc
@@ -63,9 +61,7 @@ class RouterCluster:
             await self.control.push(*(engine.endpoint for engine in self.engines))
         started: asyncio.Future[RunningRouter] = asyncio.get_running_loop().create_future()
         self._serving = asyncio.create_task(
-            serve_router(
-                self.config, self.control.address, state_file=self._state_file, started=started.set_result
-            )
+            serve_router(self.config, self.control.address, state_file=self._state_file, started=started.set_result)
         )
         await asyncio.wait((started, self._serving), return_when=asyncio.FIRST_COMPLETED)
         if self._serving.done():
@@ -115,7 +111,9 @@ class RouterCluster:
         return await asyncio.to_thread(read)
 
     async def outcomes(self) -> dict[str, int]:
-        found = re.findall(r'cluster_router_requests_total\{model="[^"]*",outcome="(\w+)"\} ([\d.]+)', await self.metrics())
+        found = re.findall(
+            r'cluster_router_requests_total\{model="[^"]*",outcome="(\w+)"\} ([\d.]+)', await self.metrics()
+        )
         totals: dict[str, int] = {}
         for outcome, count in found:
             totals[outcome] = totals.get(outcome, 0) + int(float(count))
@@ -123,7 +121,11 @@ class RouterCluster:
 
     async def stop_router(self) -> int:
         self.router.stop()
-        return await asyncio.wait_for(self._serving, 15)
+        await asyncio.wait([self._serving], timeout=10)
+        if not self._serving.done():
+            tasks = {t.get_name(): [f"{f.f_code.co_name}:{f.f_lineno}" for f in t.get_stack()] for t in self._left()}
+            raise AssertionError(f"the router does not end: {tasks}, serving {self._serving}")
+        return self._serving.result()
 
     async def close(self) -> None:
         await self.channel.close(0)

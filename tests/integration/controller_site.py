@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 import time
@@ -121,6 +122,7 @@ def running_site(num_cpus: int, host: str = "127.0.0.1") -> Iterator[Site]:
             ray_start.disconnect()
             ray_start.stop_node(run_dir)
     assert not [pid for pid, started in node.processes if still_runs(pid, started)]
+    shutil.rmtree(run_dir)
 
 
 def still_runs(pid: int, started: float) -> bool:

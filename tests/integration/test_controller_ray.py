@@ -18,7 +18,7 @@ from controller_site import Site, running_site
 from cluster.controller import ray_start
 from cluster.v1 import control_pb2
 
-pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,9 @@ async def test_generate_streams_text_and_says_what_it_took(cluster: RouterCluste
 
 async def test_generate_prints_json(cluster: RouterCluster) -> None:
     cluster.injected += 1
-    result = await run(generate_command, "-", "--address", cluster.address, *LENGTH, "--stop", "swer", "--json", stdin="fox")
+    result = await run(
+        generate_command, "-", "--address", cluster.address, *LENGTH, "--stop", "swer", "--json", stdin="fox"
+    )
     answer = json.loads(result.stdout)
     assert (answer["text"], answer["finish_reason"]) == ("the 👩 an", "stop")
     assert answer["usage"]["prompt_tokens"] == len(BACKEND.encode("fox").ids)
@@ -66,9 +68,7 @@ async def test_a_bad_address_is_one_sentence(address: str) -> None:
 
 async def test_chat_remembers_the_conversation(cluster: RouterCluster) -> None:
     cluster.injected += 2
-    result = await run(
-        chat_command, "--address", cluster.address, *LENGTH, stdin="fox?\n\nlater\n/new\n/exit\nnever\n"
-    )
+    result = await run(chat_command, "--address", cluster.address, *LENGTH, stdin="fox?\n\nlater\n/new\n/exit\nnever\n")
     assert result.stdout == "the 👩 answer\n" * 2
     prompts = [BACKEND.decode(list(s.prompt_token_ids)) for s in cluster.engines[0].submits]
     assert prompts[1] == "<|user|>fox?\n<|assistant|>the 👩 answer\n<|user|>later\n<|assistant|>"

@@ -54,7 +54,9 @@ def with_text(slot: int = 0, **options: Any) -> FakeEngine:
 def request(max_tokens: int = 12, **fields: Any) -> inference_pb2.GenerateRequest:
     sampling = fields.pop("sampling", {})
     message = inference_pb2.GenerateRequest(
-        sampling=inference_pb2.Sampling(max_tokens=max_tokens, **{"seed": 9, **sampling}), return_token_ids=True, **fields
+        sampling=inference_pb2.Sampling(max_tokens=max_tokens, **{"seed": 9, **sampling}),
+        return_token_ids=True,
+        **fields,
     )
     if message.WhichOneof("prompt") is None:
         message.token_ids.ids.extend(PROMPT)
@@ -267,7 +269,7 @@ class TestFailover:
     async def test_tokens_of_another_attempt_are_ignored(self, start: StartCluster) -> None:
         cluster = await start(engine(0, echo_old_attempts=True, step_s=0.01))
         answer = asyncio.create_task(cluster.generate(request(9), timeout_s=0.5))
-        code, reason, *_ = await refusal(answer)
+        code, _reason, *_ = await refusal(answer)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert await settled(cluster) == {"evicted_deadline": 1}
 
@@ -363,7 +365,12 @@ class TestEnds:
             (engine_pb2.SEQUENCE_END_REJECTED_CAPACITY, "RESOURCE_EXHAUSTED", "QUEUE_FULL", "rejected_capacity"),
             (engine_pb2.SEQUENCE_END_REJECTED_INVALID, "INVALID_ARGUMENT", "INVALID", "rejected_invalid"),
             (engine_pb2.SEQUENCE_END_REJECTED_DRAINING, "UNAVAILABLE", "DRAINING", "rejected_unavailable"),
-            (engine_pb2.SEQUENCE_END_EVICTED_DEADLINE, "DEADLINE_EXCEEDED", "DEADLINE_BEFORE_START", "evicted_deadline"),
+            (
+                engine_pb2.SEQUENCE_END_EVICTED_DEADLINE,
+                "DEADLINE_EXCEEDED",
+                "DEADLINE_BEFORE_START",
+                "evicted_deadline",
+            ),
         ],
     )
     async def test_what_an_engine_refuses(

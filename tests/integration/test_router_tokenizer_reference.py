@@ -21,4 +21,6 @@ def test_the_same_ids_and_text_as_transformers(name: str, tmp_path) -> None:
     text = "The fox says 한국 👩 STOP"
     assert ours.encode(text) == theirs.encode(text)
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
-    assert ours.render_chat(MESSAGES) == theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert ours.render_chat(MESSAGES) == theirs.apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True
+    )

@@ -1,5 +1,7 @@
 """Stop strings, the text stream and the journal."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +68,7 @@ def test_a_text_stream_says_the_same_however_its_tokens_are_dealt(first: int, se
     expected = whole.push(ids)
     text, kept = "", 0
     cuts = sorted({0, min(first, len(ids)), min(second, len(ids)), len(ids)})
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         if not split.stopped:
             emission = split.push(ids[start:end])
             text, kept = text + emission.text, kept + emission.kept

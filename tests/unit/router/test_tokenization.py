@@ -42,7 +42,9 @@ def test_the_template_file_comes_before_the_config() -> None:
 
 def test_named_templates_and_generation_blocks() -> None:
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
-    tokenizer = with_config(chat_template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}])
+    tokenizer = with_config(
+        chat_template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    )
     assert tokenizer.render_chat(MESSAGES * 2) == "fox?"
 
 
@@ -75,4 +77,3 @@ async def test_tokenizers_are_built_once_and_long_texts_go_to_a_thread() -> None
     text = "fox " * INLINE_CHARACTERS
     assert await cache.encode(tokenizer, text, add_special_tokens=True) == tokenizer.encode(text)
     cache.close()
-

@@ -19,7 +19,9 @@ NAN, INF = float("nan"), float("inf")
 CARD = engine_pb2.ModelCard(name="demo", max_model_len=32, vocab_size=100, end_token_ids=[7])
 
 
-def validate(has_tokenizer: bool = True, prompt: list[int] | None = None, card: Any = CARD, **fields: Any) -> ValidRequest:
+def validate(
+    has_tokenizer: bool = True, prompt: list[int] | None = None, card: Any = CARD, **fields: Any
+) -> ValidRequest:
     request_fields = ("generated_token_ids", "logprobs", "priority", "return_token_ids", "text", "chat")
     on_request = {name: fields.pop(name) for name in request_fields if name in fields}
     request = inference_pb2.GenerateRequest(**on_request)
