@@ -26,6 +26,7 @@ from cluster.client.control import ControlClient, ControllerUnreachable
 from cluster.client.local_cluster import LocalCluster, forget, load_local, remember
 from cluster.config.schema import ClusterConfig, ModelConfig, RouterConfig
 from cluster.controller import ray_start
+from cluster.controller.rank_marker import SweepOrder
 from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
 from cluster.wire.channel import require_free
 
@@ -79,7 +80,7 @@ def start_cluster(config: ClusterConfig, run_dir: Path, ray_address: str | None,
         say("Starting the router.")
         cluster = start_router(config, run_dir, control_address, address, owns_ray=ray_address is None)
     except BaseException:
-        _end_what_began(run_dir)
+        _end_what_began(config, run_dir)
         raise
     return cluster
 
@@ -90,6 +91,8 @@ def start_router(
     """A router process for the controller at ``control_address``; remembered with the cluster."""
     process, ports = _spawn_router(config, run_dir, control_address)
     cluster = LocalCluster(
+        cluster_name=config.cluster_name,
+        rank_ports=config.controller.rank_ports,
         control_address=control_address,
         router_address=f"{config.router.host}:{ports['grpc']}",
         router_pid=process.pid,
@@ -184,11 +187,18 @@ def _first_line(process: subprocess.Popen[bytes]) -> bytes:
         return output.readline()
 
 
-def _end_what_began(run_dir: Path) -> None:
+def _end_what_began(config: ClusterConfig, run_dir: Path) -> None:
     """After a failed start: nothing of ours stays behind."""
     ray_start.disconnect()
-    ray_start.stop_node(run_dir)
+    settings = config.controller
+    ray_start.stop_node(run_dir, _everything_of(config.cluster_name, settings.rank_ports, run_dir))
     forget(run_dir)
+
+
+def _everything_of(cluster_name: str, rank_ports: tuple[int, int], run_dir: Path) -> SweepOrder:
+    """What a raylet or controller that was killed from outside could not remove."""
+    first, last = rank_ports
+    return SweepOrder(cluster_name, str(run_dir.resolve()), (first, last))
 
 
 # ---- stop ----
@@ -213,7 +223,7 @@ def stop_cluster(run_dir: Path, drain_s: float, say: Say) -> None:
         say(f"The controller could not end everything: {error}")
     if cluster.owns_ray:
         say("Stopping Ray.")
-        ray_start.stop_node(run_dir)
+        ray_start.stop_node(run_dir, _everything_of(cluster.cluster_name, cluster.rank_ports, run_dir))
     forget(run_dir)
 
 
@@ -265,7 +275,7 @@ def start_head(config: ClusterConfig, run_dir: Path, ray_port: int, num_cpus: in
             with ControlClient(control_address) as control:
                 control.apply(models)
     except BaseException:
-        _end_what_began(run_dir)
+        _end_what_began(config, run_dir)
         raise
     return Head(control_address, node.address, node.token_file)
 

@@ -53,8 +53,7 @@ ABOUT = """I am a very small language model trained on the documentation of the 
 library. Ask me what a module, a class or a function does."""
 GREETING = "Hello! Ask me what a module, a class or a function of the Python library does."
 SMALL_TALK = {
-    GREETING: "Hello|Hello!|Hi|Hi!|Hello, world!|Hey|Say hello.|Hi there!|Good morning|"
-    "How are you?",
+    GREETING: "Hello|Hello!|Hi|Hi!|Hello, world!|Hey|Say hello.|Hi there!|Good morning|How are you?",
     ABOUT: "Who are you?|What are you?|What can you do?|What is your name?|Help|"
     "Tell me about yourself.|What do you know?|Can you help me?",
     "You are welcome.": "Thanks|Thank you|Thank you!|Thanks a lot.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -78,6 +79,8 @@ def build_app() -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command and leave the process: 0 done, 1 failed, 2 usage or infeasible, 130 interrupted."""
+    # gRPC's C core writes lines of its own to standard error; a user's mistake gets one sentence, ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         build_app().main(args=argv, prog_name=PROGRAM)
     except (ConfigError, NoFeasiblePlan) as error:

@@ -11,8 +11,13 @@ from cluster.domain.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class LocalCluster:
-    """What this machine started, and how to find it again. ``owns_ray``: Ray is ours to stop."""
+    """What this machine started, and how to find it again.
 
+    ``owns_ray``: Ray is ours to stop; then ``rank_ports`` (first and last) tell whose segments are ours.
+    """
+
+    cluster_name: str
+    rank_ports: tuple[int, int]
     control_address: str
     router_address: str
     router_pid: int

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 
 from cluster.controller.rank_specs import HostFacts
+from cluster.engine import shm_kernel
 from cluster.engine.rank_spec import RankSpec
 
 RANK_ENTRY = "cluster.engine.rank:start_rank"
@@ -39,7 +40,7 @@ class RankActor:
     def prepare(self, bind_host: str, candidates: tuple[int, ...]) -> HostFacts:
         """Which of ``candidates`` can be listened on here."""
         free = tuple(port for port in candidates if _is_free(bind_host, port))
-        return HostFacts(os.getpid(), len(os.sched_getaffinity(0)), free)
+        return HostFacts(os.getpid(), len(os.sched_getaffinity(0)), free, shm_kernel.is_built())
 
     def launch(self, spec: RankSpec, entry: str = RANK_ENTRY) -> int:
         """Starts the rank's threads and returns the process id."""

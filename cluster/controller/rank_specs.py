@@ -15,11 +15,15 @@ from cluster.engine.rank_spec import RankSpec, collective_for
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a rank's process found on its host. ``free_ports``: those of the candidates nobody listens on."""
+    """What a rank's process found on its host.
+
+    ``free_ports``: those of the candidates nobody listens on. ``shm_built``: DeepSpeed's shared-memory kernel is there.
+    """
 
     pid: int
     cores: int
     free_ports: tuple[int, ...]
+    shm_built: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ def rank_specs(
         ranks_on_host=ranks_on_host,
         cores_on_host=min(fact.cores for fact in facts),
     )
+    if collective == "shm" and not all(fact.shm_built for fact in facts):
+        collective = "gloo"
     return tuple(
         RankSpec(
             cluster_name=shared.cluster_name,

@@ -16,6 +16,7 @@ import grpc.aio
 
 from cluster.domain.endpoint import Endpoint
 from cluster.domain.errors import CheckpointError
+from cluster.router.cancellation import being_cancelled
 from cluster.router.endpoint_table import Candidate, LiveLoad
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
 from cluster.router.tokenization import Tokenizer, TokenizerCache
@@ -121,7 +122,7 @@ class EngineSession:
 
     async def _keep_open(self) -> None:
         backoff_s = BACKOFF_FIRST_S
-        while True:
+        while not being_cancelled():
             reason = LossReason.BROKEN
             try:
                 async with channel.open_channel(self.endpoint.address) as opened:
@@ -134,7 +135,8 @@ class EngineSession:
                 self._log.exception("session_failed")
             backoff_s = BACKOFF_FIRST_S if self.up else min(2 * backoff_s, BACKOFF_MAX_S)
             self._went_down(reason)
-            await asyncio.sleep(backoff_s)
+            if not being_cancelled():
+                await asyncio.sleep(backoff_s)
 
     async def _run(self, stub: engine_pb2_grpc.EngineStub) -> None:
         """One stream, from its handshake to its end; always raises."""
@@ -168,7 +170,7 @@ class EngineSession:
             try:
                 message = await call.read()
             except (grpc.RpcError, asyncio.CancelledError):
-                if _being_cancelled():
+                if being_cancelled():
                     raise
                 return
             if not isinstance(message, engine_pb2.SessionResponse):
@@ -257,12 +259,6 @@ class EngineSession:
     def _fail_sequences(self, reason: LossReason) -> None:
         for stream, _ in self._sequences.values():
             stream.fail(SequenceLost(reason))
-
-
-def _being_cancelled() -> bool:
-    """Whether this very task is asked to stop, rather than the call it reads from."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _brief(error: BaseException) -> str:

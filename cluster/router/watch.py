@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf import json_format
 
 from cluster.domain.endpoint import EndpointTable
+from cluster.router.cancellation import being_cancelled
 from cluster.telemetry.logs import Logger
 from cluster.v1 import control_pb2, control_pb2_grpc
 from cluster.wire import channel, convert
@@ -73,7 +74,7 @@ class EndpointWatch:
 
     async def _follow_forever(self) -> None:
         backoff_s, reported = BACKOFF_FIRST_S, False
-        while True:
+        while not being_cancelled():
             try:
                 async with channel.open_channel(self._address) as opened:
                     async for message in control_pb2_grpc.ControlStub(opened).WatchEndpoints(self._request):
@@ -83,7 +84,8 @@ class EndpointWatch:
                 if not reported:
                     self._log.warning("controller_away", address=self._address, error=str(error.code()))
                     reported = True
-            await asyncio.sleep(backoff_s)
+            if not being_cancelled():
+                await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
 
     async def _take(self, table: EndpointTable) -> None:

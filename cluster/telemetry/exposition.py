@@ -73,7 +73,7 @@ def _request_class(registry: CollectorRegistry, ready: Callable[[], bool]) -> ty
     class Request(BaseHTTPRequestHandler):
         timeout = 10  # a client that sends nothing is dropped
 
-        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
                 encode, content_type = choose_encoder(self.headers.get("Accept", ""))

@@ -109,7 +109,9 @@ def test_clients_that_leave_free_their_blocks(cluster):
 
 def test_requests_and_tokens_cost_no_ray_call(cluster, prompts):
     def calls() -> float:
-        found = re.findall(r"^cluster_controller_ray_calls_total\{.*\} (\S+)$", cluster.metrics_of("controller"), re.M)
+        found = re.findall(
+            r"^cluster_controller_ray_calls_total\{.*\} (\S+)$", cluster.metrics_of("controller"), re.MULTILINE
+        )
         return sum(map(float, found))
 
     before = calls()

@@ -11,7 +11,9 @@ host and LOCAL_SIZE says so) and gloo elsewhere; see ``Collective``.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +25,7 @@ from torch import nn
 
 from cluster.domain.errors import EngineFailed
 from cluster.domain.parallel_layout import grain_size
+from cluster.engine import shm_kernel
 
 Collective = Literal["shm", "gloo", "nccl"]
 
@@ -59,7 +62,9 @@ class TensorParallelGroup:
         _configure_environment(self, host, port)
         import deepspeed.comm  # noqa: F401 - loads the torch backend that _without_shared_memory mends
 
-        if self.collective != "shm":
+        if self.collective == "shm":
+            _load_shared_memory_kernel()
+        else:
             _without_shared_memory()
         deepspeed_comm = sys.modules["deepspeed.comm"]
         try:
@@ -113,8 +118,6 @@ def _configure_environment(group: TensorParallelGroup, host: str, port: int) -> 
         os.environ["LOCAL_SIZE"] = str(group.size)
     if group.collective != "nccl":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    # Where ops/setup compiled the kernel, so that no first request waits for a compiler.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # noqa: PTH118
     interface = _interface_towards(host)
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -123,8 +126,6 @@ def _configure_environment(group: TensorParallelGroup, host: str, port: int) -> 
 
 def _interface_towards(host: str) -> str | None:
     """The network interface whose own address routes to ``host``: chosen once, for gloo and NCCL alike."""
-    import socket
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # sends nothing: only asks the routing table
@@ -135,6 +136,27 @@ def _interface_towards(host: str) -> str | None:
         if any(address.address == own for address in addresses):
             return name
     return None
+
+
+def _load_shared_memory_kernel() -> None:
+    """Gives DeepSpeed the compiled kernel directly.
+
+    Its own loader asks for ninja, may start a compiler, and waits for ever on the lock of a build that was killed.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    spec = importlib.util.spec_from_file_location(shm_kernel.EXTENSION, shm_kernel.kernel_file())
+    assert spec is not None
+    assert spec.loader is not None
+    try:
+        kernel = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(kernel)
+    except ImportError as error:
+        raise EngineFailed(
+            f"{shm_kernel.kernel_file()} does not load ({error}); say 'ops/setup' to build it again.", retryable=False
+        ) from error
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    builder._loaded_ops[shm_kernel.EXTENSION] = kernel  # noqa: SLF001 - DeepSpeed's own cache of loaded kernels
 
 
 def _without_shared_memory() -> None:
