@@ -40,9 +40,7 @@ class FakeControl(control_pb2_grpc.ControlServicer):
             self.table = EndpointTable(self.table.epoch + 1 if epoch is None else epoch, endpoints, models)
             self._changed.notify_all()
 
-    async def WatchEndpoints(  # noqa: N802 - the service's name
-        self, request: control_pb2.WatchEndpointsRequest, context: Any
-    ) -> None:
+    async def WatchEndpoints(self, request: control_pb2.WatchEndpointsRequest, context: Any) -> None:
         self.watchers.append(request)
         sent: EndpointTable | None = None
         while True:

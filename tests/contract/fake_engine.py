@@ -134,9 +134,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
     def __init__(self, engine: FakeEngine) -> None:
         self._engine = engine
 
-    async def Describe(  # noqa: N802 - the service's name
-        self, request: engine_pb2.DescribeRequest, context: Any
-    ) -> engine_pb2.DescribeResponse:
+    async def Describe(self, request: engine_pb2.DescribeRequest, context: Any) -> engine_pb2.DescribeResponse:
         engine = self._engine
         files = engine.tokenizer_files.items() if request.include_tokenizer else ()
         return engine_pb2.DescribeResponse(
@@ -145,9 +143,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             tokenizer_files=[engine_pb2.TokenizerFile(name=n, content=c) for n, c in files],
         )
 
-    async def Session(  # noqa: N802 - the service's name
-        self, requests: Any, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def Session(self, requests: Any, context: grpc.aio.ServicerContext) -> None:
         engine = self._engine
         if engine.dead.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "dead")
