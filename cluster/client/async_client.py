@@ -74,17 +74,21 @@ class AsyncClient:
             left_s = None if until_s is None else max(0.0, until_s - loop.time())
             address = transcript.address
             call = self._stub(address).Generate(transcript.next_request(), timeout=left_s)
+            completion: Completion | None = None
             try:
-                async for event in call:
+                async for event in call:  # to the status behind the End: hanging up earlier looks like leaving
                     if event.HasField("end"):
-                        yield transcript.finish(event.end)
-                        return
-                    yield transcript.take(event.chunk)
+                        completion = transcript.finish(event.end)
+                    else:
+                        yield transcript.take(event.chunk)
                 code, reason, message, retry_after_s = grpc.StatusCode.UNAVAILABLE, "", "", None
             except grpc.RpcError as error:
                 code, reason, message, retry_after_s = from_rpc_error(error)
             finally:
                 call.cancel()  # a caller that stops iterating stops the generation
+            if completion is not None:
+                yield completion
+                return
             pause_s = transcript.resume_after_s(code.name, retry_after_s)
             if pause_s is None:
                 raise typed_error(code.name, reason, message, retry_after_s, address, started=transcript.started)

@@ -49,6 +49,7 @@ class _Call:
     deadline_s: float | None
     model: str = UNKNOWN_MODEL
     run: RequestRun | None = None
+    answered: bool = False  # its End is on the way: whoever hangs up now has got everything
 
 
 class InferenceServer(inference_pb2_grpc.InferenceServicer):
@@ -85,6 +86,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             run, with_ids = await self._prepare(request, call)
             ended = await self._run(run, emit, call)
             end = inference_pb2.End(finish_reason=ended.finish_reason, usage=ended.usage)
+            call.answered = True
             await context.write(inference_pb2.GenerateResponse(end=end))
 
     async def Complete(  # noqa: N802
@@ -255,7 +257,9 @@ def _draining() -> RequestRejected:
 
 
 def _outcome_of_cancellation(call: _Call, now_s: float) -> Outcome:
-    """Whether a call that was cancelled under us had reached its deadline or was left by its client."""
+    """Whether a call that was cancelled under us was over, had reached its deadline or was left by its client."""
+    if call.answered:
+        return Outcome.COMPLETED
     if call.deadline_s is None or now_s - call.arrived_s < call.deadline_s:
         error: ClusterError = RequestAborted(AbortReason.CLIENT, "")
     elif call.run is not None and call.run.started:
