@@ -25,6 +25,7 @@ from cluster.domain.errors import ConfigError, ReplicaError
 
 OBJECT_STORE_BYTES = 100_000_000
 START_DEADLINE_S = 90.0
+LISTENER_DEADLINE_S = 5.0
 STOP_DEADLINE_S = 2.0
 # Ray's sockets lie under its folder, and a Unix socket's path has at most 107 bytes; Ray adds up to 64.
 _LONGEST_FOLDER = 42
@@ -111,10 +112,14 @@ def connect(address: str, *, token_file: Path | None = None, namespace: str = "l
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
         os.environ.pop("RAY_AUTH_TOKEN", None)
-    if address.startswith((f"{LOOPBACK}:", "localhost:")):
+    _require_listener(address)
+    on_loopback = address.startswith((f"{LOOPBACK}:", "localhost:"))
+    if on_loopback:
         os.environ[_LOOPBACK_VARIABLE] = "0"
     import ray
 
+    # Ray read the variable when it was first imported, which may have been before this call.
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = not on_loopback  # noqa: SLF001
     _forget_other_tokens()
     try:
         ray.init(
@@ -124,6 +129,19 @@ def connect(address: str, *, token_file: Path | None = None, namespace: str = "l
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"No Ray cluster can be joined at {address}: {reason}; check the address and token."
+        ) from error
+
+
+def _require_listener(address: str) -> None:
+    """ConfigError at once where ``ray.init`` would wait for minutes. "auto" is Ray's to find."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=LISTENER_DEADLINE_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"Nobody answers at {address} ({error}); give the HOST:PORT of a running Ray head."
         ) from error
 
 
