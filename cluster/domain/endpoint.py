@@ -24,11 +24,16 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class EndpointTable:
-    """Everything at once, with an epoch that only grows; ``models`` are desired, ready or not."""
+    """Everything at once; ``models`` are desired, ready or not.
+
+    ``epoch`` only grows within one ``state_id``, which names the controller's durable state: a controller that
+    starts afresh counts from the beginning under another one.
+    """
 
     epoch: int
     endpoints: tuple[Endpoint, ...] = ()
     models: tuple[str, ...] = ()
+    state_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Attention works in slices whose temporary tensors stay below this; the planner's ledger counts on it.
+ATTENTION_WORKSPACE_BYTES = 256 * 2**20
 # DeepSpeed splits dimensions that are not made of heads in grains of this many columns.
 GRAIN_COLUMNS = 64
 

@@ -12,11 +12,13 @@ import grpc
 import grpc.aio
 
 from cluster.domain.clock import Clock
+from cluster.domain.errors import EngineFailed
+from cluster.domain.request import SequenceEnd
 from cluster.engine.loop import Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
 from cluster.engine.progress import RankProgress
 from cluster.engine.sequence import Sequence
 from cluster.engine.sessions import Outbox, Sessions
-from cluster.engine.step import SequenceKey
+from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.telemetry.logs import get_logger
 from cluster.v1 import engine_pb2, engine_pb2_grpc
 from cluster.wire.channel import bind, new_server
@@ -52,23 +54,24 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: Context
-    ) -> AsyncIterator[engine_pb2.SessionResponse]:
+    ) -> None:
         router_id = await self._shake_hands(request_iterator, context)
         session, outbox = self._sessions.open()
         log = self._log.bind(session=session, router=router_id)
         log.info("session_opened")
         reader = asyncio.create_task(self._read(session, outbox, request_iterator))
+        writer = asyncio.create_task(self._write(outbox, context))
+        overflow = asyncio.create_task(outbox.overflow.wait())
         try:
-            yield engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity))
-            async for response in self._updates(outbox, reader):
-                yield response
-            if outbox.overflowed:
+            await asyncio.wait({reader, writer, overflow}, return_when=asyncio.FIRST_COMPLETED)
+            if outbox.overflow.is_set():
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "This session does not read; it was reset.")
         finally:
-            reader.cancel()
+            for task in (reader, writer, overflow):
+                task.cancel()
             self._sessions.close(session)
             self._loop.post(CancelSession(session))
-            log.info("session_closed", overflowed=outbox.overflowed)
+            log.info("session_closed", overflowed=outbox.overflow.is_set())
 
     async def _shake_hands(self, requests: AsyncIterator[engine_pb2.SessionRequest], context: Context) -> str:
         try:
@@ -84,20 +87,20 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             )
         return str(first.hello.router_id)
 
-    async def _updates(self, outbox: Outbox, reader: asyncio.Task[None]) -> AsyncIterator[engine_pb2.SessionResponse]:
-        """Step messages as they come and a beat every BEAT_S, until the router has left or the outbox overflows."""
+    async def _write(self, outbox: Outbox, context: Context) -> None:
+        """The welcome, then step messages as they come and a beat every BEAT_S, for as long as somebody reads."""
+        await context.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity)))
         taking = asyncio.ensure_future(outbox.take())
         next_beat_s = self._clock.now()
         try:
-            while not reader.done() and not outbox.overflowed:
-                timeout = max(0.0, next_beat_s - self._clock.now())
-                await asyncio.wait({taking, reader}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            while True:
+                await asyncio.wait({taking}, timeout=max(0.0, next_beat_s - self._clock.now()))
                 if taking.done():
-                    yield engine_pb2.SessionResponse(step=taking.result())
+                    await context.write(engine_pb2.SessionResponse(step=taking.result()))
                     taking = asyncio.ensure_future(outbox.take())
                 if self._clock.now() >= next_beat_s:
                     next_beat_s = self._clock.now() + BEAT_S
-                    yield engine_pb2.SessionResponse(beat=self._beat())
+                    await context.write(engine_pb2.SessionResponse(beat=self._beat()))
         finally:
             taking.cancel()
 
@@ -112,15 +115,25 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             for cancel in request.commands.cancels:
                 self._loop.post(Cancel(SequenceKey(session, cancel.sequence_id)))
             for submit in request.commands.submits:
-                sequence = self._sequence(session, submit)
-                if not self._loop.post(Submit(sequence)):
-                    refused = refused_for_capacity(sequence.key, submit.attempt)
+                refused = self._submit(session, submit)
+                if refused is not None:
                     outbox.put(self._progress.step, [refused], load_to_message(self._progress.load))
 
-    def _sequence(self, session: int, submit: engine_pb2.Submit) -> Sequence:
+    def _submit(self, session: int, submit: engine_pb2.Submit) -> SequenceProgress | None:
+        """Hands a sequence to the loop; or why it never gets there."""
+        key = SequenceKey(session, submit.sequence_id)
+        try:
+            sequence = self._sequence(key, submit)
+        except AssertionError as error:
+            # A router that does not check its bounds costs its own request, not the session.
+            detail = f"The sampling parameters are out of their bounds: {error}."
+            return SequenceProgress(key, submit.attempt, end=SequenceEnd.REJECTED_INVALID, detail=detail)
+        return None if self._loop.post(Submit(sequence)) else refused_for_capacity(key, submit.attempt)
+
+    def _sequence(self, key: SequenceKey, submit: engine_pb2.Submit) -> Sequence:
         deadline_s = self._clock.now() + submit.deadline_s if submit.HasField("deadline_s") else None
         return Sequence(
-            key=SequenceKey(session, submit.sequence_id),
+            key=key,
             attempt=submit.attempt,
             prompt_token_ids=list(submit.prompt_token_ids),
             generated_token_ids=list(submit.generated_token_ids),
@@ -142,7 +155,6 @@ class LeaderServer:
         self._host, self._first_port = host, first_port
         self._sessions = Sessions()
         self._events = asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
         self._bound = threading.Event()
         self._failure: BaseException | None = None
         self.port = 0
@@ -160,7 +172,8 @@ class LeaderServer:
         """Binds the first free port from ``first_port`` on and returns it; raises what binding raised."""
         thread = threading.Thread(target=self._run, args=(servicer,), name="engine-grpc", daemon=True)
         thread.start()
-        self._bound.wait(_START_DEADLINE_S)
+        if not self._bound.wait(_START_DEADLINE_S):
+            raise EngineFailed(f"The Engine service did not start within {_START_DEADLINE_S:.0f} s.", retryable=True)
         if self._failure is not None:
             raise self._failure
         return self.port
@@ -180,5 +193,4 @@ class LeaderServer:
             return
         finally:
             self._bound.set()
-        await self._stopping.wait()
-        await server.stop(grace=None)
+        await server.wait_for_termination()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -143,12 +144,12 @@ class EngineLoop:
 
     def _step(self, plan: StepPlan) -> tuple[SequenceProgress, ...]:
         self._progress.begin_step()
-        started = self._clock.now()
+        started, cpu_started = self._clock.now(), time.thread_time()
         histories = [self._scheduler.sequence(entry.key) for entry in plan.entries if entry.sample]
         result = self._runner.run(plan, histories)
         progresses = self._scheduler.commit(result)
         elapsed = self._clock.now() - started
-        self._progress.end_step(elapsed)
+        self._progress.end_step(plan.step, time.thread_time() - cpu_started)
         self._metrics.step_seconds.labels(plan.kind).observe(elapsed)
         self._metrics.generation_tokens.inc(sum(len(p.token_ids) for p in progresses))
         self._metrics.prompt_tokens.inc(plan.num_tokens - sum(entry.is_decode for entry in plan.entries))

@@ -15,11 +15,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def default_sampling(generation_config: Mapping[str, Any]) -> inference_pb2.Sampling:
-    """generation_config.json in the words of the API; greedy when it does not sample."""
-    if not generation_config.get("do_sample", False):
-        return inference_pb2.Sampling()
-    message = inference_pb2.Sampling(temperature=generation_config.get("temperature") or 1.0)
-    for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+    """generation_config.json in the words of the API; greedy when it does not sample, penalties in either case."""
+    message, names = inference_pb2.Sampling(), ["repetition_penalty"]
+    if generation_config.get("do_sample", False):
+        message.temperature = generation_config.get("temperature") or 1.0
+        names += ["top_p", "top_k", "min_p"]
+    for name in names:
         value = generation_config.get(name)
         if value is not None:
             setattr(message, name, value)

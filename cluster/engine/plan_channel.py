@@ -19,6 +19,7 @@ _LENGTH = struct.Struct("!I")
 _HELLO = struct.Struct("!QI")  # generation, rank
 _CONNECT_PAUSE_S = 0.05
 _SEND_TIMEOUT_S = 30.0
+_HELLO_TIMEOUT_S = 2.0  # a stranger that says nothing does not hold up the ranks
 MAX_PLAN_BYTES = 64 * 2**20
 
 
@@ -38,11 +39,6 @@ def encode_plan(plan: StepPlan) -> bytes:
 def ready_signal() -> bytes:
     """Tells the ranks that the warm-up is over."""
     return _frame(engine_pb2.StepPlan(ready=True))
-
-
-def stop_signal() -> bytes:
-    """The last message of all."""
-    return _frame(engine_pb2.StepPlan(stop=True))
 
 
 def entries_of(message: engine_pb2.StepPlan) -> tuple[StepEntry, ...]:
@@ -75,7 +71,7 @@ class PlanSender:
 
     def _admit(self, peer: socket.socket, ranks: int) -> None:
         """Keeps ``peer`` when it is a rank of this generation that is still missing."""
-        peer.settimeout(_SEND_TIMEOUT_S)
+        peer.settimeout(_HELLO_TIMEOUT_S)
         try:
             generation, rank = _HELLO.unpack(_receive(peer, _HELLO.size))
         except (OSError, EngineFailed):
@@ -84,6 +80,7 @@ class PlanSender:
         if generation != self._generation or not 0 < rank < ranks or rank in self._peers:
             peer.close()
             return
+        peer.settimeout(_SEND_TIMEOUT_S)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._peers[rank] = peer
 

@@ -35,7 +35,8 @@ class RankProgress:
     def begin_step(self) -> None:
         self.step_started_s = self.clock.now()
 
-    def end_step(self, compute_s: float) -> None:
+    def end_step(self, step: int, compute_s: float) -> None:
+        """``compute_s``: CPU seconds of the compute thread, so that waiting for a peer in its sleep does not count."""
         self.compute_s = compute_s
-        self.step += 1
+        self.step = step
         self.step_started_s = None

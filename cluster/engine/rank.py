@@ -152,7 +152,11 @@ class RankProcess:
         runner = LeaderRunner(model, plans)
         runner.warm_up(spec.max_model_len, spec.kv_blocks, spec.block_size)
         limits = SchedulerLimits(
-            spec.max_num_seqs, spec.max_num_batched_tokens, spec.max_num_waiting, spec.max_model_len
+            spec.max_num_seqs,
+            spec.max_num_batched_tokens,
+            spec.max_num_waiting,
+            spec.max_model_len,
+            vocab_size=model.vocab_size,
         )
         scheduler = Scheduler(limits, BlockPool(spec.kv_blocks, spec.block_size))
         self._progress.load = scheduler.load()

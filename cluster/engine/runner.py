@@ -61,15 +61,14 @@ class LeaderRunner:
 
 
 def follow(model: ShardedCausalLM, plans: PlanReceiver, progress: RankProgress, on_ready: Callable[[], None]) -> None:
-    """A rank's life after loading: runs what it is told until the stop signal; EngineFailed when the leader is gone."""
+    """A rank's life after loading: runs what it is told until EngineFailed says that the leader is gone."""
     while True:
         message = plans.receive()
-        if message.stop:
-            return
         if message.ready:
+            progress.step = 0  # the warm-up does not count, here as on the leader
             on_ready()
             continue
         progress.begin_step()
         cpu_started = time.thread_time()
         model.forward(entries_of(message))
-        progress.end_step(time.thread_time() - cpu_started)
+        progress.end_step(message.step, time.thread_time() - cpu_started)

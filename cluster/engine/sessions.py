@@ -1,7 +1,7 @@
 """Routers' sessions at a leader: who wants what, and one merged message per step for each of them.
 
 The engine never waits for a reader: what a session has not taken yet is merged into its outbox, and a session that
-lets more than ``MAX_PENDING_TOKENS`` pile up is reset.
+lets more than ``MAX_PENDING_BYTES`` pile up is reset.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from cluster.engine.loop import Published
 from cluster.engine.step import SequenceProgress
 from cluster.v1 import engine_pb2
+from cluster.wire.channel import MAX_MESSAGE_BYTES
 from cluster.wire.convert import end_to_message, load_to_message, logprob_to_message
 
-MAX_PENDING_TOKENS = 1_000_000
+# Half of the largest message, so that what is pending can always be sent.
+MAX_PENDING_BYTES = MAX_MESSAGE_BYTES // 2
+_UPDATE_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES = 32, 5, 24  # upper bounds on the wire
 
 
 class Outbox:
@@ -23,15 +26,16 @@ class Outbox:
     def __init__(self) -> None:
         self._updates: dict[tuple[int, int], engine_pb2.SequenceUpdate] = {}
         self._latest: engine_pb2.StepUpdate | None = None
-        self._pending_tokens = 0
+        self._pending_bytes = 0
         self._filled = asyncio.Event()
-        self.overflowed = False
+        self.overflow = asyncio.Event()
 
     def put(self, step: int, progresses: Iterable[SequenceProgress], load: engine_pb2.Load) -> None:
         for progress in progresses:
             self._merge(progress)
         self._latest = engine_pb2.StepUpdate(step=step, load=load)
-        self.overflowed = self._pending_tokens > MAX_PENDING_TOKENS
+        if self._pending_bytes > MAX_PENDING_BYTES:
+            self.overflow.set()
         self._filled.set()
 
     def _merge(self, progress: SequenceProgress) -> None:
@@ -46,7 +50,9 @@ class Outbox:
         update.end = end_to_message(progress.end)
         update.detail = progress.detail
         update.cached_prompt_tokens = progress.cached_prompt_tokens
-        self._pending_tokens += len(progress.token_ids)
+        logprobs = sum(1 + len(value.top) for value in progress.logprobs)
+        self._pending_bytes += _UPDATE_BYTES + len(progress.detail) * 4
+        self._pending_bytes += _TOKEN_BYTES * len(progress.token_ids) + _LOGPROB_BYTES * logprobs
 
     async def take(self) -> engine_pb2.StepUpdate:
         """Everything since the last call, as one message; waits until there is something."""
@@ -55,7 +61,7 @@ class Outbox:
         message = self._latest
         assert message is not None
         message.sequences.extend(self._updates.values())
-        self._updates, self._pending_tokens = {}, 0
+        self._updates, self._pending_bytes = {}, 0
         return message
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cluster.domain.hardware import DeviceKind, DeviceType
 from cluster.domain.model_spec import Dtype, LayerShape, ModelSpec
-from cluster.domain.parallel_layout import ParallelLayout
+from cluster.domain.parallel_layout import ATTENTION_WORKSPACE_BYTES, ParallelLayout
 from cluster.domain.quantities import GIB
 from cluster.planner.shard_sizes import shard_sizes
 from cluster.planner.weights import StageLayers, model_grain, stage_parameters
@@ -129,8 +129,9 @@ def activation_bytes(
     - residual stream, norm, a layer's input and output: 4 T hidden e
     - queries, keys and values of one layer, before and after rotation: 2 T (q + 2 kv) head_dim e
     - gate, up and their product: 3 T ffn_local e
-    - attention: its output in float32, T q head_dim 4, and the longest sequence's keys and values gathered and
-      spread over the query heads, 2 max_model_len q head_dim e
+    - attention, with W = ATTENTION_WORKSPACE_BYTES: its output in float32, T q head_dim 4; keys and values gathered
+      for a slice of the batch, at most W unless one full-length sequence spread over the query heads is more,
+      2 max_model_len q head_dim e; scores and mask of a slice of a prompt's rows, at most 5/4 W
     - last stage: hidden rows and float32 logits of max_num_seqs rows, this rank's share and, on its first rank,
       three whole copies (gathered, processed, sorted): max_num_seqs (hidden e + vocab_local 4 [+ 3 vocab 4])
     """
@@ -145,7 +146,8 @@ def activation_bytes(
     amount = 4 * tokens * spec.hidden_size * item
     amount += 2 * tokens * (query + 2 * kv) * spec.head_dim * item
     amount += 3 * tokens * ffn_local * item
-    amount += tokens * query * spec.head_dim * 4 + 2 * limits.max_model_len * query * spec.head_dim * item
+    amount += tokens * query * spec.head_dim * 4
+    amount += attention_workspace_bytes(spec.head_dim, (query, kv), item, limits)
     if stage == layout.pipeline_parallel_size - 1:
         local = spec.vocab_size
         if not spec.tie_word_embeddings:
@@ -153,6 +155,16 @@ def activation_bytes(
         row = spec.hidden_size * item + local * 4 + (3 * spec.vocab_size * 4 if tensor_rank == 0 else 0)
         amount += limits.max_num_seqs * row
     return amount
+
+
+def attention_workspace_bytes(head_dim: int, heads: tuple[int, int], itemsize: int, limits: Limits) -> int:
+    """What one layer's attention takes beside its output; ``heads``: query and KV heads of the rank."""
+    query, kv = heads
+    longest, whole = limits.max_model_len, ATTENTION_WORKSPACE_BYTES
+    everyone = 2 * limits.max_num_seqs * longest * kv * head_dim * itemsize
+    gathered = max(2 * longest * query * head_dim * itemsize, min(whole, everyone))
+    scores = min(whole, query * min(limits.max_num_batched_tokens, longest) * longest * 4)
+    return gathered + scores * 5 // 4
 
 
 def kv_blocks(ledgers: tuple[RankLedger, ...], kind: DeviceKind, limits: Limits) -> int:

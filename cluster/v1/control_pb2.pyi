@@ -129,7 +129,7 @@ class ModelStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., desired_replicas: _Optional[int] = ..., ready_replicas: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., blocked_reason: _Optional[str] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica", "model", "slot", "generation", "phase", "phase_age_s", "reason", "engine_address", "bytes_loaded", "bytes_total", "activity")
+    __slots__ = ("replica", "model", "slot", "generation", "phase", "phase_age_s", "reason", "engine_address", "bytes_loaded", "bytes_total", "activity", "failures_in_a_row")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,7 @@ class ReplicaStatus(_message.Message):
     BYTES_LOADED_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_IN_A_ROW_FIELD_NUMBER: _ClassVar[int]
     replica: str
     model: str
     slot: int
@@ -152,7 +153,8 @@ class ReplicaStatus(_message.Message):
     bytes_loaded: int
     bytes_total: int
     activity: Activity
-    def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., phase_age_s: _Optional[float] = ..., reason: _Optional[str] = ..., engine_address: _Optional[str] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ...) -> None: ...
+    failures_in_a_row: int
+    def __init__(self, replica: _Optional[str] = ..., model: _Optional[str] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., phase: _Optional[str] = ..., phase_age_s: _Optional[float] = ..., reason: _Optional[str] = ..., engine_address: _Optional[str] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ..., failures_in_a_row: _Optional[int] = ...) -> None: ...
 
 class Activity(_message.Message):
     __slots__ = ("running_sequences", "waiting_sequences", "kv_blocks_used", "kv_blocks_total")
@@ -269,14 +271,16 @@ class WatchEndpointsRequest(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., ports: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class EndpointTable(_message.Message):
-    __slots__ = ("epoch", "endpoints", "models")
+    __slots__ = ("epoch", "endpoints", "models", "state_id")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    STATE_ID_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
     models: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, epoch: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+    state_id: str
+    def __init__(self, epoch: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., models: _Optional[_Iterable[str]] = ..., state_id: _Optional[str] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("model", "slot", "generation", "address", "checkpoint_digest", "block_size", "draining")

@@ -114,7 +114,7 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchEndpoints(self, request, context):
-        """Whole tables; the epoch is monotone across restarts of the controller. An open stream is also how
+        """Whole tables; the epoch is monotone across restarts of the controller on the same state. An open stream is also how
         the controller knows its routers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

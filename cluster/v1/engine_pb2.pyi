@@ -206,16 +206,14 @@ class Load(_message.Message):
     def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "entries", "stop", "ready")
+    __slots__ = ("step", "entries", "ready")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
-    STOP_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     step: int
     entries: _containers.RepeatedCompositeFieldContainer[StepEntry]
-    stop: bool
     ready: bool
-    def __init__(self, step: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[StepEntry, _Mapping]]] = ..., stop: _Optional[bool] = ..., ready: _Optional[bool] = ...) -> None: ...
+    def __init__(self, step: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[StepEntry, _Mapping]]] = ..., ready: _Optional[bool] = ...) -> None: ...
 
 class StepEntry(_message.Message):
     __slots__ = ("token_ids", "start", "block_ids", "sample")

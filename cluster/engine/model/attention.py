@@ -7,6 +7,7 @@ of them may look at. Sequences that add one token are batched together, chunks o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from cluster.domain.parallel_layout import ATTENTION_WORKSPACE_BYTES
 from cluster.engine.step import StepEntry
 
 IMPLEMENTATION = "llm_cluster_paged"
+_SCORE_BYTES = 4  # attention scores are float32 where they are kept at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,24 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Decodes:
-    """Sequences that add one token each.
+class DecodeSlice:
+    """Decodes that are attended to together, alike in length.
 
-    ``tokens``: [batch] indices into the step; ``blocks``: [batch, n] block ids, padded with block 0;
+    ``rows``: [batch] indices into the step's decodes; ``blocks``: [batch, n] block ids, padded with block 0;
     ``lengths``: [batch] tokens to attend to, the new one included.
     """
 
-    tokens: torch.Tensor
+    rows: torch.Tensor
     blocks: torch.Tensor
     lengths: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Sequences that add one token each; ``tokens``: [batch] indices into the step."""
+
+    tokens: torch.Tensor
+    slices: tuple[DecodeSlice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +62,13 @@ class StepLayout:
     chunks: tuple[Chunk, ...]
 
 
-def layout_step(entries: tuple[StepEntry, ...], block_size: int, device: torch.device) -> StepLayout:
-    """The layout of the packed tokens of ``entries``, in their order."""
+def layout_step(
+    entries: tuple[StepEntry, ...], block_size: int, device: torch.device, slice_blocks: int = 2**30
+) -> StepLayout:
+    """The layout of the packed tokens of ``entries``, in their order.
+
+    ``slice_blocks``: KV blocks, padding included, that a slice of decodes may gather; one sequence is always allowed.
+    """
     slots: list[int] = []
     chunks: list[Chunk] = []
     decode_tokens: list[int] = []
@@ -75,14 +91,26 @@ def layout_step(entries: tuple[StepEntry, ...], block_size: int, device: torch.d
         first += count
     decodes = None
     if decode_tokens:
-        width = max(len(blocks) for blocks in decode_blocks)
-        padded = [blocks + (0,) * (width - len(blocks)) for blocks in decode_blocks]
-        decodes = Decodes(
-            torch.tensor(decode_tokens, dtype=torch.long, device=device),
-            torch.tensor(padded, dtype=torch.long, device=device),
-            torch.tensor(lengths, dtype=torch.long, device=device),
-        )
+        tokens = torch.tensor(decode_tokens, dtype=torch.long, device=device)
+        decodes = Decodes(tokens, tuple(_slices(decode_blocks, lengths, device, slice_blocks)))
     return StepLayout(torch.tensor(slots, dtype=torch.long, device=device), decodes, tuple(chunks))
+
+
+def _slices(
+    blocks: list[tuple[int, ...]], lengths: list[int], device: torch.device, slice_blocks: int
+) -> Iterator[DecodeSlice]:
+    """Longest first, so that what is padded together is alike; each slice within its bound."""
+    order = sorted(range(len(blocks)), key=lambda i: -len(blocks[i]))
+    while order:
+        width = len(blocks[order[0]])
+        count = max(1, slice_blocks // width)
+        rows, order = order[:count], order[count:]
+        padded = [blocks[i] + (0,) * (width - len(blocks[i])) for i in rows]
+        yield DecodeSlice(
+            torch.tensor(rows, dtype=torch.long, device=device),
+            torch.tensor(padded, dtype=torch.long, device=device),
+            torch.tensor([lengths[i] for i in rows], dtype=torch.long, device=device),
+        )
 
 
 class PagedKVCache:
@@ -96,6 +124,7 @@ class PagedKVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
+        self.slice_blocks = ATTENTION_WORKSPACE_BYTES // (2 * block_size * kv_heads * head_dim * dtype.itemsize)
         self.layout: StepLayout | None = None
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -160,14 +189,25 @@ def paged_attention(
 def _decode(
     query: torch.Tensor, cache: PagedKVCache, layer: int, decodes: Decodes, scaling: float | None, window: int | None
 ) -> torch.Tensor:
-    """One token of each sequence: ``[batch, heads, head_dim]``. The query heads of a KV head are its rows."""
-    keys, values = cache.gather(layer, decodes.blocks)  # [batch, length, kv_heads, head_dim]
+    """One token of each sequence: ``[batch, heads, head_dim]``, in slices that keep to the workspace."""
+    rows = query[:, decodes.tokens].transpose(0, 1)  # [batch, heads, head_dim]
+    out = torch.empty_like(rows)
+    for part in decodes.slices:
+        out[part.rows] = _decode_slice(rows[part.rows], cache, layer, part, scaling, window)
+    return out
+
+
+def _decode_slice(
+    rows: torch.Tensor, cache: PagedKVCache, layer: int, part: DecodeSlice, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """``[batch, heads, head_dim]`` of a slice. The query heads of a KV head are its rows."""
+    keys, values = cache.gather(layer, part.blocks)  # [batch, length, kv_heads, head_dim]
     batch, length, kv_heads, head_dim = keys.shape
-    rows = query[:, decodes.tokens].transpose(0, 1).reshape(batch, kv_heads, -1, head_dim)
+    rows = rows.reshape(batch, kv_heads, -1, head_dim)
     positions = torch.arange(length, device=keys.device)
-    visible = positions < decodes.lengths[:, None]
+    visible = positions < part.lengths[:, None]
     if window is not None:
-        visible &= positions >= decodes.lengths[:, None] - window
+        visible &= positions >= part.lengths[:, None] - window
     out = scaled_dot_product_attention(
         rows, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=visible[:, None, None, :], scale=scaling
     )
@@ -186,9 +226,15 @@ def _prefill(
     keys, values = cache.gather(layer, chunk.blocks)  # [length, kv_heads, head_dim]
     keys, values = keys[:stop].transpose(0, 1).unsqueeze(0), values[:stop].transpose(0, 1).unsqueeze(0)
     positions = torch.arange(stop, device=query.device)
-    own = positions[chunk.start :, None]
-    visible = positions <= own
-    if window is not None:
-        visible &= positions > own - window
-    out = scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    rows = max(1, ATTENTION_WORKSPACE_BYTES // (query.shape[1] * stop * _SCORE_BYTES))
+    parts = []
+    for first in range(0, count, rows):
+        own = positions[chunk.start + first : min(chunk.start + first + rows, stop), None]
+        visible = positions <= own
+        if window is not None:
+            visible &= positions > own - window
+        part = query[:, :, first : first + rows]
+        parts.append(
+            scaled_dot_product_attention(part, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True)
+        )
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)

@@ -42,6 +42,10 @@ class ShardedCausalLM:
         self._head: torch.Tensor | None = None
         self._cache: attention.PagedKVCache | None = None
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self._config.vocab_size)
+
     def load(self, started: Callable[[int], None], progress: weights.Progress) -> None:
         """Reads this rank's slices. ``started`` is told the number of bytes to come, ``progress`` each part of them."""
         reads = [self._read(name, parameter) for name, parameter in self._materialised()]
@@ -75,7 +79,7 @@ class ShardedCausalLM:
         assert cache is not None
         token_ids = [token for entry in entries for token in entry.token_ids]
         positions = [p for entry in entries for p in range(entry.start, entry.start + len(entry.token_ids))]
-        cache.layout = attention.layout_step(entries, cache.block_size, self._device)
+        cache.layout = attention.layout_step(entries, cache.block_size, self._device, cache.slice_blocks)
         hidden = self._base(
             input_ids=torch.tensor([token_ids], dtype=torch.long, device=self._device),
             position_ids=torch.tensor([positions], dtype=torch.long, device=self._device),

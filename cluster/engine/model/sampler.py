@@ -88,7 +88,9 @@ def _adjust(logits: torch.Tensor, row: SampleRow) -> None:
         ids, counts = output.unique(return_counts=True)
         logits[ids] -= p.presence_penalty + p.frequency_penalty * counts.to(logits.dtype)
     if p.stop_token_ids and len(row.generated) < p.min_tokens:
-        logits[torch.tensor(sorted(p.stop_token_ids), dtype=torch.long, device=logits.device)] = -torch.inf
+        # An end token beyond the vocabulary can never come.
+        stops = sorted(token for token in p.stop_token_ids if token < logits.numel())
+        logits[torch.tensor(stops, dtype=torch.long, device=logits.device)] = -torch.inf
 
 
 def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:

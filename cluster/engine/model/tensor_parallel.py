@@ -17,7 +17,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -26,8 +26,7 @@ from torch import nn
 from cluster.domain.errors import EngineFailed
 from cluster.domain.parallel_layout import grain_size
 from cluster.engine import shm_kernel
-
-Collective = Literal["shm", "gloo", "nccl"]
+from cluster.engine.rank_spec import Collective
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +102,13 @@ class TensorParallelGroup:
             return None
         return torch.cat([part[:, :size] for part, size in zip(received, sizes, strict=True)], dim=1)
 
-    def leave(self) -> None:
-        if self.process_group is not None:
-            torch.distributed.destroy_process_group()
-            self.process_group = None
-
 
 def _configure_environment(group: TensorParallelGroup, host: str, port: int) -> None:
     """What DeepSpeed's kernel, gloo and NCCL read from the environment; before any of them is loaded."""
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(group.rank), str(group.size)
-    os.environ["LOCAL_RANK"] = str(group.rank)
+    # DeepSpeed binds NCCL to cuda:LOCAL_RANK, and a rank sees one device only, its own.
+    os.environ["LOCAL_RANK"] = "0" if group.collective == "nccl" else str(group.rank)
     if group.collective == "shm":
         os.environ["LOCAL_SIZE"] = str(group.size)
     if group.collective != "nccl":
@@ -172,7 +167,7 @@ _COLUMN = r".*\.([qkv]_proj|gate_proj|up_proj)\.weight$"
 def shard_layers(model: nn.Module, config: Any, group: TensorParallelGroup) -> dict[str, Shard]:
     """Replaces the Linears of ``model`` (on meta) by DeepSpeed's, and tells each parameter's slice by its name.
 
-    The output head is left alone: ``vocabulary_sizes`` splits it.
+    The output head is left alone: ``shard_sizes`` of "lm_head" splits it.
     """
     if group.size == 1:
         return {name: WHOLE for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -132,9 +132,12 @@ async def test_news_that_nobody_took_is_merged_by_sequence():
 
 
 async def test_a_session_that_never_reads_overflows(monkeypatch):
-    monkeypatch.setattr(sessions_module, "MAX_PENDING_TOKENS", 3)
+    monkeypatch.setattr(sessions_module, "MAX_PENDING_BYTES", 100)
     outbox = Outbox()
     outbox.put(1, [progress(1, 1, 2, 3)], engine_pb2.Load())
-    assert not outbox.overflowed
-    outbox.put(2, [progress(1, 4)], engine_pb2.Load())
-    assert outbox.overflowed
+    assert not outbox.overflow.is_set()
+    outbox.put(2, [progress(number, end=SequenceEnd.REJECTED_CAPACITY) for number in range(4)], engine_pb2.Load())
+    assert outbox.overflow.is_set()
+    await asyncio.wait_for(outbox.take(), 1)
+    outbox.put(3, [progress(1, 5)], engine_pb2.Load())
+    assert outbox.overflow.is_set(), "who was too slow once is reset"

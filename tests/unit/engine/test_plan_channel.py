@@ -7,7 +7,7 @@ import pytest
 
 from cluster.domain.clock import MonotonicClock
 from cluster.domain.errors import EngineFailed
-from cluster.engine.plan_channel import PlanReceiver, PlanSender, encode_plan, entries_of, ready_signal, stop_signal
+from cluster.engine.plan_channel import PlanReceiver, PlanSender, encode_plan, entries_of, ready_signal
 from cluster.engine.step import SequenceKey, StepEntry, StepPlan
 
 CLOCK = MonotonicClock()
@@ -45,7 +45,7 @@ def ends(port):
 
 def test_every_rank_gets_the_plan_and_the_signals(ends):
     sender, receivers = ends
-    for frame in (encode_plan(PLAN), ready_signal(), stop_signal()):
+    for frame in (encode_plan(PLAN), ready_signal()):
         sender.send(frame)
     for receiver in receivers:
         message = receiver.receive()
@@ -55,7 +55,6 @@ def test_every_rank_gets_the_plan_and_the_signals(ends):
             (e.token_ids, e.start, e.block_ids, e.sample) for e in PLAN.entries
         ]
         assert receiver.receive().ready
-        assert receiver.receive().stop
 
 
 def test_a_leader_that_goes_is_noticed(ends):

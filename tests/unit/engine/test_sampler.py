@@ -112,3 +112,8 @@ def test_logprobs_are_natural_and_before_temperature() -> None:
     expected = logits[0].double().log_softmax(-1)
     assert math.isclose(got.logprob.logprob, float(expected[got.token_id]), abs_tol=1e-5)
     assert [token for token, _ in got.logprob.top] == expected.topk(2).indices.tolist()
+
+
+def test_an_end_token_beyond_the_vocabulary_can_never_come() -> None:
+    logits = torch.tensor([[9.0, 1.0, 0.0]])
+    assert sample(logits, [row(stop_token_ids=frozenset({0, 99}), min_tokens=2)])[0].token_id == 1

@@ -480,3 +480,12 @@ def test_load_counts_what_is_left_to_compute(engine: Engine) -> None:
     engine.step()
     engine.step()
     assert engine.scheduler.load() == LoadSnapshot(2, 0, 0, 12, 32)
+
+
+def test_a_token_outside_the_vocabulary_is_refused_by_name() -> None:
+    engine = Engine(vocab_size=12)
+    refused = engine.submit(1, prompt=3)  # ids 10, 11, 12
+    assert refused is not None
+    assert refused.end is SequenceEnd.REJECTED_INVALID
+    assert "Token 12 is outside the vocabulary of 12" in refused.detail
+    assert engine.submit(2, prompt=2) is None

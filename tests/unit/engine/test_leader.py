@@ -1,0 +1,156 @@
+"""The Engine service without a network: sessions that do not read, submits out of bounds, cards."""
+
+import asyncio
+import os
+
+import grpc
+import pytest
+
+from cluster.domain.clock import MonotonicClock
+from cluster.engine import sessions as sessions_module
+from cluster.engine.leader import EngineServicer
+from cluster.engine.loop import CancelSession, Published, Submit
+from cluster.engine.model.tensor_parallel import TensorParallelGroup, _configure_environment
+from cluster.engine.model_card import default_sampling, tokenizer_digest
+from cluster.engine.progress import RankProgress
+from cluster.engine.sessions import Sessions
+from cluster.engine.step import SequenceKey, SequenceProgress
+from cluster.v1 import engine_pb2, inference_pb2
+
+IDENTITY = engine_pb2.ReplicaIdentity(model="tiny", slot=1, generation=4, checkpoint_digest="abc", block_size=4)
+
+
+class AbortedError(Exception):
+    pass
+
+
+class FakeContext:
+    """A client that reads ``reads`` messages and then no more."""
+
+    def __init__(self, reads):
+        self.reads, self.written, self.code = reads, [], None
+
+    async def write(self, message):
+        if len(self.written) >= self.reads:
+            await asyncio.Event().wait()
+        self.written.append(message)
+
+    async def abort(self, code, details):
+        self.code = code
+        raise AbortedError(details)
+
+
+class FakeLoop:
+    def __init__(self):
+        self.posted = []
+
+    def post(self, command):
+        self.posted.append(command)
+        return True
+
+
+async def requests(*messages):
+    for message in messages:
+        yield message
+    await asyncio.Event().wait()
+
+
+def hello(identity=IDENTITY):
+    return engine_pb2.SessionRequest(hello=engine_pb2.Hello(router_id="r", expected=identity))
+
+
+def submits(*values):
+    return engine_pb2.SessionRequest(commands=engine_pb2.Commands(submits=values))
+
+
+@pytest.fixture
+def engine():
+    clock, loop, sessions = MonotonicClock(), FakeLoop(), Sessions()
+    servicer = EngineServicer(
+        IDENTITY, engine_pb2.ModelCard(name="tiny"), {}, loop, sessions, RankProgress(clock), clock
+    )
+    return servicer, loop, sessions
+
+
+async def until(condition):
+    async with asyncio.timeout(2):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def test_a_session_that_stops_reading_is_reset_while_its_write_hangs(engine, monkeypatch):
+    monkeypatch.setattr(sessions_module, "MAX_PENDING_BYTES", 1000)
+    servicer, loop, sessions = engine
+    context = FakeContext(reads=1)
+    call = asyncio.create_task(servicer.Session(requests(hello()), context))
+    await until(lambda: context.written)
+    news = tuple(SequenceProgress(SequenceKey(1, number), 1, (5,)) for number in range(100))
+    sessions.deliver(Published(1, news, servicer._progress.load))
+    with pytest.raises(AbortedError, match="does not read"):
+        await asyncio.wait_for(call, 2)
+    assert context.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert loop.posted[-1] == CancelSession(1)
+
+
+async def test_a_submit_out_of_bounds_costs_itself_only(engine):
+    servicer, loop, _ = engine
+    context = FakeContext(reads=100)
+    good = engine_pb2.Submit(sequence_id=2, prompt_token_ids=[1], sampling=inference_pb2.Sampling(max_tokens=3))
+    bad = engine_pb2.Submit(sequence_id=1, prompt_token_ids=[1], sampling=inference_pb2.Sampling(max_tokens=0))
+    call = asyncio.create_task(servicer.Session(requests(hello(), submits(bad, good)), context))
+    await until(lambda: any(m.HasField("step") for m in context.written))
+    update = next(m.step for m in context.written if m.HasField("step")).sequences[0]
+    assert (update.sequence_id, update.end) == (1, engine_pb2.SEQUENCE_END_REJECTED_INVALID)
+    assert [c.sequence.key.sequence_id for c in loop.posted if isinstance(c, Submit)] == [2]
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+async def test_a_session_begins_with_a_hello_to_the_right_replica(engine):
+    servicer, _, _ = engine
+    context = FakeContext(reads=9)
+    with pytest.raises(AbortedError, match="begins with a Hello"):
+        await servicer.Session(requests(submits()), context)
+    older = engine_pb2.ReplicaIdentity()
+    older.CopyFrom(IDENTITY)
+    older.generation = 3
+    with pytest.raises(AbortedError, match=r"This is tiny/1#4 .*, not tiny/1#3"):
+        await servicer.Session(requests(hello(older)), context)
+    assert context.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_default_sampling_follows_generation_config():
+    assert default_sampling({}) == inference_pb2.Sampling()
+    greedy = default_sampling({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.5})
+    assert greedy == inference_pb2.Sampling(repetition_penalty=1.5)
+    sampled = default_sampling({"do_sample": True, "top_p": 0.5, "top_k": 7, "min_p": None})
+    assert sampled == inference_pb2.Sampling(temperature=1.0, top_p=0.5, top_k=7)
+
+
+def test_a_tokenizer_is_known_by_what_is_in_it():
+    assert tokenizer_digest({}) == ""
+    assert tokenizer_digest({"a": b"1", "b": b"2"}) == tokenizer_digest({"b": b"2", "a": b"1"})
+    assert tokenizer_digest({"a": b"12", "b": b""}) != tokenizer_digest({"a": b"1", "b": b"2"})
+
+
+@pytest.mark.parametrize(
+    ("collective", "local_rank", "local_size"), [("nccl", "0", None), ("gloo", "1", None), ("shm", "1", "2")]
+)
+def test_what_the_communication_libraries_read(collective, local_rank, local_size, monkeypatch):
+    for name in (
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "DS_ACCELERATOR",
+        "MASTER_PORT",
+    ):
+        monkeypatch.setenv(name, "before")
+        monkeypatch.delenv(name)
+    _configure_environment(TensorParallelGroup(1, 2, collective), "127.0.0.1", 1234)
+    assert os.environ["LOCAL_RANK"] == local_rank, "a CUDA rank sees one device, number 0"
+    assert os.environ.get("LOCAL_SIZE") == local_size, "the shared-memory kernel wants it, and only where it is correct"
+    assert os.environ["MASTER_PORT"] == "1234"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ.get("DS_ACCELERATOR") == (None if collective == "nccl" else "cpu")
