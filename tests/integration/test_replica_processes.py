@@ -3,6 +3,7 @@
 import random
 
 import grpc
+import psutil
 import pytest
 from replica_harness import Replica, Session, submit
 from tiny_models import Reference, build
@@ -104,6 +105,13 @@ def test_every_rank_went_through_its_phases_and_told_its_bytes(replica, tiny):
         assert report.ports["metrics"]
     total = sum(report.bytes_total for report in replica.control.latest.values())
     assert total >= replica.checkpoint.total_bytes
+
+
+def test_every_rank_listens_on_loopback_alone(replica):
+    for process in replica.processes:
+        listening = [c for c in psutil.Process(process.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+        assert listening
+        assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
 
 
 def test_shared_memory_all_reduce_gives_the_same_tokens(tiny, tmp_path):

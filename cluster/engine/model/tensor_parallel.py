@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from torch._C._distributed_c10d import TCPStore
 
 from cluster.domain.errors import EngineFailed
 from cluster.domain.parallel_layout import grain_size
@@ -65,20 +66,33 @@ class TensorParallelGroup:
             _load_shared_memory_kernel()
         else:
             _without_shared_memory()
-        deepspeed_comm = sys.modules["deepspeed.comm"]
+        backend, timeout = "nccl" if self.collective == "nccl" else "gloo", timedelta(seconds=deadline_s)
         try:
-            deepspeed_comm.init_distributed(
-                dist_backend="nccl" if self.collective == "nccl" else "gloo",
-                auto_mpi_discovery=False,
-                verbose=False,
-                timeout=timedelta(seconds=deadline_s),
-                init_method=f"tcp://{host}:{port}",
+            torch.distributed.init_process_group(
+                backend,
+                store=self._open_store(host, port, timeout),
                 rank=self.rank,
                 world_size=self.size,
+                timeout=timeout,
+                device_id=torch.device("cuda", 0) if backend == "nccl" else None,
             )
-        except (RuntimeError, ValueError) as error:
+            # DeepSpeed takes over the world that is there.
+            sys.modules["deepspeed.comm"].init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, verbose=False, rank=self.rank, world_size=self.size
+            )
+        except (RuntimeError, ValueError, OSError) as error:
             raise EngineFailed(f"The ranks did not meet at {host}:{port}: {error}", retryable=True) from error
         self.process_group = torch.distributed.new_group(list(range(self.size)))
+
+    def _open_store(self, host: str, port: int, timeout: timedelta) -> TCPStore:
+        """Rank 0 listens on ``host`` alone: left to itself torch's store listens on every interface."""
+        if self.rank > 0:
+            return TCPStore(host, port, self.size, is_master=False, timeout=timeout)
+        listener = socket.create_server((host, port))
+        return TCPStore(
+            host, port, self.size, is_master=True, timeout=timeout, master_listen_fd=listener.detach(),
+            wait_for_workers=False,
+        )  # fmt: skip
 
     def gather_columns(self, local: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor | None:
         """Columns of every rank side by side, on rank 0; None on the others.
