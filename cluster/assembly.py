@@ -13,22 +13,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from cluster.checkpoint.config_json import model_spec, require_served
 from cluster.checkpoint.layout import read_checkpoint
 from cluster.checkpoint.resolve import DEMO, resolve
-from cluster.checkpoint.validate import check_tensors, stored_dtype
+from cluster.checkpoint.servable import check_servable
 from cluster.client.control import ControlClient, ControllerUnreachable
 from cluster.client.local_cluster import LocalCluster, forget, load_local, remember
-from cluster.config.schema import ClusterConfig, ModelConfig, RouterConfig
+from cluster.config.listening import require_free
+from cluster.config.run_dir import hold_run_dir
+from cluster.config.schema import ClusterConfig, ControllerConfig, ModelConfig, RouterConfig
 from cluster.controller import ray_start
 from cluster.controller.rank_marker import SweepOrder
 from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
-from cluster.wire.channel import require_free
 
 ROUTER_START_DEADLINE_S = 60.0
 PROCESS_END_DEADLINE_S = 10.0
@@ -54,34 +55,39 @@ def _checked(config: ModelConfig) -> ModelConfig:
     if resolved.path is None:
         return config.model_copy(update={"revision": resolved.commit})
     checkpoint = read_checkpoint(resolved.path)
-    spec = model_spec(checkpoint.config, checkpoint.generation_config, stored_dtype=stored_dtype(checkpoint))
-    require_served(spec)
-    check_tensors(checkpoint, spec)
+    check_servable(checkpoint)
     name = config.served_model_name or resolved.path.name
     return config.model_copy(update={"model": str(resolved.path), "served_model_name": name})
 
 
-def start_cluster(config: ClusterConfig, run_dir: Path, ray_address: str | None, say: Say) -> LocalCluster:
+def start_cluster(
+    config: ClusterConfig, run_dir: Path, ray_address: str | None, say: Say, token_file: Path | None = None
+) -> LocalCluster:
     """Ray (or the one at ``ray_address``), controller, models applied, router; returns while replicas still load.
 
-    What was started is ended again when a later part refuses.
+    What was started is ended again when a later part refuses, and nothing else is. Hold the run directory.
     """
-    _require_alone(run_dir)
+    require_unused(run_dir)
     require_free(config.router.host, config.router.port, "router port (--port)")
     models = check_models(config.models)
-    try:
-        address = _connect_ray(config, run_dir, ray_address, say)
-        say("Starting the controller.")
-        control_address = _start_controller(config, run_dir)
+    with ExitStack() as undo:
+        if ray_address is None:
+            say("Starting Ray on this machine.")
+            address = _own_ray(config, run_dir, cpu_slots(config), 0, undo).address
+            control_address = _own_controller(config, run_dir, say)
+        else:
+            say(f"Joining Ray at {ray_address}.")
+            address = ray_address
+            undo.callback(ray_start.disconnect)
+            ray_start.connect(ray_address, token_file=token_file)
+            control_address = _controller_among_others(config, run_dir, address, undo, say)
         ray_start.disconnect()
         with ControlClient(control_address) as control:
             say(f"Planning {', '.join(model.name for model in models) or 'nothing'}.")
             control.apply(models)
         say("Starting the router.")
         cluster = start_router(config, run_dir, control_address, address, owns_ray=ray_address is None)
-    except BaseException:
-        _end_what_began(config, run_dir)
-        raise
+        undo.pop_all()
     return cluster
 
 
@@ -90,57 +96,105 @@ def start_router(
 ) -> LocalCluster:
     """A router process for the controller at ``control_address``; remembered with the cluster."""
     process, ports = _spawn_router(config, run_dir, control_address)
-    cluster = LocalCluster(
-        cluster_name=config.cluster_name,
-        rank_ports=config.controller.rank_ports,
-        control_address=control_address,
-        router_address=f"{config.router.host}:{ports['grpc']}",
-        router_pid=process.pid,
-        router_started_s=psutil.Process(process.pid).create_time(),
-        ray_address=ray_address,
-        owns_ray=owns_ray,
-    )
-    remember(run_dir, cluster)
+    try:
+        cluster = LocalCluster(
+            cluster_name=config.cluster_name,
+            rank_ports=config.controller.rank_ports,
+            control_address=control_address,
+            router_address=f"{config.router.host}:{ports['grpc']}",
+            router_pid=process.pid,
+            router_started_s=psutil.Process(process.pid).create_time(),
+            ray_address=ray_address,
+            owns_ray=owns_ray,
+            router_drain_s=config.router.drain_deadline_s,
+        )
+        remember(run_dir, cluster)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     return cluster
+
+
+def restart_router(config: ClusterConfig, run_dir: Path, cluster: LocalCluster) -> LocalCluster:
+    """Another router in place of one that died, where clients know it: on the same port."""
+    port = int(cluster.router_address.rpartition(":")[2])
+    same = config.model_copy(update={"router": config.router.model_copy(update={"port": port})})
+    return start_router(same, run_dir, cluster.control_address, cluster.ray_address, owns_ray=cluster.owns_ray)
 
 
 def router_is_alive(cluster: LocalCluster) -> bool:
     return _router_process(cluster) is not None
 
 
-def _require_alone(run_dir: Path) -> None:
-    found = load_local(run_dir)
-    if found is None:
-        return
-    with ControlClient(found.control_address) as control:
+def require_unused(run_dir: Path) -> None:
+    """ConfigError while anything runs that was started under ``run_dir``; remains of what died are removed."""
+    found, node = load_local(run_dir), ray_start.load_node(run_dir)
+    node_lives = node is not None and ray_start.is_alive(node)
+    if node_lives or (found is not None and (router_is_alive(found) or _answers(found.control_address))):
+        raise ConfigError(
+            f"A cluster runs under {run_dir} already; stop it with 'llm-cluster stop', or choose another --run-dir."
+        )
+    if found is not None:
+        stop_cluster(run_dir, drain_s=0.0, say=lambda _: None)
+
+
+def _answers(control_address: str) -> bool:
+    with ControlClient(control_address) as control:
         try:
             control.status()
         except ControllerUnreachable:
-            stop_cluster(run_dir, drain_s=0.0, say=lambda _: None)
-            return
-    raise ConfigError(
-        f"A cluster runs under {run_dir} already; stop it with 'llm-cluster stop', or choose another --run-dir."
-    )
+            return False
+    return True
 
 
-def _connect_ray(config: ClusterConfig, run_dir: Path, ray_address: str | None, say: Say) -> str:
-    if ray_address is not None:
-        say(f"Joining Ray at {ray_address}.")
-        ray_start.connect(ray_address)
-        return ray_address
-    if ray_start.load_node(run_dir) is not None:
-        ray_start.stop_node(run_dir)  # the remains of a cluster that ended without saying so
-    say("Starting Ray on this machine.")
-    node = ray_start.start_head(run_dir, num_cpus=cpu_slots(config), host=config.controller.host)
+def _own_ray(config: ClusterConfig, run_dir: Path, cpus: int, port: int, undo: ExitStack) -> ray_start.RayNode:
+    """A Ray head of our own, joined."""
+    node = ray_start.start_head(run_dir, num_cpus=cpus, host=config.controller.host, port=port)
+    undo.callback(ray_start.stop_node, run_dir, _everything_of(config, run_dir))
+    undo.callback(ray_start.disconnect)
     ray_start.connect(node.address, token_file=Path(node.token_file))
-    return node.address
+    return node
 
 
-def _start_controller(config: ClusterConfig, run_dir: Path) -> str:
+def _own_controller(config: ClusterConfig, run_dir: Path, say: Say) -> str:
     # Imports Ray, which reads how to treat loopback when it is imported: after ``ray_start.connect`` has said so.
     from cluster.controller.controller_actor import start_controller
 
+    say("Starting the controller.")
     return start_controller(config, run_dir)
+
+
+def _controller_among_others(config: ClusterConfig, run_dir: Path, address: str, undo: ExitStack, say: Say) -> str:
+    """The controller of our name in a Ray cluster that is not ours alone: an idle one, or a new one."""
+    from cluster.controller.controller_actor import find_controller
+
+    found = find_controller(config.cluster_name)
+    if found is None:
+        control_address = _own_controller(config, run_dir, say)
+        undo.callback(_end_controller, config.cluster_name, control_address, address)
+        return control_address
+    with ControlClient(found) as control:
+        served = ", ".join(model.name for model in control.status().models)
+    if served:
+        raise ConfigError(
+            f"Cluster {config.cluster_name} on Ray at {address} serves {served} already; choose another "
+            f"--cluster-name, or stop it with 'llm-cluster stop --controller {found}'."
+        )
+    return found
+
+
+def _end_controller(cluster_name: str, control_address: str, ray_address: str) -> None:
+    """Of a start that failed: it ends itself and what it began, or is killed."""
+    from cluster.controller.controller_actor import end_controller
+
+    try:
+        with ControlClient(control_address) as control:
+            control.shut_down(0.0)
+    except ClusterError:
+        ray_start.disconnect()
+        ray_start.connect(ray_address)  # this process holds its token since it joined first
+        end_controller(cluster_name)
 
 
 def cpu_slots(config: ClusterConfig) -> int:
@@ -166,10 +220,14 @@ def _spawn_router(
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
         )
-    line = _first_line(process)
+    line = b""
+    try:
+        line = _first_line(process)
+    finally:
+        if not line:
+            process.kill()
+            process.wait()
     if not line:
-        process.kill()
-        process.wait()
         said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         reason = said[-1].removeprefix("llm-cluster: ") if said else "it said nothing"
         raise ReplicaError(f"The router did not start: {reason}")
@@ -187,44 +245,52 @@ def _first_line(process: subprocess.Popen[bytes]) -> bytes:
         return output.readline()
 
 
-def _end_what_began(config: ClusterConfig, run_dir: Path) -> None:
-    """After a failed start: nothing of ours stays behind."""
-    ray_start.disconnect()
-    settings = config.controller
-    ray_start.stop_node(run_dir, _everything_of(config.cluster_name, settings.rank_ports, run_dir))
-    forget(run_dir)
-
-
-def _everything_of(cluster_name: str, rank_ports: tuple[int, int], run_dir: Path) -> SweepOrder:
+def _everything_of(config: ClusterConfig, run_dir: Path) -> SweepOrder:
     """What a raylet or controller that was killed from outside could not remove."""
-    first, last = rank_ports
-    return SweepOrder(cluster_name, str(run_dir.resolve()), (first, last))
+    return SweepOrder(config.cluster_name, str(run_dir.resolve()), config.controller.rank_ports)
 
 
 # ---- stop ----
 
 
-def stop_cluster(run_dir: Path, drain_s: float, say: Say) -> None:
-    """Drains, removes every replica, ends the router, the controller and the Ray that we started."""
+def stop_cluster(run_dir: Path, drain_s: float | None, say: Say) -> None:
+    """Drains, removes every replica, ends the router, the controller and the Ray that we started.
+
+    ``drain_s``: what running streams get at most; None: what the router was configured to give them.
+    """
     cluster = load_local(run_dir)
     if cluster is None:
-        raise ConfigError(f"No cluster runs under {run_dir}; name another with --run-dir.")
+        _stop_remains(run_dir, say)
+        return
+    given_s = cluster.router_drain_s if drain_s is None else drain_s
     say("Draining the router.")
+    if given_s > cluster.router_drain_s:
+        say(f"It gives its streams {cluster.router_drain_s:.0f} s at most (router.drain_deadline_s).")
     router = _router_process(cluster)
     if router is not None:
-        _end(router, drain_s + PROCESS_END_DEADLINE_S)
+        _end(router, min(given_s, cluster.router_drain_s) + PROCESS_END_DEADLINE_S)
     say("Removing the replicas.")
     try:
         with ControlClient(cluster.control_address) as control:
-            control.shut_down(drain_s)
+            control.shut_down(given_s)
     except ControllerUnreachable:
         say("The controller is gone already.")
     except ClusterError as error:
         say(f"The controller could not end everything: {error}")
     if cluster.owns_ray:
         say("Stopping Ray.")
-        ray_start.stop_node(run_dir, _everything_of(cluster.cluster_name, cluster.rank_ports, run_dir))
+        first, last = cluster.rank_ports
+        ray_start.stop_node(run_dir, SweepOrder(cluster.cluster_name, str(run_dir.resolve()), (first, last)))
     forget(run_dir)
+
+
+def _stop_remains(run_dir: Path, say: Say) -> None:
+    """A Ray node whose 'serve', 'controller' or 'worker' was killed before it could end it."""
+    if ray_start.load_node(run_dir) is None:
+        raise ConfigError(f"No cluster runs under {run_dir}; name another with --run-dir.")
+    with hold_run_dir(run_dir):  # a process that lives ends its own node
+        say("Stopping Ray.")
+        ray_start.stop_node(run_dir, SweepOrder("", str(run_dir.resolve()), ControllerConfig().rank_ports))
 
 
 def _router_process(cluster: LocalCluster) -> psutil.Process | None:
@@ -246,6 +312,7 @@ def _end(process: psutil.Process, deadline_s: float) -> None:
         return
     except psutil.TimeoutExpired:
         process.kill()
+        process.wait(PROCESS_END_DEADLINE_S)
 
 
 # ---- one process each: what the chart runs ----
@@ -253,48 +320,50 @@ def _end(process: psutil.Process, deadline_s: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A Ray head with a controller on it. ``token_file``: what workers need to join."""
+    """A Ray head with a controller on it. ``token_file``: what workers need to join; ``orphans``: whose remains."""
 
     control_address: str
     ray_address: str
     token_file: str
+    orphans: SweepOrder
 
 
 def start_head(config: ClusterConfig, run_dir: Path, ray_port: int, num_cpus: int | None, say: Say) -> Head:
-    """Ray's head and the controller on this machine, the config's models applied; nothing is left after a refusal."""
+    """Ray's head and the controller on this machine, the config's models applied; nothing is left after a refusal.
+
+    Hold the run directory.
+    """
+    require_unused(run_dir)
     models = check_models(config.models)
-    try:
+    with ExitStack() as undo:
         say("Starting Ray's head.")
         cpus = (os.cpu_count() or 1) if num_cpus is None else num_cpus
-        node = ray_start.start_head(run_dir, num_cpus=cpus, host=config.controller.host, port=ray_port)
-        ray_start.connect(node.address, token_file=Path(node.token_file))
-        say("Starting the controller.")
-        control_address = _start_controller(config, run_dir)
+        node = _own_ray(config, run_dir, cpus, ray_port, undo)
+        control_address = _own_controller(config, run_dir, say)
         ray_start.disconnect()
         if models:
             with ControlClient(control_address) as control:
                 control.apply(models)
-    except BaseException:
-        _end_what_began(config, run_dir)
-        raise
-    return Head(control_address, node.address, node.token_file)
+        undo.pop_all()
+    return Head(control_address, node.address, node.token_file, _everything_of(config, run_dir))
 
 
 def stop_head(head: Head, run_dir: Path, drain_s: float, say: Say) -> None:
-    """Drains and removes every replica, then ends the controller and Ray."""
+    """Drains and removes every replica, then ends the controller and Ray, and sweeps what they left."""
     say("Removing the replicas.")
     try:
         with ControlClient(head.control_address) as control:
             control.shut_down(drain_s)
     except ClusterError as error:
         say(f"The controller could not end everything: {error}")
-    ray_start.stop_node(run_dir)
+    ray_start.stop_node(run_dir, head.orphans)
 
 
 def start_worker(
     address: str, run_dir: Path, host: str, num_cpus: int | None, token_file: Path | None
 ) -> ray_start.RayNode:
-    """Make this machine a node of the Ray cluster at ``address``."""
+    """Make this machine a node of the Ray cluster at ``address``. Hold the run directory."""
+    require_unused(run_dir)
     return ray_start.start_worker(address, run_dir, host=host, num_cpus=num_cpus, token_file=token_file)
 
 

@@ -16,6 +16,8 @@ from cluster.domain.model_spec import Dtype, ModelSpec
 
 SERVED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
+# Rope types that change every position's frequencies once any sequence of a batch has passed a length: served up to it.
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 # Rope types whose factor is already part of max_position_embeddings.
 _ROPE_IN_CONTEXT = frozenset({"default", "llama3", "longrope", "su", "mrope"})
 _DTYPES = {f"{prefix}{dtype.value}": dtype for dtype in Dtype for prefix in ("", "torch.")}
@@ -38,7 +40,7 @@ def model_spec(
     fields = Fields(config)
     values = _FAMILIES[architecture](fields)
     values.setdefault("max_position_embeddings", fields.whole("max_position_embeddings", 2048))
-    scaled = _scaled_context(fields, values["max_position_embeddings"])
+    scaled = _scaled_context(fields, values["max_position_embeddings"], served=architecture in SERVED_ARCHITECTURES)
     if values["num_heads"] % values["num_kv_heads"]:
         raise CheckpointError(
             f"config.json has {values['num_heads']} attention heads and {values['num_kv_heads']} key/value heads; "
@@ -97,11 +99,18 @@ def _end_token_ids(
     return tuple(ids)
 
 
-def _scaled_context(fields: Fields, context: int) -> int | None:
-    """Linear, dynamic and yarn scaling stretch the context by their factor, yarn from the original length."""
+def _scaled_context(fields: Fields, context: int, *, served: bool) -> int | None:
+    """Linear, dynamic and yarn scaling stretch the context by their factor, yarn from the original length.
+
+    A model that is served with frequencies by length keeps to the length below which they never change: beyond it
+    a sequence's tokens would depend on what shares its batch.
+    """
     rope = fields.rope()
     kind = rope.get("rope_type", rope.get("type", "default"))
     factor = rope.get("factor", 1.0)
+    if served and kind in _ROPE_BY_LENGTH:
+        original = rope.get("original_max_position_embeddings", fields.get("original_max_position_embeddings"))
+        return min(original, context) if type(original) is int and original > 0 else context
     if kind in _ROPE_IN_CONTEXT or not isinstance(factor, (int, float)) or factor <= 0:
         return None
     if kind == "yarn":

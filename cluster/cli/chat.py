@@ -7,18 +7,17 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.generate import DEFAULT_ADDRESS, parse_addresses, usage_line
+from cluster.cli.generate import parse_addresses, usage_line
 from cluster.client import Client, Completion
 from cluster.client.requests import Options
+from cluster.config.schema import ROUTER_ADDRESS
 from cluster.domain.errors import ClusterError
 
 EXIT_WORDS = ("/exit", "/quit")
 
 
 def chat_command(
-    address: Annotated[
-        str, typer.Option(help="HOST:PORT of a router; several, separated by commas.")
-    ] = DEFAULT_ADDRESS,
+    address: Annotated[str, typer.Option(help="HOST:PORT of a router; several, separated by commas.")] = ROUTER_ADDRESS,
     model: Annotated[str, typer.Option(help="Served model name; default: the only one.")] = "",
     system: Annotated[str, typer.Option(help="A first message that sets the tone.")] = "",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of each answer.")] = None,

@@ -11,16 +11,13 @@ import typer
 
 from cluster.client import Client, Completion
 from cluster.client.requests import Options
+from cluster.config.schema import ROUTER_ADDRESS
 from cluster.domain.errors import ConfigError
-
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 def generate_command(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    address: Annotated[
-        str, typer.Option(help="HOST:PORT of a router; several, separated by commas.")
-    ] = DEFAULT_ADDRESS,
+    address: Annotated[str, typer.Option(help="HOST:PORT of a router; several, separated by commas.")] = ROUTER_ADDRESS,
     model: Annotated[str, typer.Option(help="Served model name; default: the only one.")] = "",
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to generate; default: as many as fit.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
@@ -55,9 +52,9 @@ def parse_addresses(text: str) -> list[str]:
     for address in addresses:
         host, separator, port = address.rpartition(":")
         if not (separator and host and port.isdecimal() and int(port) < 65536):
-            raise ConfigError(f"{address!r} is no address; write it as HOST:PORT, for example {DEFAULT_ADDRESS}.")
+            raise ConfigError(f"{address!r} is no address; write it as HOST:PORT, for example {ROUTER_ADDRESS}.")
     if not addresses:
-        raise ConfigError(f"No address is given; write it as HOST:PORT, for example {DEFAULT_ADDRESS}.")
+        raise ConfigError(f"No address is given; write it as HOST:PORT, for example {ROUTER_ADDRESS}.")
     return addresses
 
 

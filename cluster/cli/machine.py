@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,13 +16,14 @@ import psutil
 from packaging.requirements import Requirement
 
 from cluster.cli.fitness import MachineFacts, PackageFact, PortFact
+from cluster.config.listening import can_listen
 from cluster.config.run_dir import check_run_dir_length, default_run_dir
 from cluster.config.schema import ClusterConfig
 from cluster.domain.errors import ConfigError
+from cluster.engine import shm_kernel
 
 DISTRIBUTION = "llm-cluster"
 PACKAGES = ("torch", "deepspeed", "ray", "transformers", "grpcio", "safetensors", "tokenizers")
-SHARED_MEMORY_OP = "deepspeed_shm_comm"
 NVIDIA_SMI_DEADLINE_S = 15.0
 
 
@@ -34,7 +34,7 @@ def probe(config: ClusterConfig, env: Mapping[str, str]) -> MachineFacts:
         python_version=(sys.version_info.major, sys.version_info.minor),
         packages=tuple(package_fact(name, wanted) for name, wanted in _wanted_packages().items()),
         compiler=_compiler(env),
-        shared_memory_op=_shared_memory_op(env),
+        shared_memory_op=_shared_memory_op(),
         shm_free_bytes=_free_bytes(Path("/dev/shm")),  # noqa: S108 - asked about, not written to
         ports=_ports(config),
         gpus=_gpus(),
@@ -57,19 +57,6 @@ def package_fact(name: str, wanted: str) -> PackageFact:
     )
 
 
-def port_taken(host: str, port: int) -> bool:
-    """Whether a listener could not be bound to ``host:port`` now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen(1)
-        except OSError:
-            return True
-    return False
-
-
 def _wanted_packages() -> dict[str, str]:
     """The ranges that our own metadata asks for."""
     requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
@@ -82,10 +69,8 @@ def _compiler(env: Mapping[str, str]) -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
-def _shared_memory_op(env: Mapping[str, str]) -> str | None:
-    folder = Path(env.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix) / "torch_extensions")
-    library = folder / SHARED_MEMORY_OP / f"{SHARED_MEMORY_OP}.so"
-    return str(library) if library.is_file() else None
+def _shared_memory_op() -> str | None:
+    return str(shm_kernel.kernel_file()) if shm_kernel.is_built() else None
 
 
 def _free_bytes(folder: Path) -> int | None:
@@ -100,7 +85,7 @@ def _ports(config: ClusterConfig) -> tuple[PortFact, ...]:
         ("engine", controller.host, controller.engine_port, False),
         ("metrics", router.host, router.metrics_port, False),
     )
-    return tuple(PortFact(name, port, port_taken(host, port), fixed) for name, host, port, fixed in asked if port)
+    return tuple(PortFact(name, port, not can_listen(host, port), fixed) for name, host, port, fixed in asked if port)
 
 
 def _gpus() -> tuple[str, ...] | None:

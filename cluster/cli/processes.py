@@ -13,7 +13,7 @@ from rich.console import Console
 from cluster.assembly import run_router, start_head, start_worker, stop_head, stop_worker, worker_is_alive
 from cluster.cli.serve import interruptions
 from cluster.config.load import load_config
-from cluster.config.run_dir import default_run_dir, open_run_dir
+from cluster.config.run_dir import default_run_dir, hold_run_dir, open_run_dir
 from cluster.config.schema import LOOPBACK
 from cluster.domain.errors import ReplicaError
 
@@ -39,12 +39,14 @@ def controller_command(
     flags = {"controller.host": host, "controller.port": port, "controller.metrics_port": metrics_port}
     loaded, folder = load_config(config, os.environ, flags).config, _folder(run_dir)
     console = Console(stderr=True, highlight=False)
-    with interruptions() as interrupted:
+    with hold_run_dir(folder), interruptions() as interrupted:
         head = start_head(loaded, folder, ray_port, num_cpus, console.print)
-        ready = {"kind": "controller", "control": head.control_address, "ray": head.ray_address}
-        print(json.dumps({**ready, "token_file": head.token_file}), flush=True)
-        interrupted.wait()
-        stop_head(head, folder, loaded.controller.drain_deadline_s, console.print)
+        try:
+            ready = {"kind": "controller", "control": head.control_address, "ray": head.ray_address}
+            print(json.dumps({**ready, "token_file": head.token_file}), flush=True)
+            interrupted.wait()
+        finally:
+            stop_head(head, folder, loaded.controller.drain_deadline_s, console.print)
 
 
 def router_command(
@@ -70,7 +72,7 @@ def worker_command(
 ) -> None:
     """Run this machine as a node of the cluster: the controller places ranks on it."""
     folder = _folder(run_dir)
-    with interruptions() as interrupted:
+    with hold_run_dir(folder), interruptions() as interrupted:
         node = start_worker(address, folder, host, num_cpus, token_file)
         print(json.dumps({"kind": "worker", "ray": node.address}), flush=True)
         try:

@@ -14,20 +14,27 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cluster.assembly import router_is_alive, start_cluster, start_router, stop_cluster
+from cluster.assembly import restart_router, router_is_alive, start_cluster, stop_cluster
 from cluster.cli.status import render_status, wide_console
 from cluster.client import Client
-from cluster.client.control import ControlClient
+from cluster.client.control import ControlClient, ControllerUnreachable
 from cluster.client.local_cluster import LocalCluster, load_local
 from cluster.config.load import load_config
-from cluster.config.run_dir import default_run_dir, open_run_dir
+from cluster.config.run_dir import default_run_dir, hold_run_dir, open_run_dir
 from cluster.config.schema import ClusterConfig
+from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.errors import ConfigError, ReplicaError
 from cluster.v1 import control_pb2
 
 POLL_S = 0.3
 FAILURES_TOLERATED = 3
 ROUTER_READY_DEADLINE_S = 30.0
+CONTROLLER_AWAY_S = 60.0
+SUPERVISE_POLL_S = 1.0
+ROUTER_STABLE_S = 60.0
+ROUTER_PAUSE_MAX_S = 30.0
+ROUTER_DEATHS_TOLERATED = 10
+DRAIN_S = 30.0  # of a cluster elsewhere, whose settings are not here
 _PARALLEL, _ENGINE, _PROCESS = "Layout", "Engine", "Processes"
 
 
@@ -37,6 +44,8 @@ def serve_command(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join (HOST:PORT or auto); default: start one here.")
     ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="A copy of that Ray cluster's token file.")] = None,
+    cluster_name: Annotated[str | None, typer.Option(help="Tells clusters on one Ray apart.")] = None,
     replicas: Annotated[int | None, typer.Option(min=1, rich_help_panel=_PARALLEL)] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option("--tensor-parallel-size", "-tp", min=1, rich_help_panel=_PARALLEL)
@@ -55,11 +64,12 @@ def serve_command(
     device_memory_utilization: Annotated[float | None, typer.Option(rich_help_panel=_ENGINE)] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call it.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Bind router and controller to it.", rich_help_panel=_PROCESS)
-    ] = None,
+    host: Annotated[str | None, typer.Option(help="Bind the router to it.", rich_help_panel=_PROCESS)] = None,
     port: Annotated[int | None, typer.Option(help="The router's gRPC port.", rich_help_panel=_PROCESS)] = None,
     control_port: Annotated[int | None, typer.Option(help="The controller's port.", rich_help_panel=_PROCESS)] = None,
+    control_host: Annotated[
+        str | None, typer.Option(help="Bind controller, ranks and Ray to it.", rich_help_panel=_PROCESS)
+    ] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="First port tried for /metrics.", rich_help_panel=_PROCESS)
     ] = None,
@@ -77,7 +87,8 @@ def serve_command(
     }  # fmt: skip
     processes = {
         "router.host": host, "router.port": port, "router.metrics_port": metrics_port,
-        "controller.host": host, "controller.port": control_port, "controller.metrics_port": metrics_port,
+        "cluster_name": cluster_name,
+        "controller.host": control_host, "controller.port": control_port, "controller.metrics_port": metrics_port,
     }  # fmt: skip
     loaded = load_config(config, os.environ, {**_model_flags(models or [], shared), **processes}).config
     if not loaded.models:
@@ -85,7 +96,8 @@ def serve_command(
     folder = open_run_dir(
         Path(loaded.run_dir) if loaded.run_dir and not run_dir else run_dir or default_run_dir(os.environ)
     )
-    _serve(loaded, folder, address, detach=detach)
+    with hold_run_dir(folder):
+        _serve(loaded, folder, address, token_file, detach=detach)
 
 
 def _model_flags(models: list[str], shared: dict[str, Any]) -> dict[str, Any]:
@@ -99,23 +111,28 @@ def _model_flags(models: list[str], shared: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _serve(config: ClusterConfig, run_dir: Path, address: str | None, *, detach: bool) -> None:
+def _serve(config: ClusterConfig, run_dir: Path, address: str | None, token_file: Path | None, *, detach: bool) -> None:
     console = wide_console(stderr=True)
     with interruptions() as interrupted:
-        cluster = start_cluster(config, run_dir, address, console.print)
+        cluster = start_cluster(config, run_dir, address, console.print, token_file)
         try:
             with ControlClient(cluster.control_address) as control:
-                _wait_until_ready(control, console, interrupted)
+                wait_until_ready(control, console, interrupted, MonotonicClock())
                 _wait_for_router(cluster)
                 console.print(render_status(control.status()))
             _say_how_to_talk(console, cluster, run_dir)
             if detach:
                 return
-            _supervise(config, run_dir, interrupted, console)
+            _supervise(config, run_dir, interrupted, console, MonotonicClock())
         except BaseException:
-            stop_cluster(run_dir, 0.0, console.print)
+            _stop_ours(run_dir, 0.0, console)
             raise
-        stop_cluster(run_dir, config.controller.drain_deadline_s, console.print)
+        _stop_ours(run_dir, None, console)
+
+
+def _stop_ours(run_dir: Path, drain_s: float | None, console: Console) -> None:
+    if load_local(run_dir) is not None:  # else somebody said 'stop' already
+        stop_cluster(run_dir, drain_s, console.print)
 
 
 @contextmanager
@@ -136,22 +153,32 @@ def interruptions() -> Iterator[threading.Event]:
             signal.signal(number, action)
 
 
-def _wait_until_ready(control: ControlClient, console: Console, interrupted: threading.Event) -> None:
-    """Shows every replica's load until all that are desired are READY; ReplicaError when one keeps failing."""
+def wait_until_ready(control: ControlClient, console: Console, interrupted: threading.Event, clock: Clock) -> None:
+    """Shows every replica's load until all that are desired are READY; ReplicaError when one keeps failing.
+
+    A controller that is away for a while is waited for: Ray starts it again.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bars: dict[str, TaskID] = {}
         phases: dict[str, str] = {}
+        heard_s = clock.now()
         while True:
-            status = control.status()
-            for replica in status.replicas:
-                _show(progress, bars, replica)
-                if not console.is_terminal and phases.get(replica.replica) != replica.phase:
-                    phases[replica.replica] = replica.phase
-                    console.print(f"{replica.replica}: {replica.phase} {replica.reason}".rstrip())
-            _raise_if_hopeless(status)
-            if status.models and all(m.ready_replicas >= m.desired_replicas for m in status.models):
-                return
+            try:
+                status = control.status()
+            except ControllerUnreachable:
+                if clock.now() - heard_s > CONTROLLER_AWAY_S:
+                    raise
+            else:
+                heard_s = clock.now()
+                for replica in status.replicas:
+                    _show(progress, bars, replica)
+                    if not console.is_terminal and phases.get(replica.replica) != replica.phase:
+                        phases[replica.replica] = replica.phase
+                        console.print(f"{replica.replica}: {replica.phase} {replica.reason}".rstrip())
+                raise_if_hopeless(status)
+                if status.models and all(m.ready_replicas >= m.desired_replicas for m in status.models):
+                    return
             if interrupted.wait(POLL_S):
                 raise KeyboardInterrupt
 
@@ -167,12 +194,14 @@ def _show(progress: Progress, bars: dict[str, TaskID], replica: control_pb2.Repl
     )
 
 
-def _raise_if_hopeless(status: control_pb2.ClusterStatus) -> None:
+def raise_if_hopeless(status: control_pb2.ClusterStatus) -> None:
+    """ReplicaError once a replica of a model that serves nobody has failed too often in a row."""
     ready = {model.name for model in status.models if model.ready_replicas}
     for replica in status.replicas:
-        if replica.phase == "FAILED" and replica.generation >= FAILURES_TOLERATED and replica.model not in ready:
+        failures = replica.failures_in_a_row
+        if replica.phase == "FAILED" and failures >= FAILURES_TOLERATED and replica.model not in ready:
             raise ReplicaError(
-                f"{replica.replica} failed {replica.generation} times: {replica.reason}; "
+                f"{replica.replica} failed {failures} times in a row: {replica.reason}; "
                 "its ranks' logs are in the run directory."
             )
 
@@ -189,28 +218,48 @@ def _say_how_to_talk(console: Console, cluster: LocalCluster, run_dir: Path) -> 
     console.print(f"Stop it:     llm-cluster stop --run-dir {run_dir}")
 
 
-def _supervise(config: ClusterConfig, run_dir: Path, interrupted: threading.Event, console: Console) -> None:
-    """Until Ctrl-C; a router that died is started again on its port."""
-    while not interrupted.wait(1.0):
+def router_pause_s(deaths: int) -> float:
+    """Before the next start of a router that died so many times in a row: none at first, doubling, bounded."""
+    return 0.0 if deaths <= 1 else min(2.0 ** min(deaths - 2, 10), ROUTER_PAUSE_MAX_S)
+
+
+def _supervise(
+    config: ClusterConfig, run_dir: Path, interrupted: threading.Event, console: Console, clock: Clock
+) -> None:
+    """Until Ctrl-C; a router that died is started again on its port. ReplicaError when it dies again and again."""
+    deaths, born_s = 0, clock.now()
+    while not interrupted.wait(SUPERVISE_POLL_S):
         cluster = load_local(run_dir)
         if cluster is None:
             return  # somebody else said 'stop'
-        if not router_is_alive(cluster):
-            console.print("The router died; starting another.")
-            start_router(config, run_dir, cluster.control_address, cluster.ray_address, owns_ray=cluster.owns_ray)
+        if router_is_alive(cluster):
+            continue
+        deaths = 1 if clock.now() - born_s > ROUTER_STABLE_S else deaths + 1
+        if deaths > ROUTER_DEATHS_TOLERATED:
+            raise ReplicaError(f"The router died {deaths} times in a row; its words are in {run_dir / 'logs'}.")
+        console.print("The router died; starting another.")
+        if interrupted.wait(router_pause_s(deaths)):
+            break
+        try:
+            restart_router(config, run_dir, cluster)
+        except ReplicaError as error:
+            console.print(str(error))
+        born_s = clock.now()
     console.print("Draining; Ctrl-C again to stop at once.")
 
 
 def stop_command(
     run_dir: Annotated[Path | None, typer.Option(help="Run directory of the cluster to stop.")] = None,
     controller: Annotated[str | None, typer.Option(help="HOST:PORT of a controller elsewhere.")] = None,
-    drain_deadline_s: Annotated[float, typer.Option(min=0, help="Seconds that running streams get.")] = 30.0,
+    drain_deadline_s: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that running streams get; default: the router's own setting.")
+    ] = None,
 ) -> None:
     """Drain, then end every process of the cluster."""
     console = Console(stderr=True, highlight=False)
     if controller:
         with ControlClient(controller) as control:
-            control.shut_down(drain_deadline_s)
+            control.shut_down(DRAIN_S if drain_deadline_s is None else drain_deadline_s)
         console.print("Every replica is gone, and so is the controller; routers end by themselves or with SIGTERM.")
         return
     stop_cluster(run_dir or default_run_dir(os.environ), drain_deadline_s, console.print)

@@ -1,9 +1,10 @@
 """A small typed client of cluster.v1.Inference: synchronous and asynchronous, resuming across routers.
 
->>> from cluster.client import Client
+>>> from cluster.client import Chunk, Client
 >>> with Client("127.0.0.1:50051") as client:
 ...     for event in client.generate("Return the", max_tokens=20):
-...         print(event.text, end="")
+...         if isinstance(event, Chunk):  # the last event is a Completion: the whole of it
+...             print(event.text, end="")
 """
 
 from __future__ import annotations

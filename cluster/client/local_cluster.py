@@ -13,7 +13,8 @@ from cluster.domain.errors import ConfigError
 class LocalCluster:
     """What this machine started, and how to find it again.
 
-    ``owns_ray``: Ray is ours to stop; then ``rank_ports`` (first and last) tell whose segments are ours.
+    ``router_drain_s``: what the router gives its streams once it is told to end. ``owns_ray``: Ray is ours to stop;
+    then ``rank_ports`` (first and last) tell whose segments are ours.
     """
 
     cluster_name: str
@@ -24,6 +25,7 @@ class LocalCluster:
     router_started_s: float
     ray_address: str
     owns_ray: bool
+    router_drain_s: float = 30.0
 
 
 def load_local(run_dir: Path) -> LocalCluster | None:

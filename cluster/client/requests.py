@@ -19,6 +19,7 @@ from cluster.domain.errors import (
     RequestRejected,
 )
 from cluster.v1 import inference_pb2
+from cluster.wire.status import CallFailure
 
 # Text, token ids, or the messages of a chat.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -77,6 +78,17 @@ def build_request(
     return request
 
 
+def build_tokenize_request(prompt: Prompt, model: str, *, add_special_tokens: bool) -> inference_pb2.TokenizeRequest:
+    """The message for the token ids of a text or a chat."""
+    whole = build_request(prompt, {}, model=model)
+    request = inference_pb2.TokenizeRequest(model=model, add_special_tokens=add_special_tokens)
+    if whole.HasField("chat"):
+        request.chat.CopyFrom(whole.chat)
+    else:
+        request.text = whole.text
+    return request
+
+
 def _as_fields(options: Options) -> dict[str, Any]:
     fields: dict[str, Any] = dict(options)
     if isinstance(options.get("stop"), str):
@@ -124,6 +136,17 @@ def typed_error(
             return ConfigError(f"What answers at {address} is no router; check the address.")
         case _:
             return EngineFailed(f"{code}: {message}", retryable=False)
+
+
+def error_of_call(failure: CallFailure, address: str) -> ClusterError:
+    """The domain error of a single call that failed."""
+    code, reason, message, retry_after_s = failure
+    return typed_error(code.name, reason, message, retry_after_s, address, started=False)
+
+
+def never_ready(address: str, timeout_s: float) -> RequestRejected:
+    message = f"No model was ready at {address} within {timeout_s:g} s."
+    return RequestRejected(RejectReason.NO_ENDPOINT, message)
 
 
 def _unavailable(reason: str, message: str, retry_after_s: float | None, address: str) -> ClusterError:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.client.events import Chunk, Completion, Usage
+from cluster.client.requests import typed_error
 from cluster.domain.request import TokenLogprob
 from cluster.v1 import inference_pb2
 from cluster.wire import convert
+from cluster.wire.status import CallFailure
 
+RESUMES_MAX = 10
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 2.0
 _FINISH = {
@@ -25,7 +28,9 @@ class Transcript:
     received once, because each call is told those that are here already.
     """
 
-    def __init__(self, request: inference_pb2.GenerateRequest, addresses: Sequence[str], resumes_max: int) -> None:
+    def __init__(
+        self, request: inference_pb2.GenerateRequest, addresses: Sequence[str], resumes_max: int = RESUMES_MAX
+    ) -> None:
         self._request = request
         self._addresses = tuple(addresses)
         self._resumes_max = resumes_max
@@ -79,6 +84,21 @@ class Transcript:
             usage=usage,
             request_id=self._request.request_id,
         )
+
+    def pause_after_s(self, failure: CallFailure | None) -> float:
+        """Seconds to wait before the call after one that broke; raises what it broke with when that is final.
+
+        ``failure`` is None for a stream that ended without its End.
+        """
+        address = self.address
+        code, reason, message, retry_after_s = "UNAVAILABLE", "", "", None
+        if failure is not None:
+            status, reason, message, retry_after_s = failure
+            code = status.name
+        pause_s = self.resume_after_s(code, retry_after_s)
+        if pause_s is None:
+            raise typed_error(code, reason, message, retry_after_s, address, started=self.started)
+        return pause_s
 
     def resume_after_s(self, code: str, retry_after_s: float | None) -> float | None:
         """Seconds to wait before the next call, on the next router; None when the error is final.

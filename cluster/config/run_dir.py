@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.domain.errors import ConfigError
@@ -50,6 +52,22 @@ def open_run_dir(path: Path) -> Path:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(f"Others may write to the run directory {path}; say 'chmod 700 {path}'.")
     return path
+
+
+@contextmanager
+def hold_run_dir(run_dir: Path) -> Iterator[None]:
+    """Nobody else starts a cluster or a node under ``run_dir`` meanwhile; ConfigError when somebody does already.
+
+    The kernel lets go of the lock when this process ends, however it ends.
+    """
+    with (run_dir / "lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another llm-cluster process works under {run_dir}; end it first, or choose another --run-dir."
+            ) from None
+        yield
 
 
 def check_run_dir_length(path: Path) -> None:

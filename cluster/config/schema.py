@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 LOOPBACK = "127.0.0.1"
+ROUTER_PORT = 50051
+ROUTER_ADDRESS = f"{LOOPBACK}:{ROUTER_PORT}"  # where clients look when they are told nothing else
 Port = int
 
 
@@ -54,13 +56,14 @@ class RouterConfig(_Section):
     """The router's process."""
 
     host: str = LOOPBACK
-    port: Port = Field(50051, ge=0, le=65535, description="gRPC Inference; 0 = any free port.")
+    port: Port = Field(ROUTER_PORT, ge=0, le=65535, description="gRPC Inference; 0 = any free port.")
     metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
     max_concurrent_requests: int = Field(4096, ge=1, description="Requests in flight; over it RESOURCE_EXHAUSTED.")
     max_failovers: int = Field(8, ge=0, description="Replicas that one request may outlive.")
     failover_wait_s: float = Field(120.0, ge=0, description="How long a started request waits for a ready replica.")
     engine_silence_s: float = Field(2.0, gt=0, description="A leader silent for so long is suspect.")
-    max_message_bytes: int = Field(64 * 2**20, ge=2**20)
+    engine_step_deadline_s: float = Field(60.0, gt=0, description="A leader whose step runs for so long is suspect.")
+    client_stall_s: float = Field(60.0, gt=0, description="A client that takes no message for so long is cut off.")
     drain_deadline_s: float = Field(30.0, ge=0)
 
 

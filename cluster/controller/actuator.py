@@ -41,8 +41,12 @@ class Actuator(Protocol):
     async def destroy(self, incarnation: Incarnation, world_size: int) -> None:
         """Kills every process of the incarnation, gives its devices back; returns when nothing is left."""
 
-    async def sweep(self, live: frozenset[Incarnation]) -> None:
-        """Removes whatever this cluster left behind on any node, ``live`` incarnations excepted."""
+    async def sweep(self, live: frozenset[Incarnation], newest: frozenset[Incarnation] | None = None) -> None:
+        """Removes whatever this cluster left behind on any node, ``live`` incarnations excepted.
+
+        ``newest``: every slot's last one now; what is newer, or in no slot, is spared, for it may be just starting.
+        ReplicaError when a node that lives could not be swept; the others have been.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,53 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from cluster.checkpoint.config_json import model_spec, require_served
-from cluster.checkpoint.layout import read_checkpoint
-from cluster.checkpoint.resolve import fetch, resolve
-from cluster.checkpoint.validate import check_tensors, stored_dtype
+from cluster.checkpoint.layout import read_checkpoint, read_config, read_generation_config
+from cluster.checkpoint.resolve import fetch, fetch_config, resolve
+from cluster.checkpoint.servable import check_servable
 from cluster.config.schema import ModelConfig
 from cluster.controller.actuator import Explanation
 from cluster.controller.desired import Desired, DesiredModel
 from cluster.domain.errors import ClusterError, NoFeasiblePlan, UnsupportedModelError
 from cluster.domain.hardware import Inventory
+from cluster.domain.model_spec import ModelSpec
 from cluster.domain.quantities import format_bytes
 from cluster.planner.placement import place
 from cluster.planner.plan import Plan, plan
 
 
 class CheckpointPlanner:
-    """Implements ``ModelPlanner``. ``inventory`` tells every node, in use or not; it may block."""
+    """Implements ``ModelPlanner``. ``inventory`` tells every node with a device as asked for; it may block."""
 
-    def __init__(self, inventory: Callable[[], Inventory]) -> None:
+    def __init__(self, inventory: Callable[[str], Inventory]) -> None:
         self._inventory = inventory
 
     async def plan(self, config: ModelConfig, kept: Desired) -> DesiredModel:
         return await asyncio.to_thread(self._plan, config, kept)
 
     async def explain(self, config: ModelConfig, kept: Desired) -> Explanation:
+        """Of a hub model it fetches the configuration only."""
         try:
-            model = await self.plan(config, kept)
+            found = await asyncio.to_thread(self._outline, config, kept)
         except NoFeasiblePlan as error:
             lines = [str(error), *(f"  {layout}: {reason}" for layout, reason in error.candidates)]
             return Explanation(feasible=False, text="\n".join(lines), json=_json_of_error(error))
         except ClusterError as error:
             return Explanation(feasible=False, text=str(error), json=json.dumps({"reason": str(error)}))
-        return Explanation(feasible=True, text=_text(model), json=_json(model))
+        return Explanation(feasible=True, text=_text(config.name, found), json=_json(config.name, found))
 
     def _plan(self, config: ModelConfig, kept: Desired) -> DesiredModel:
         resolved = resolve(config.model, config.revision)
         checkpoint = read_checkpoint(fetch(resolved))
-        spec = model_spec(checkpoint.config, checkpoint.generation_config, stored_dtype=stored_dtype(checkpoint))
-        require_served(spec)
-        check_tensors(checkpoint, spec)
-        inventory = free_inventory(self._inventory(), kept)
-        found = plan(
-            spec, config, inventory, replicas=config.replicas, weights_nbytes_by_name=checkpoint.nbytes_by_name
-        )
-        _require_one_stage(found)
+        found = self._fit(check_servable(checkpoint), config, kept, checkpoint.nbytes_by_name)
         return DesiredModel(
             config=config,
             replicas=config.replicas,
@@ -62,9 +57,25 @@ class CheckpointPlanner:
             device=found.device.kind,
             max_model_len=found.max_model_len,
             kv_blocks=found.kv_blocks,
-            weight_bytes_per_rank=tuple(ledger.weight_bytes for ledger in found.ledgers),
+            weight_bytes_per_rank=_weight_bytes(found),
             max_concurrent_tokens=found.max_concurrent_tokens,
         )
+
+    def _outline(self, config: ModelConfig, kept: Desired) -> Plan:
+        resolved = resolve(config.model, config.revision)
+        if resolved.path is not None:
+            checkpoint = read_checkpoint(resolved.path)
+            return self._fit(check_servable(checkpoint), config, kept, checkpoint.nbytes_by_name)
+        folder = fetch_config(resolved)
+        spec = model_spec(read_config(folder), read_generation_config(folder))
+        require_served(spec)
+        return self._fit(spec, config, kept, None)
+
+    def _fit(self, spec: ModelSpec, config: ModelConfig, kept: Desired, stored: Mapping[str, int] | None) -> Plan:
+        inventory = free_inventory(self._inventory(config.device), kept)
+        found = plan(spec, config, inventory, replicas=config.replicas, weights_nbytes_by_name=stored)
+        _require_one_stage(found)
+        return found
 
 
 def free_inventory(inventory: Inventory, kept: Desired) -> Inventory:
@@ -92,25 +103,29 @@ def _require_one_stage(found: Plan) -> None:
         )
 
 
-def _text(model: DesiredModel) -> str:
-    per_rank = ", ".join(format_bytes(n) for n in model.weight_bytes_per_rank)
+def _weight_bytes(found: Plan) -> tuple[int, ...]:
+    return tuple(ledger.weight_bytes for ledger in found.ledgers)
+
+
+def _text(name: str, found: Plan) -> str:
+    per_rank = ", ".join(format_bytes(n) for n in _weight_bytes(found))
     return (
-        f"{model.name}: {model.layout} in {model.dtype} on {model.device}, weights per rank {per_rank}, "
-        f"KV cache for {model.max_concurrent_tokens} tokens"
+        f"{name}: {found.layout} in {found.dtype} on {found.device.kind}, weights per rank {per_rank}, "
+        f"KV cache for {found.max_concurrent_tokens} tokens"
     )
 
 
-def _json(model: DesiredModel) -> str:
+def _json(name: str, found: Plan) -> str:
     return json.dumps(
         {
-            "model": model.name,
-            "tensor_parallel_size": model.layout.tensor_parallel_size,
-            "pipeline_parallel_size": model.layout.pipeline_parallel_size,
-            "dtype": model.dtype.value,
-            "device": model.device.value,
-            "weight_bytes_per_rank": list(model.weight_bytes_per_rank),
-            "max_concurrent_tokens": model.max_concurrent_tokens,
-            "max_model_len": model.max_model_len,
+            "model": name,
+            "tensor_parallel_size": found.layout.tensor_parallel_size,
+            "pipeline_parallel_size": found.layout.pipeline_parallel_size,
+            "dtype": found.dtype.value,
+            "device": found.device.kind.value,
+            "weight_bytes_per_rank": list(_weight_bytes(found)),
+            "max_concurrent_tokens": found.max_concurrent_tokens,
+            "max_model_len": found.max_model_len,
         }
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.controller.desired import Desired, DesiredModel
 from cluster.controller.messages import activity_to_message
-from cluster.controller.observed import Observed, RankView, ReplicaView
+from cluster.controller.observed import Observed, RankView, ReplicaView, SlotHistory
 from cluster.domain.replica import ReplicaPhase
 from cluster.v1 import control_pb2
 
@@ -29,7 +29,7 @@ def cluster_status(
         cluster_name=name,
         epoch=epoch,
         models=[_model(model, observed, now_s) for model in desired],
-        replicas=[_replica(view, now_s) for view in observed.replicas],
+        replicas=[_replica(view, observed.slots.get(view.replica, SlotHistory()), now_s) for view in observed.replicas],
         processes=[
             *(control_pb2.ProcessStatus(kind=p.kind, pid=p.pid, node=p.node, ports=p.ports) for p in processes),
             *(
@@ -75,7 +75,7 @@ def _model(model: DesiredModel, observed: Observed, now_s: float) -> control_pb2
     )
 
 
-def _replica(view: ReplicaView, now_s: float) -> control_pb2.ReplicaStatus:
+def _replica(view: ReplicaView, history: SlotHistory, now_s: float) -> control_pb2.ReplicaStatus:
     ranks = [rank.report for rank in view.ranks if rank is not None]
     status = control_pb2.ReplicaStatus(
         replica=str(view.replica),
@@ -88,6 +88,7 @@ def _replica(view: ReplicaView, now_s: float) -> control_pb2.ReplicaStatus:
         engine_address=view.engine_address,
         bytes_loaded=sum(report.bytes_loaded for report in ranks),
         bytes_total=sum(report.bytes_total for report in ranks),
+        failures_in_a_row=history.failures,
     )
     if view.leader is not None:
         status.activity.CopyFrom(activity_to_message(view.leader.report.activity))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.config.listening import require_free
 from cluster.config.schema import ClusterConfig
 from cluster.controller.checkpoint_planner import CheckpointPlanner
 from cluster.controller.cluster_status import ProcessFacts
@@ -90,7 +90,7 @@ class ControllerActor:
         store = Store(self._run_dir)
         state = await asyncio.to_thread(store.begin_life)
         server = new_server()
-        port = await self._bind(server, settings.port or state.control_port)
+        port = await self._bind(server, port_to_bind(settings.port, state.control_port, again=self._again))
         state = replace(state, control_port=port)
         await asyncio.to_thread(store.save, state)
         registry = new_registry()
@@ -129,7 +129,7 @@ class ControllerActor:
             settings=config.controller,
             store=store,
             actuator=RayActuator(shared, observer, calls, self._entry),
-            planner=CheckpointPlanner(observer.all_devices),
+            planner=CheckpointPlanner(observer.devices_for),
             clock=MonotonicClock(),
             metrics=metrics,
             log=get_logger(cluster=config.cluster_name),
@@ -154,6 +154,11 @@ class ControllerActor:
         running.cancel()
 
 
+def port_to_bind(configured: int, stored: int, *, again: bool) -> int:
+    """0 for any. Who reports to a controller that died knows its old port only; a new cluster's may be any."""
+    return configured or (stored if again else 0)
+
+
 def start_controller(config: ClusterConfig, run_dir: Path, entry: str = RANK_ENTRY) -> str:
     """The Control address (HOST:PORT) of the cluster's controller, started if there is none. Ray is connected.
 
@@ -162,7 +167,7 @@ def start_controller(config: ClusterConfig, run_dir: Path, entry: str = RANK_ENT
     address = find_controller(config.cluster_name)
     if address is not None:
         return address
-    _require_free(config.controller.host, config.controller.port)
+    require_free(config.controller.host, config.controller.port, "controller port")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = (
         ray.remote(ControllerActor)
@@ -193,6 +198,14 @@ def find_controller(cluster_name: str) -> str | None:
     return _ping(actor).address
 
 
+def end_controller(cluster_name: str) -> None:
+    """Kills the controller's actor, if there is one, without asking it. Ray is connected."""
+    try:
+        ray.kill(ray.get_actor(controller_name(cluster_name), namespace=NAMESPACE), no_restart=True)
+    except ValueError:  # Ray's word for "no such actor"
+        return
+
+
 def _ping(actor: Any) -> ControllerFacts:
     try:
         facts: ControllerFacts = ray.get(actor.ping.remote(), timeout=START_DEADLINE_S)
@@ -202,16 +215,3 @@ def _ping(actor: Any) -> ControllerFacts:
     except (ray.exceptions.RayError, TimeoutError) as error:
         raise ReplicaError(f"The controller does not answer ({error}); see its log, or stop the cluster.") from error
     return facts
-
-
-def _require_free(host: str, port: int) -> None:
-    """PortTakenError in the words of whoever starts the cluster, before an actor is made."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError as error:
-            raise PortTakenError(
-                f"Port {port} on {host} is taken; stop who listens there, or choose another controller port."
-            ) from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.config.schema import ModelConfig
+from cluster.domain.errors import ConfigError
 from cluster.domain.hardware import DeviceKind
 from cluster.domain.model_spec import Dtype
 from cluster.domain.parallel_layout import ParallelLayout
@@ -64,6 +65,14 @@ def find_model(desired: Desired, name: str) -> DesiredModel | None:
 def asks_the_same(old: ModelConfig, new: ModelConfig) -> bool:
     """Whether two configs differ in nothing but the number of replicas."""
     return old.model_dump(exclude={"replicas"}) == new.model_dump(exclude={"replicas"})
+
+
+def require_names_differ(configs: tuple[ModelConfig, ...]) -> None:
+    """ConfigError when two models would be served under one name."""
+    names = [config.name for config in configs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"Two models are served as {', '.join(twice)}; give one a served_model_name.")
 
 
 def model_to_json(model: DesiredModel) -> dict[str, Any]:

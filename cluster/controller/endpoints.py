@@ -27,7 +27,7 @@ def endpoint_table(desired: Desired, observed: Observed, epoch: int) -> Endpoint
 
 def next_table(last: EndpointTable, desired: Desired, observed: Observed) -> EndpointTable:
     """``last`` itself while nothing changed, else the new one under the next epoch."""
-    table = endpoint_table(desired, observed, last.epoch)
+    table = replace(endpoint_table(desired, observed, last.epoch), state_id=last.state_id)
     return last if table == last else replace(table, epoch=last.epoch + 1)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, replace
 
 from cluster.config.schema import ControllerConfig, ModelConfig
-from cluster.controller.actions import Action, Advance, Fence, Remove, Start
+from cluster.controller.actions import Advance, Fence, Remove, Start
 from cluster.controller.actuator import Actuator, Explanation, ModelPlanner, StartOrder
 from cluster.controller.cluster_status import ProcessFacts, cluster_status
-from cluster.controller.desired import Desired, DesiredModel, asks_the_same, find_model
+from cluster.controller.desired import Desired, DesiredModel, asks_the_same, find_model, require_names_differ
 from cluster.controller.endpoints import first_epoch, next_table
-from cluster.controller.fleet import Fleet, Transition
+from cluster.controller.fleet import Fleet, SlotRecord, Transition
 from cluster.controller.observed import Report
 from cluster.controller.ports import PortRange
 from cluster.controller.reconcile import reconcile
@@ -31,6 +31,9 @@ ADOPT_S = 3.0
 # After the drain's own deadline: killing, giving back, sweeping.
 SHUTDOWN_MARGIN_S = 90.0
 MAX_ROUTERS = 10_000
+# A node that does not answer is swept later, with pauses that double.
+SWEEP_RETRY_S = 5.0
+SWEEP_RETRY_MAX_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,14 @@ class ControllerLoop:
         adopt_s = ADOPT_S if state.slots and state.desired else 0.0
         now_s = parts.clock.now()
         self._fleet = Fleet(parts.settings, state.slots, now_s, adopt_s, self._on_transition)
-        self._table = EndpointTable(first_epoch(state.life))
+        self._table = EndpointTable(first_epoch(state.life), state_id=state.state_id)
         self._table_changed = asyncio.Event()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._routers: dict[object, ProcessFacts] = {}
         self._changing = asyncio.Lock()
+        self._saving = asyncio.Lock()
+        self._shown: set[tuple[str, str]] = set()
         self._settled = False
         self._stopping = False
         self.control_address = ""
@@ -93,13 +98,32 @@ class ControllerLoop:
                 continue
 
     async def _pass(self) -> None:
-        for action in reconcile(self._desired, self._fleet.observed(), self._settings, self._parts.clock.now()):
-            self._carry_out(action)
+        actions = reconcile(self._desired, self._fleet.observed(), self._settings, self._parts.clock.now())
+        for action in actions:  # starts last: they wait for the disk, and nothing else shall have changed meanwhile
+            if not isinstance(action, Start):
+                self._carry_out(action)
+        for action in actions:
+            if isinstance(action, Start):
+                await self._start(action)
         if not self._settled and self._adoption_is_over():
-            await self._parts.actuator.sweep(self._fleet.live())
             self._settled = True
             self._announce()
+            self._spawn(self._sweep_remains())
         self._publish()
+
+    async def _sweep_remains(self) -> None:
+        """What earlier lives left on any node; until every node that lives has been swept, or we shut down."""
+        newest = frozenset(Incarnation(slot, record.generation) for slot, record in self._fleet.slots().items())
+        pause_s = SWEEP_RETRY_S
+        while not self._stopping:
+            try:
+                await self._parts.actuator.sweep(self._fleet.live(), newest)
+            except ClusterError as error:
+                self._parts.log.warning("sweep_failed", caused_by=str(error), again_in_s=pause_s)
+            else:
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, SWEEP_RETRY_MAX_S)
 
     def _adoption_is_over(self) -> bool:
         """Time is up, or every replica that is wanted has been found ready."""
@@ -108,11 +132,9 @@ class ControllerLoop:
         all_ready = bool(self._desired) and ready >= sum(model.replicas for model in self._desired)
         return all_ready or self._parts.clock.now() >= observed.adopt_until_s
 
-    def _carry_out(self, action: Action) -> None:
+    def _carry_out(self, action: Advance | Remove | Fence) -> None:
         now_s = self._parts.clock.now()
         match action:
-            case Start():
-                self._start(action, now_s)
             case Advance():
                 self._fleet.advance(action.incarnation, action.event, action.reason, now_s, action.drain_s)
                 self._wake.set()
@@ -127,15 +149,31 @@ class ControllerLoop:
                 )
                 self._spawn(self._remove(action.incarnation, action.world_size))
 
-    def _start(self, action: Start, now_s: float) -> None:
-        model = find_model(self._desired, action.incarnation.replica.model)
-        assert model is not None, action
-        candidates, self._ports = self._ports.take()
-        self._fleet.start(action.incarnation, model.fingerprint, model.layout.world_size, action.reason, now_s)
-        self._save()  # before anything acts: a generation is never used twice
+    async def _start(self, action: Start) -> None:
+        """Makes the generation durable before anything acts on it: none is ever used twice."""
+        incarnation = action.incarnation
+        model = find_model(self._desired, incarnation.replica.model)
+        if model is None:
+            return  # no longer wanted: the disk was slow
+        candidates, ports = self._ports.take()
+        world_size = model.layout.world_size
+        record = SlotRecord(incarnation.generation, model.fingerprint, world_size)
+        try:
+            await self._save(
+                lambda state: replace(
+                    state, slots={**state.slots, incarnation.replica: record}, port_cursor=ports.cursor
+                )
+            )
+        except OSError as error:
+            self._parts.log.warning("state_not_saved", incarnation=str(incarnation), caused_by=str(error))
+            return  # nothing has happened; the next pass asks again
+        if self._stopping:
+            return
+        self._ports = ports
+        self._fleet.start(incarnation, model.fingerprint, world_size, action.reason, self._parts.clock.now())
         total = sum(m.replicas * m.layout.world_size for m in self._desired if m.device is model.device)
-        order = StartOrder(action.incarnation, model, candidates, self.control_address, total)
-        self._parts.log.info("replica_start", incarnation=str(action.incarnation), caused_by=action.reason)
+        order = StartOrder(incarnation, model, candidates, self.control_address, total)
+        self._parts.log.info("replica_start", incarnation=str(incarnation), caused_by=action.reason)
         self._spawn(self._bring_up(order))
 
     async def _bring_up(self, order: StartOrder) -> None:
@@ -198,11 +236,12 @@ class ControllerLoop:
             **story,
         )
 
-    def _save(self) -> None:
-        self._state = replace(
-            self._state, desired=self._desired, slots=self._fleet.slots(), port_cursor=self._ports.cursor
-        )
-        self._parts.store.save(self._state)
+    async def _save(self, change: Callable[[StoredState], StoredState]) -> None:
+        """Writes the state that ``change`` makes of the last one. Elsewhere, for this thread must hear its ranks."""
+        async with self._saving:
+            state = change(self._state)
+            await asyncio.to_thread(self._parts.store.save, state)
+            self._state = state
 
     def _publish(self) -> None:
         """A new table to whoever watches, if it changed; gauges."""
@@ -212,14 +251,18 @@ class ControllerLoop:
             self._table = table
             self._announce()
         gauge, blocked = self._parts.metrics.replicas, self._parts.metrics.placement_blocked
-        gauge.clear()
-        blocked.clear()
+        shown: set[tuple[str, str]] = set()
         for model in self._desired:
             views = observed.of_model(model.name)
             for phase in ReplicaPhase:
                 gauge.labels(model.name, phase.value).set(sum(view.phase is phase for view in views))
-            if any(view.blocked for view in views):
-                blocked.labels(model.name, "no_room").set(1)
+                shown.add((model.name, phase.value))
+            blocked.labels(model.name, "no_room").set(any(view.blocked for view in views))
+        for name, phase_name in self._shown - shown:  # never all at once: a scrape would find nothing
+            gauge.remove(name, phase_name)
+        for name in {name for name, _ in self._shown} - {name for name, _ in shown}:
+            blocked.remove(name, "no_room")
+        self._shown = shown
 
     def _announce(self) -> None:
         """Wakes whoever watches; those who come later wait for the next time."""
@@ -231,7 +274,7 @@ class ControllerLoop:
     async def apply(self, configs: tuple[ModelConfig, ...]) -> Desired:
         """Replaces the desired state once every model is checked and planned; nothing changes before that."""
         self._refuse_while_stopping()
-        _require_names_differ(configs)
+        require_names_differ(configs)
         async with self._changing:
             kept = tuple(m.scaled(c.replicas) for c in configs for m in self._desired if asks_the_same(m.config, c))
             planned: dict[str, DesiredModel] = {model.name: model for model in kept}
@@ -239,7 +282,7 @@ class ControllerLoop:
                 if config.name not in planned:
                     planned[config.name] = await self._parts.planner.plan(config, tuple(planned.values()))
             self._refuse_while_stopping()
-            self._set_desired(tuple(planned[config.name] for config in configs), "apply")
+            await self._set_desired(tuple(planned[config.name] for config in configs), "apply")
         return self._desired
 
     async def scale(self, name: str, replicas: int) -> None:
@@ -251,7 +294,7 @@ class ControllerLoop:
                 raise ConfigError(f"No model is called {name!r}; served are: {known}.")
             self._refuse_while_stopping()
             changed = tuple(m.scaled(replicas) if m.name == name else m for m in self._desired)
-            self._set_desired(changed, f"scale {name} to {replicas}")
+            await self._set_desired(changed, f"scale {name} to {replicas}")
 
     async def drain(self, replica: ReplicaId, deadline_s: float) -> None:
         """Takes a ready replica out of service; it is replaced once its streams have ended."""
@@ -275,7 +318,7 @@ class ControllerLoop:
         for view in self._fleet.observed().replicas:
             if view.phase is ReplicaPhase.READY:
                 self._fleet.advance(view.incarnation, ReplicaEvent.DRAIN, "shutdown", now_s, drain_deadline_s)
-        self._set_desired((), "shutdown")
+        await self._want_nothing()
         give_up_s = now_s + drain_deadline_s + SHUTDOWN_MARGIN_S
         while self._fleet.observed().replicas or self._fleet.observed().stale or not self._settled:
             if self._parts.clock.now() > give_up_s:
@@ -283,6 +326,14 @@ class ControllerLoop:
                 raise ReplicaError(f"Something is left after the shutdown: {left}; see the controller's log.")
             await asyncio.sleep(0.05)
         await self._parts.actuator.sweep(frozenset())
+
+    async def _want_nothing(self) -> None:
+        """As desired from now on; a full disk must not keep a cluster from being stopped."""
+        self._want((), "shutdown")
+        try:
+            await self._save(lambda state: replace(state, desired=()))
+        except OSError as error:
+            self._parts.log.warning("state_not_saved", caused_by=str(error))
 
     def status(self) -> control_pb2.ClusterStatus:
         processes = [self.process] if self.process else []
@@ -299,9 +350,17 @@ class ControllerLoop:
         if self._stopping:
             raise ReplicaError("The cluster is shutting down; start it again with llm-cluster serve.")
 
-    def _set_desired(self, desired: Desired, cause: str) -> None:
+    async def _set_desired(self, desired: Desired, cause: str) -> None:
+        """ReplicaError, and nothing changed, when it cannot be made durable."""
+        try:
+            await self._save(lambda state: replace(state, desired=desired))
+        except OSError as error:
+            raise ReplicaError(f"The controller's state cannot be saved: {error}; make room and try again.") from error
+        self._refuse_while_stopping()
+        self._want(desired, cause)
+
+    def _want(self, desired: Desired, cause: str) -> None:
         self._desired = desired
-        self._save()
         models = {model.name: model.replicas for model in desired}
         self._parts.log.info("desired_changed", models=models, caused_by=cause)
         self._publish()
@@ -340,10 +399,3 @@ class ControllerLoop:
                 yield sent
         finally:
             del self._routers[key]
-
-
-def _require_names_differ(configs: tuple[ModelConfig, ...]) -> None:
-    names = [config.name for config in configs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"Two models are served as {', '.join(twice)}; give one a served_model_name.")

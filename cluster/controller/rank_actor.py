@@ -6,10 +6,10 @@ import ctypes
 import importlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 
+from cluster.config.listening import can_listen
 from cluster.controller.rank_specs import HostFacts
 from cluster.engine import shm_kernel
 from cluster.engine.rank_spec import RankSpec
@@ -39,7 +39,7 @@ class RankActor:
 
     def prepare(self, bind_host: str, candidates: tuple[int, ...]) -> HostFacts:
         """Which of ``candidates`` can be listened on here."""
-        free = tuple(port for port in candidates if _is_free(bind_host, port))
+        free = tuple(port for port in candidates if can_listen(bind_host, port))
         return HostFacts(os.getpid(), len(os.sched_getaffinity(0)), free, shm_kernel.is_built())
 
     def launch(self, spec: RankSpec, entry: str = RANK_ENTRY) -> int:
@@ -52,15 +52,3 @@ class RankActor:
     def hold(self) -> None:
         """Never answers: its pending result is how the controller hears from Ray that the process ended."""
         threading.Event().wait()
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        # As the torch store binds: a port in TIME_WAIT can be taken, one that is listened on cannot.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True

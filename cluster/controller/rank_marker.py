@@ -45,7 +45,9 @@ def parse_group_name(name: str) -> tuple[str, Incarnation] | None:
 class SweepOrder:
     """Whose remains to remove on one node: all marked processes of (cluster, run) except ``live`` incarnations.
 
-    With ``only``, no incarnation but that one is touched. ``rank_ports``: first and last rendezvous port, which
+    With ``only``, no incarnation but that one is touched. With ``newest``, none is touched that is newer than its
+    slot's incarnation there: it may have been started after the order was written. An empty ``cluster`` means
+    every cluster of the run. ``rank_ports``: first and last rendezvous port, which
     tell this cluster's shared-memory segments from others.
     """
 
@@ -54,13 +56,22 @@ class SweepOrder:
     rank_ports: tuple[int, int]
     live: frozenset[Incarnation] = frozenset()
     only: Incarnation | None = None
+    newest: frozenset[Incarnation] | None = None
 
     def condemns(self, rank_marker: str, run: str) -> bool:
         parsed = parse_marker(rank_marker)
-        if parsed is None or parsed[0] != self.cluster or run != self.run:
+        if parsed is None or parsed[0] != (self.cluster or parsed[0]) or run != self.run:
             return False
-        incarnation = parsed[1].incarnation
-        return incarnation == self.only if self.only is not None else incarnation not in self.live
+        return self.condemns_incarnation(parsed[1].incarnation)
+
+    def condemns_incarnation(self, incarnation: Incarnation) -> bool:
+        if self.only is not None:
+            return incarnation == self.only
+        if incarnation in self.live:
+            return False
+        return self.newest is None or any(
+            last.replica == incarnation.replica and last.generation >= incarnation.generation for last in self.newest
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,10 @@ class RayActuator:
     async def destroy(self, incarnation: Incarnation, world_size: int) -> None:
         self._abandoned.add(incarnation)
         try:
-            order = self._sweep_order(only=incarnation)
+            shared = self._shared
+            order = SweepOrder(
+                shared.cluster_name, shared.run_dir, shared.settings.rank_ports, frozenset(), incarnation
+            )
             swept = await asyncio.to_thread(sweep_node, order)
             await asyncio.to_thread(self._release, incarnation, world_size)
             starting = self._starting.get(incarnation)
@@ -241,28 +244,30 @@ class RayActuator:
 
     # ---- sweeping ----
 
-    async def sweep(self, live: frozenset[Incarnation]) -> None:
+    async def sweep(self, live: frozenset[Incarnation], newest: frozenset[Incarnation] | None = None) -> None:
+        shared = self._shared
+        order = SweepOrder(shared.cluster_name, shared.run_dir, shared.settings.rank_ports, live, None, newest)
         try:
             for name in await asyncio.to_thread(self._group_names):
                 parsed = parse_group_name(name)
-                if parsed and parsed[0] == self._shared.cluster_name and parsed[1] not in live:
+                if parsed and parsed[0] == shared.cluster_name and order.condemns_incarnation(parsed[1]):
                     self._calls.count("remove_placement_group")
                     group = await asyncio.to_thread(get_placement_group, name)
                     await asyncio.to_thread(remove_placement_group, group)
                     await self._group_gone(parsed[1])
-            await self._sweep_nodes(self._sweep_order(live=live))
+            await self._sweep_nodes(order)
         except (ray.exceptions.RayError, ValueError) as error:
             raise ReplicaError(f"the sweep did not end: {_first_line(error)}") from error
-
-    def _sweep_order(self, live: frozenset[Incarnation] = frozenset(), only: Incarnation | None = None) -> SweepOrder:
-        shared = self._shared
-        return SweepOrder(shared.cluster_name, shared.run_dir, shared.settings.rank_ports, live, only)
 
     async def _sweep_nodes(self, order: SweepOrder) -> list[Swept]:
         """On our own node directly, on the others by a task pinned to each; a node that is gone has nothing left."""
         nodes = await asyncio.to_thread(self._observer.live_nodes)
         elsewhere = [self._sweep_far(node_id, order) for node_id, _ in nodes if node_id != self._own_node]
-        return list(await asyncio.gather(asyncio.to_thread(sweep_node, order), *elsewhere))
+        swept = await asyncio.gather(asyncio.to_thread(sweep_node, order), *elsewhere, return_exceptions=True)
+        for result in swept:  # once every node has had its turn
+            if isinstance(result, BaseException):
+                raise result
+        return [result for result in swept if isinstance(result, Swept)]
 
     async def _sweep_far(self, node_id: str, order: SweepOrder) -> Swept:
         self._calls.count("sweep_task")

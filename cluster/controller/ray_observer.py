@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -57,10 +57,37 @@ class RayObserver:
         found = (node_of(node, available.get(node["NodeID"], {}), kind) for node in nodes)
         return Inventory(tuple(node for node in found if node is not None))
 
-    def all_devices(self) -> Inventory:
-        """Devices of every kind: a node with GPUs appears with them, and with its CPU slots."""
-        nodes = tuple(node for kind in DeviceKind for node in self.inventory(kind).nodes)
-        return Inventory(nodes)
+    def devices_for(self, wanted: str) -> Inventory:
+        """What a model may be planned on that wants ``wanted`` (auto, cpu or cuda), in use or not.
+
+        A node with GPUs appears with them, and with its CPU slots. GPUs whose memory is not known count for nothing
+        while others do; ConfigError when there are no others and they are asked for.
+        """
+        self._calls.count("nodes")
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        return Inventory(plannable(nodes, wanted))
+
+
+def plannable(nodes: Iterable[Mapping[str, Any]], wanted: str) -> tuple[Node, ...]:
+    """Of ``ray.nodes()``; see ``RayObserver.devices_for``."""
+    found: list[Node] = []
+    unknown: ConfigError | None = None
+    for node in nodes:
+        slots = node_of(node, node["Resources"], DeviceKind.CPU)
+        if slots is not None:
+            found.append(slots)
+        if wanted == "cpu":
+            continue
+        try:
+            gpus = node_of(node, node["Resources"], DeviceKind.CUDA)
+        except ConfigError as error:
+            unknown = error
+            continue
+        if gpus is not None:
+            found.append(gpus)
+    if unknown is not None and not any(node.device.kind is DeviceKind.CUDA for node in found):
+        raise unknown
+    return tuple(node for kind in DeviceKind for node in found if node.device.kind is kind)
 
 
 def node_of(node: Mapping[str, Any], available: Mapping[str, float], kind: DeviceKind) -> Node | None:
@@ -93,6 +120,6 @@ def gpu_type(node: Mapping[str, Any]) -> DeviceType:
         raise ConfigError(
             f"Node {node['NodeManagerAddress']} has an accelerator of type {name or 'unknown'!r} whose memory is not "
             f"known here; start its Ray node with --labels {_ACCELERATOR_LABEL}=NAME, NAME one of "
-            f"{', '.join(DEVICE_TYPES)}."
+            f"{', '.join(DEVICE_TYPES)}, or choose device cpu."
         )
     return DEVICE_TYPES[ours]

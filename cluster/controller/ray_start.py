@@ -6,11 +6,10 @@ import importlib
 import json
 import os
 import secrets
-import shutil
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from cluster.config.run_dir import RAY_DIR, check_run_dir_length
 from cluster.config.schema import LOOPBACK
 from cluster.controller.node_sweep import sweep_node
 from cluster.controller.rank_marker import SweepOrder
@@ -27,8 +27,6 @@ OBJECT_STORE_BYTES = 100_000_000
 START_DEADLINE_S = 90.0
 LISTENER_DEADLINE_S = 5.0
 STOP_DEADLINE_S = 2.0
-# Ray's sockets lie under its folder, and a Unix socket's path has at most 107 bytes; Ray adds up to 64.
-_LONGEST_FOLDER = 42
 # Outside Ray's default worker ports (10002-19999) and our rendezvous ports.
 _CLIENT_PORTS = range(24000, 30000)
 # Named for other systems; 0 keeps a node that is told loopback on loopback.
@@ -41,7 +39,6 @@ class RayNode:
     """A Ray node that we started. ``address``: of the head; ``processes``: (pid, its start time)."""
 
     address: str
-    folder: str
     token_file: str
     processes: tuple[tuple[int, float], ...]
 
@@ -60,6 +57,8 @@ def start_head(
     object_store_bytes: int = OBJECT_STORE_BYTES,
 ) -> RayNode:
     """A new Ray cluster of one node, here. ``port`` 0: any; ``host``: the one address that it binds and advertises."""
+    _require_no_node(run_dir)
+    check_run_dir_length(run_dir.resolve())  # Ray's sockets lie below it
     _make_token(run_dir)
     arguments = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor"]
     arguments.append(f"--ray-client-server-port={_free_port()}")
@@ -77,6 +76,7 @@ def start_worker(
     object_store_bytes: int = OBJECT_STORE_BYTES,
 ) -> RayNode:
     """Joins the Ray cluster at ``address`` as a node; ``token_file``: a copy of the head's token."""
+    _require_no_node(run_dir)
     if address.startswith((f"{LOOPBACK}:", "localhost:")):
         raise ConfigError(
             f"The head at {address} listens on loopback only, where no other node reaches it; start it with --host "
@@ -95,10 +95,26 @@ def load_node(run_dir: Path) -> RayNode | None:
     """The node that was started under ``run_dir`` and has not been stopped."""
     try:
         stored = json.loads(_record(run_dir).read_text(encoding="utf-8"))
+        processes = tuple((int(pid), float(started)) for pid, started in stored["processes"])
+        return RayNode(stored["address"], stored["token_file"], processes)
     except FileNotFoundError:
         return None
-    processes = tuple((int(pid), float(started)) for pid, started in stored["processes"])
-    return RayNode(stored["address"], stored["folder"], stored["token_file"], processes)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{_record(run_dir)} is damaged; end Ray's processes by hand and delete {run_dir}."
+        ) from error
+
+
+def _require_no_node(run_dir: Path) -> None:
+    """ConfigError while a node runs under ``run_dir``; what is left of one that died is ended."""
+    node = load_node(run_dir)
+    if node is None:
+        return
+    if is_alive(node):
+        raise ConfigError(
+            f"A Ray node runs under {run_dir} already; stop it with 'llm-cluster stop', or choose another --run-dir."
+        )
+    stop_node(run_dir)
 
 
 def is_alive(node: RayNode) -> bool:
@@ -109,9 +125,12 @@ def is_alive(node: RayNode) -> bool:
 def connect(address: str, *, token_file: Path | None = None, namespace: str = "llm-cluster") -> None:
     """Joins this process to the Ray cluster at ``address``; ConfigError when nobody answers there."""
     if token_file is not None:
+        _read_token(token_file)
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file.absolute())
         os.environ.pop("RAY_AUTH_TOKEN", None)
+    elif "RAY_AUTH_TOKEN_PATH" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     _require_listener(address)
     on_loopback = address.startswith((f"{LOOPBACK}:", "localhost:"))
     if on_loopback:
@@ -173,8 +192,6 @@ def _end(node: RayNode, run_dir: Path) -> int:
     _, left = psutil.wait_procs(left, timeout=STOP_DEADLINE_S)
     if left:
         raise ReplicaError(f"Ray's processes {[process.pid for process in left]} do not end; end them by hand.")
-    if not Path(node.folder).is_relative_to(run_dir.resolve()):
-        shutil.rmtree(node.folder, ignore_errors=True)
     _record(run_dir).unlink(missing_ok=True)
     return len(doomed)
 
@@ -182,7 +199,7 @@ def _end(node: RayNode, run_dir: Path) -> int:
 def _start(
     run_dir: Path, arguments: list[str], host: str, num_cpus: int | None, num_gpus: int | None, store_bytes: int
 ) -> RayNode:
-    folder = _folder(run_dir)
+    folder = (run_dir / RAY_DIR).resolve()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
     command += [f"--node-ip-address={host}", f"--object-store-memory={store_bytes}", "--disable-usage-stats"]
     command.append("--include-log-monitor=false")
@@ -202,19 +219,31 @@ def _start(
             stderr=output,
             start_new_session=True,
         )
-        try:
-            code = child.wait(START_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            code = child.wait()
-    processes = _session_members(child.pid)
-    address = _address(arguments, Path(folder))
-    node = RayNode(address, folder, str(token_path(run_dir)), tuple((p.pid, p.create_time()) for p in processes))
+    token = str(token_path(run_dir))
+    try:
+        code = _wait_or_kill(child)
+    except BaseException:  # Ctrl-C too: what is not recorded is nobody's to stop
+        _save(run_dir, RayNode("", token, _session_members(child.pid)))
+        stop_node(run_dir)
+        raise
+    node = RayNode(_address(arguments, folder), token, _session_members(child.pid))
     _save(run_dir, node)
-    if code != 0 or not processes or not address:
+    if code != 0 or not node.processes or not node.address:
         stop_node(run_dir)
         raise ConfigError(f"Ray could not be started: {_last_line(log)} (the whole story is in {log}).")
     return node
+
+
+def _wait_or_kill(child: subprocess.Popen[bytes]) -> int:
+    """The exit code of ``ray start``, which leaves its processes behind and has so long for it."""
+    try:
+        return child.wait(START_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        return -signal.SIGKILL
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
 
 
 def _address(arguments: list[str], folder: Path) -> str:
@@ -244,14 +273,6 @@ def _environment(run_dir: Path, host: str) -> Mapping[str, str]:
     return environment
 
 
-def _folder(run_dir: Path) -> str:
-    """Ray's folder: in the run directory where its sockets' paths stay short enough."""
-    inside = str((run_dir / "ray" / "session").resolve())
-    if len(inside) <= _LONGEST_FOLDER:
-        return inside
-    return tempfile.mkdtemp(prefix="llmc-")
-
-
 def _make_token(run_dir: Path) -> None:
     path = token_path(run_dir)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -259,13 +280,16 @@ def _make_token(run_dir: Path) -> None:
         _write_private(path, secrets.token_hex(32))
 
 
-def _copy_token(source: Path, run_dir: Path) -> None:
+def _read_token(source: Path) -> str:
     try:
-        token = source.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(
-            f"The token file {source} cannot be read ({error.strerror}); copy it from the head."
-        ) from error
+        return source.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"The token file {source} cannot be read ({why}); copy it from the head.") from error
+
+
+def _copy_token(source: Path, run_dir: Path) -> None:
+    token = _read_token(source)
     path = token_path(run_dir)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
@@ -302,18 +326,21 @@ def _record(run_dir: Path) -> Path:
 
 def _save(run_dir: Path, node: RayNode) -> None:
     _record(run_dir).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _record(run_dir).write_text(json.dumps(asdict(node)), encoding="utf-8")
+    draft = _record(run_dir).with_suffix(".new")
+    draft.write_text(json.dumps(asdict(node)), encoding="utf-8")
+    draft.replace(_record(run_dir))
 
 
-def _session_members(session: int) -> list[psutil.Process]:
+def _session_members(session: int) -> tuple[tuple[int, float], ...]:
+    """(pid, start time) of every process of the session."""
     found = []
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                found.append((process.pid, process.create_time()))
         except (OSError, psutil.Error):
             continue
-    return found
+    return tuple(found)
 
 
 def _find(pid: int, started: float) -> psutil.Process | None:

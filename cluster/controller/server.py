@@ -32,6 +32,7 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self._loop = loop
         self._on_shutdown = on_shutdown
         self._closing = False
+        self._endings: set[asyncio.Task[None]] = set()
         self._log = get_logger()
 
     def close(self) -> None:
@@ -66,12 +67,22 @@ class ControlService(control_pb2_grpc.ControlServicer):
     async def Shutdown(self, request: control_pb2.ShutdownRequest, context: Context) -> control_pb2.ShutdownResponse:
         try:
             deadline_s = _deadline(request.drain_deadline_s, "drain_deadline_s")
-            # Goes on when the one who asked does not wait for it.
-            await asyncio.shield(self._loop.shutdown(deadline_s))
+            ending = asyncio.get_running_loop().create_task(self._shut_down(deadline_s))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+            # Goes on to its end when the one who asked does not wait for it.
+            await asyncio.shield(ending)
         except Exception as error:  # boundary: every error becomes a status
             await self._refuse(context, error)
-        self._on_shutdown()
         return control_pb2.ShutdownResponse()
+
+    async def _shut_down(self, deadline_s: float) -> None:
+        try:
+            await self._loop.shutdown(deadline_s)
+        except ClusterError as error:
+            self._log.error("shutdown_failed", caused_by=str(error))
+            raise
+        self._on_shutdown()
 
     async def ExplainPlacement(
         self, request: control_pb2.ExplainPlacementRequest, context: Context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +20,17 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class StoredState:
-    """``life``: how often a controller has started on this state. ``control_port``: 0 until one was bound."""
+    """``life``: how often a controller has started on this state. ``control_port``: 0 until one was bound.
+
+    ``state_id`` names this state: made with its file, kept as long as that.
+    """
 
     life: int = 0
     desired: Desired = ()
     slots: Mapping[ReplicaId, SlotRecord] = field(default_factory=dict)
     port_cursor: int = 0
     control_port: int = 0
+    state_id: str = ""
 
 
 class Store:
@@ -63,7 +68,7 @@ class Store:
     def begin_life(self) -> StoredState:
         """Loads, counts one more life and saves: called once by each start of a controller."""
         state = self.load()
-        state = replace(state, life=state.life + 1)
+        state = replace(state, life=state.life + 1, state_id=state.state_id or uuid.uuid4().hex)
         self.save(state)
         return state
 
@@ -71,6 +76,7 @@ class Store:
 def _to_json(state: StoredState) -> dict[str, Any]:
     return {
         "format": FORMAT,
+        "state_id": state.state_id,
         "life": state.life,
         "control_port": state.control_port,
         "port_cursor": state.port_cursor,
@@ -91,6 +97,7 @@ def _from_json(stored: Mapping[str, Any]) -> StoredState:
         raise ValueError(f"its format is {stored['format']!r}, this version reads {FORMAT}")
     return StoredState(
         life=int(stored["life"]),
+        state_id=str(stored.get("state_id", "")),
         desired=tuple(model_from_json(model) for model in stored["models"]),
         slots={ReplicaId.parse(name): SlotRecord(**record) for name, record in stored["slots"].items()},
         port_cursor=int(stored["port_cursor"]),

@@ -53,8 +53,8 @@ class LiveLoad:
 
 
 def supersedes(new: EndpointTable, current: EndpointTable | None) -> bool:
-    """Whether ``new`` may replace ``current``: epochs only grow."""
-    return current is None or new.epoch >= current.epoch
+    """Whether ``new`` may replace ``current``: epochs only grow, and count within one controller state."""
+    return current is None or new.state_id != current.state_id or new.epoch >= current.epoch
 
 
 @dataclass(frozen=True, slots=True)

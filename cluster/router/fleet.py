@@ -63,26 +63,31 @@ class Fleet:
         wanted = self._table.models if self._table else ()
         return tuple(sorted({*wanted, *(s.endpoint.model for s in self._sessions.values())}))
 
+    def resolve(self, model: str) -> str | None:
+        """The name of the model that a request for ``model`` means, "" being the only one; None when there is none."""
+        known = self.models
+        if not model and len(known) == 1:
+            return known[0]
+        return model if model in known else None
+
     def ready_replicas(self, model: str) -> int:
         return sum(s.up and not s.endpoint.draining and s.endpoint.model == model for s in self._sessions.values())
 
     def served(self, model: str) -> ServedModel:
         """What ``model`` is, "" being the only one. ModelNotFound, or RequestRejected NO_ENDPOINT."""
-        known = self.models
-        if not model and len(known) == 1:
-            model = known[0]
+        known, named = self.models, self.resolve(model)
         if not known:
             raise RequestRejected(RejectReason.NO_ENDPOINT, "No model is served yet; try again in a moment.")
-        if model not in known:
+        if named is None:
             names = ", ".join(known)
             what = (
                 f"No model is called {model!r}" if model else "Several models are served, so the request must name one"
             )
             raise ModelNotFound(f"{what}; served are: {names}.")
         for session in self._sessions.values():
-            if session.endpoint.model == model and session.up and session.served is not None:
+            if session.endpoint.model == named and session.up and session.served is not None:
                 return session.served
-        raise RequestRejected(RejectReason.NO_ENDPOINT, f"No replica of model {model} is ready; try again in a moment.")
+        raise RequestRejected(RejectReason.NO_ENDPOINT, f"No replica of model {named} is ready; try again in a moment.")
 
     def choose(self, demand: Demand) -> tuple[EngineSession, Choice] | None:
         """The session that ``demand`` goes to; None when no endpoint qualifies now."""

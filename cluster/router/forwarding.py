@@ -29,7 +29,6 @@ from cluster.telemetry.metrics import RouterMetrics
 from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire import convert
 
-RETRY_AFTER_S = 1.0
 REFUSALS_MAX = 1  # further endpoints that a new request tries after one is full
 UPDATES_SLACK = 16  # updates of a sequence beside one for each token
 FULL_PAUSE_S = 0.1  # a started request that finds every endpoint full looks again after this
@@ -158,7 +157,7 @@ class RequestRun:
             return None
         self._stream = stream
         try:
-            return await self._follow(emit, stream, attempt, incarnation)
+            return await self._follow(emit, stream, incarnation)
         except SequenceLost as lost:
             if self._journal.full:  # only the engine's last word is missing, and we know it
                 return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH)
@@ -187,13 +186,12 @@ class RequestRun:
             self._around.metrics.queue_seconds.labels(model=request.model).observe(waited_s)
         return entry
 
-    async def _follow(self, emit: Emit, stream: SequenceStream, attempt: int, incarnation: Incarnation) -> Ended | None:
+    async def _follow(self, emit: Emit, stream: SequenceStream, incarnation: Incarnation) -> Ended | None:
         """Journals and emits whatever the engine says, until it says that it is over."""
         while True:
             for update in await stream.receive():
                 if not self._journal.accepts(update.attempt):
                     continue
-                assert attempt == self._journal.attempt
                 if update.cached_prompt_tokens:
                     self._cached_prompt_tokens = max(self._cached_prompt_tokens, update.cached_prompt_tokens)
                 if update.token_ids:
@@ -336,10 +334,10 @@ class RequestRun:
         model = self._request.model
         if self._tries.full:
             message = f"Model {model} has no room for another request; try again in a moment."
-            return RequestRejected(RejectReason.QUEUE_FULL, message, RETRY_AFTER_S)
+            return RequestRejected(RejectReason.QUEUE_FULL, message)
         message = f"No replica of model {model} takes new requests; try again in a moment."
         reason = RejectReason.DRAINING if self._tries.draining else RejectReason.NO_ENDPOINT
-        return RequestRejected(reason, message, RETRY_AFTER_S)
+        return RequestRejected(reason, message)
 
     async def _pause(self, limit_s: float) -> None:
         """Until an endpoint changes, the request is interrupted, or ``limit_s`` have passed."""

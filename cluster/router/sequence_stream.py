@@ -13,6 +13,7 @@ class LossReason(enum.StrEnum):
 
     BROKEN = "broken"  # the stream ended or failed
     SILENT = "silent"  # no message for engine_silence_s
+    STUCK = "stuck"  # one step has run for engine_step_deadline_s
     REMOVED = "removed"  # the controller took the endpoint out of the table
     DROPPED = "dropped"  # the engine ended it without being asked
     OVERFLOW = "overflow"  # more updates than the request can have
@@ -45,6 +46,8 @@ class SequenceStream:
     def deliver(self, update: engine_pb2.SequenceUpdate) -> None:
         if update.end:
             self.ended = True
+        if self._failure is not None:
+            return  # after an update that was refused, the next one would leave a gap
         if len(self._updates) >= self._updates_max:
             self.fail(SequenceLost(LossReason.OVERFLOW))
             return

@@ -27,29 +27,37 @@ from cluster.router.fleet import Fleet
 from cluster.router.forwarding import Ended, Progress, RequestRun, Surroundings
 from cluster.router.session import ServedModel
 from cluster.router.text import TextStream
-from cluster.router.tokenization import Tokenizer, TokenizerCache
+from cluster.router.tokenization import TokenizerCache
 from cluster.telemetry.logs import Logger
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from cluster.wire.status import to_rpc_status, wire_status
 
 REQUEST_ID_KEY = "x-request-id"
 UNKNOWN_MODEL = "unknown"  # the label of requests that name no served model: labels are a closed set
-RETRY_AFTER_S = 1.0
+CUT_OFF_S = 0.1  # a status that a stalled client's transport does not take by then is not sent
 # Our own deadline comes a moment before the transport's, so that its status carries a reason.
-DEADLINE_MARGIN_S = 0.02
+# gRPC rounds grpc-timeout up as it grows: (timeouts below, by at most), in seconds. Without a margin of that size the
+# client would give up before our typed answer, and we would take it for a client that left.
+DEADLINE_MARGINS_S = ((10.0, 0.02), (100.0, 0.12), (1000.0, 1.02))
+LONGEST_MARGIN_S = 10.02
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 @dataclass(slots=True)
 class _Call:
-    """One request inside: what it is called, which label counts it, and how to end it from outside."""
+    """One request inside: what it is called, which label counts it, and how to end it from outside.
+
+    ``counted``: it belongs into the metrics of generation.
+    """
 
     request_id: str
     arrived_s: float
     deadline_s: float | None
-    model: str = UNKNOWN_MODEL
+    model: str
+    counted: bool = True
     run: RequestRun | None = None
     answered: bool = False  # its End is on the way: whoever hangs up now has got everything
+    stalled: bool = False  # its client takes no messages, perhaps no status either
 
 
 class InferenceServer(inference_pb2_grpc.InferenceServicer):
@@ -75,25 +83,27 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
     async def Generate(  # noqa: N802 - the service's name
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> None:
-        async with self._counted(request, context) as call:
+        call = self._call(request.model, request.request_id, context)
+        async with self._inside(call, context):
             await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
 
             async def emit(progress: Progress) -> None:
                 chunk = _chunk(progress, with_ids=with_ids)
                 if chunk is not None:
-                    await context.write(inference_pb2.GenerateResponse(chunk=chunk))
+                    await self._write(inference_pb2.GenerateResponse(chunk=chunk), call, context)
 
             run, with_ids = await self._prepare(request, call)
             ended = await self._run(run, emit, call)
             end = inference_pb2.End(finish_reason=ended.finish_reason, usage=ended.usage)
             call.answered = True
-            await context.write(inference_pb2.GenerateResponse(end=end))
+            await self._write(inference_pb2.GenerateResponse(end=end), call, context)
 
     async def Complete(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> inference_pb2.Completion:
         completion = inference_pb2.Completion()
-        async with self._counted(request, context) as call:
+        call = self._call(request.model, request.request_id, context)
+        async with self._inside(call, context):
             await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
             texts: list[str] = []
 
@@ -119,10 +129,11 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: _Context
     ) -> inference_pb2.TokenizeResponse:
-        try:
-            return inference_pb2.TokenizeResponse(ids=await self._tokenize(request))
-        except ClusterError as error:
-            await context.abort_with_status(to_rpc_status(error))
+        answer = inference_pb2.TokenizeResponse()
+        call = self._call(request.model, "", context, counted=False)
+        async with self._inside(call, context):
+            answer.ids.extend(await self._tokenize(request))
+        return answer
 
     async def drain(self, deadline_s: float) -> None:
         self._draining = True
@@ -133,35 +144,64 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), 1.0)
 
-    @asynccontextmanager
-    async def _counted(self, request: inference_pb2.GenerateRequest, context: _Context) -> AsyncIterator[_Call]:
-        """Admits a request, and counts the one way in which it ends; errors become its gRPC status."""
-        clock, metrics = self._around.clock, self._around.metrics
+    def _call(self, model: str, request_id: str, context: _Context, *, counted: bool = True) -> _Call:
         remaining_s: float | None = context.time_remaining()
-        deadline_s = None if remaining_s is None else max(0.0, remaining_s - DEADLINE_MARGIN_S)
-        call = _Call(request.request_id or uuid.uuid4().hex, clock.now(), deadline_s)
+        deadline_s = None if remaining_s is None else deadline_within(remaining_s)
+        label = self._around.fleet.resolve(model) or UNKNOWN_MODEL
+        return _Call(request_id or uuid.uuid4().hex, self._around.clock.now(), deadline_s, label, counted)
+
+    @asynccontextmanager
+    async def _inside(self, call: _Call, context: _Context) -> AsyncIterator[None]:
+        """Admits a call, and counts the one way in which it ends; errors become its gRPC status."""
+        clock = self._around.clock
         outcome = Outcome.FAILED_INTERNAL
         try:
             validation.check_request_id(call.request_id)
             self._admit(call)
-            yield call
+            yield
             outcome = Outcome.COMPLETED
         except asyncio.CancelledError:
             outcome = _outcome_of_cancellation(call, clock.now())
             raise
         except ClusterError as error:
             outcome = wire_status(error).outcome
-            await context.abort_with_status(to_rpc_status(error))
+            await self._abort(error, call, context)
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             outcome = _outcome_of_cancellation(call, clock.now())  # the client left while we wrote
             raise asyncio.CancelledError from None
         except Exception as error:  # boundary: a bug must cost one request only, and be told
             self._log.exception("internal_error", request_id=call.request_id)
-            await context.abort_with_status(to_rpc_status(error))
+            await self._abort(error, call, context)
         finally:
             self._dismiss(call)
-            metrics.requests.labels(model=call.model, outcome=outcome.value).inc()
-            metrics.request_duration.labels(model=call.model).observe(clock.now() - call.arrived_s)
+            if call.counted:
+                self._count(call, outcome)
+
+    def _count(self, call: _Call, outcome: Outcome) -> None:
+        metrics = self._around.metrics
+        metrics.requests.labels(model=call.model, outcome=outcome.value).inc()
+        metrics.request_duration.labels(model=call.model).observe(self._around.clock.now() - call.arrived_s)
+
+    async def _write(self, message: inference_pb2.GenerateResponse, call: _Call, context: _Context) -> None:
+        """Hands ``message`` to the transport, which takes it when the client has read enough of the others."""
+        stall_s = self._around.config.client_stall_s
+        try:
+            async with asyncio.timeout(stall_s):
+                await context.write(message)
+        except TimeoutError:
+            call.stalled = True
+            fault = f"The client has read nothing for client_stall_s ({stall_s:g} s); read the stream as it comes."
+            raise RequestAborted(AbortReason.CLIENT, fault) from None
+
+    async def _abort(self, error: Exception, call: _Call, context: _Context) -> None:
+        """Ends the call with the status of ``error``; always raises."""
+        if not call.stalled:
+            await context.abort_with_status(to_rpc_status(error))
+        self._log.warning("client_stalled", request_id=call.request_id, model=call.model)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CUT_OFF_S):
+                await context.abort_with_status(to_rpc_status(error))
+        raise asyncio.CancelledError  # the transport resets the stream
 
     def _admit(self, call: _Call) -> None:
         if self._draining:
@@ -169,7 +209,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         limit = self._around.config.max_concurrent_requests
         if len(self._calls) >= limit:
             message = f"{limit} requests are in flight, which is this router's limit; try again in a moment."
-            raise RequestRejected(RejectReason.QUEUE_FULL, message, RETRY_AFTER_S)
+            raise RequestRejected(RejectReason.QUEUE_FULL, message)
         self._calls.add(id(call))
         self._idle.clear()
 
@@ -182,11 +222,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
 
     async def _prepare(self, request: inference_pb2.GenerateRequest, call: _Call) -> tuple[RequestRun, bool]:
         """The request validated and tokenized; and whether its answer carries token ids."""
-        try:
-            served = self._around.fleet.served(request.model)
-        except RequestRejected:
-            call.model = request.model or UNKNOWN_MODEL
-            raise
+        served = self._around.fleet.served(request.model)
         card, tokenizer = served.card, served.tokenizer
         call.model = card.name
         sampling = validation.check_fields(request, card, has_tokenizer=tokenizer is not None)
@@ -207,10 +243,21 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         if request.WhichOneof("prompt") == "token_ids":
             return list(request.token_ids.ids)
         assert served.tokenizer is not None, "checked before"
-        is_text = request.WhichOneof("prompt") == "text"
-        text = request.text if is_text else _rendered(served.tokenizer, request.chat)
+        if request.WhichOneof("prompt") == "text":
+            return await self._encode(served, request.text, add_special_tokens=True)
+        return await self._encode(served, await self._render(served, request.chat), add_special_tokens=False)
+
+    async def _render(self, served: ServedModel, chat: inference_pb2.Chat) -> str:
+        """The prompt that the chat ``chat``, checked before, makes."""
+        assert served.tokenizer is not None, "checked before"
+        validation.check_chat_length(chat, served.tokenizer.longest_token_characters, served.card)
+        messages = [{"role": m.role, "content": m.content} for m in chat.messages]
+        return await self._tokenizers.render_chat(served.tokenizer, messages)
+
+    async def _encode(self, served: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert served.tokenizer is not None, "checked before"
         validation.check_text_length(text, served.tokenizer.longest_token_characters, served.card)
-        return await self._tokenizers.encode(served.tokenizer, text, add_special_tokens=is_text)
+        return await self._tokenizers.encode(served.tokenizer, text, add_special_tokens=add_special_tokens)
 
     async def _tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
         served = self._around.fleet.served(request.model)
@@ -219,18 +266,10 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         kind = request.WhichOneof("input")
         if kind is None:
             raise RequestRejected(RejectReason.INVALID, "There is nothing to tokenize; set text or chat.")
-        if kind == "chat":
-            validation.check_chat(request.chat)
-            text = _rendered(served.tokenizer, request.chat)
-        else:
-            text = request.text
-        return await self._tokenizers.encode(
-            served.tokenizer, text, add_special_tokens=request.add_special_tokens and kind == "text"
-        )
-
-
-def _rendered(tokenizer: Tokenizer, chat: inference_pb2.Chat) -> str:
-    return tokenizer.render_chat([{"role": m.role, "content": m.content} for m in chat.messages])
+        if kind == "text":
+            return await self._encode(served, request.text, add_special_tokens=request.add_special_tokens)
+        validation.check_chat(request.chat)
+        return await self._encode(served, await self._render(served, request.chat), add_special_tokens=False)
 
 
 def _chunk(progress: Progress, *, with_ids: bool) -> inference_pb2.Chunk | None:
@@ -253,7 +292,13 @@ def _model(fleet: Fleet, name: str) -> inference_pb2.Model:
 
 def _draining() -> RequestRejected:
     message = "This router is shutting down; send the request, with the tokens received so far, to another one."
-    return RequestRejected(RejectReason.DRAINING, message, RETRY_AFTER_S)
+    return RequestRejected(RejectReason.DRAINING, message)
+
+
+def deadline_within(remaining_s: float) -> float:
+    """Seconds until our own deadline, which has to come before the client's."""
+    margin_s = next((margin for below, margin in DEADLINE_MARGINS_S if remaining_s < below), LONGEST_MARGIN_S)
+    return max(0.0, remaining_s - margin_s)
 
 
 def _outcome_of_cancellation(call: _Call, now_s: float) -> Outcome:

@@ -77,7 +77,7 @@ async def serve_router(
         def publish_readiness() -> None:
             health.set_ready(ready=fleet.ready and not stopping.is_set())
 
-        settings = SessionSettings(router_id, config.engine_silence_s, tokenizers)
+        settings = SessionSettings(router_id, config.engine_silence_s, config.engine_step_deadline_s, tokenizers)
         rng = random.Random(router_id)  # noqa: S311 - routers break ties differently, that is all
         fleet = Fleet(settings, log, publish_readiness, rng)
         exits.push_async_callback(fleet.close)

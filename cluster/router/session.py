@@ -7,7 +7,7 @@ falls silent fails every sequence on it at once and is opened again, with a boun
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,6 +27,7 @@ from cluster.wire import channel, convert
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 OUTBOX_MAX = 16384
+COMMANDS_BYTES_MAX = 8 * 2**20  # of one message, far below what a channel carries
 SILENCE_CHECKS = 8  # per engine_silence_s
 DESCRIBE_TIMEOUT_S = 30.0
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]"
@@ -42,6 +43,7 @@ class SessionSettings:
 
     router_id: str
     engine_silence_s: float
+    engine_step_deadline_s: float
     tokenizers: TokenizerCache
 
 
@@ -57,7 +59,7 @@ class EngineSession:
     """The router's side of Engine.Session for one endpoint.
 
     ``on_change`` is called whenever ``up`` changed. ``submit`` and ``release`` never wait: they are gathered
-    and leave in one Commands message per turn of the event loop.
+    and leave once per turn of the event loop, in one Commands message unless they are large.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class EngineSession:
         self._cancels: list[int] = []
         self._outgoing = asyncio.Event()
         self._heard = False
+        self._stuck = False  # its step ran too long: it is down until it says that it works again
         self._task = asyncio.get_running_loop().create_task(self._keep_open(), name=f"session {endpoint.incarnation}")
 
     @property
@@ -154,7 +157,8 @@ class EngineSession:
             silent = asyncio.Event()
             spawn = asyncio.get_running_loop().create_task
             tasks = [spawn(self._watch_silence(call, silent)), spawn(self._write(call))]
-            self._came_up()
+            if not self._stuck:
+                self._came_up()
             await self._read(call)
             raise SequenceLost(LossReason.SILENT if silent.is_set() else LossReason.BROKEN)
         finally:
@@ -176,31 +180,43 @@ class EngineSession:
             if not isinstance(message, engine_pb2.SessionResponse):
                 return  # grpc.aio.EOF
             self._heard = True
-            kind = message.WhichOneof("message")
-            if kind == "step":
-                for update in message.step.sequences:
-                    entry = self._sequences.get(update.sequence_id)
-                    if entry is not None:
-                        entry[0].deliver(update)
-                if message.step.HasField("load"):
-                    self.load.reported(convert.load_from_message(message.step.load))
-            elif kind == "beat" and message.beat.HasField("load"):
+            self._dispatch(message)
+
+    def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
+        """SequenceLost STUCK when the engine's step has run too long."""
+        kind = message.WhichOneof("message")
+        if kind == "step":
+            for update in message.step.sequences:
+                entry = self._sequences.get(update.sequence_id)
+                if entry is not None:
+                    entry[0].deliver(update)
+            if message.step.HasField("load"):
+                self.load.reported(convert.load_from_message(message.step.load))
+        elif kind == "beat":
+            if message.beat.HasField("load"):
                 self.load.reported(convert.load_from_message(message.beat.load))
+            self._judge(message.beat.step_age_s)
+
+    def _judge(self, step_age_s: float) -> None:
+        if step_age_s <= self._settings.engine_step_deadline_s:
+            if self._stuck:
+                self._stuck = False
+                self._came_up()
+        elif not self._stuck:
+            self._stuck = True
+            raise SequenceLost(LossReason.STUCK)
 
     async def _write(self, call: _Call) -> None:
-        """Sends what was gathered, one message per turn of the event loop; ends with the call."""
+        """Sends what was gathered, once per turn of the event loop; ends with the call."""
         while True:
             await self._outgoing.wait()
             await asyncio.sleep(0)  # the rest of this turn joins the same message
             self._outgoing.clear()
             submits, self._submits = self._submits, {}
             cancels, self._cancels = self._cancels, []
-            if not submits and not cancels:
-                continue
-            cancelled = [engine_pb2.Cancel(sequence_id=i) for i in cancels]
-            commands = engine_pb2.Commands(submits=submits.values(), cancels=cancelled)
             try:
-                await call.write(engine_pb2.SessionRequest(commands=commands))
+                for commands in batches(submits.values(), cancels):
+                    await call.write(engine_pb2.SessionRequest(commands=commands))
             except (grpc.RpcError, asyncio.InvalidStateError):
                 return  # the reader sees the same end and says so
 
@@ -259,6 +275,26 @@ class EngineSession:
     def _fail_sequences(self, reason: LossReason) -> None:
         for stream, _ in self._sequences.values():
             stream.fail(SequenceLost(reason))
+
+
+def batches(
+    submits: Iterable[engine_pb2.Submit], cancels: Iterable[int], bytes_max: int = COMMANDS_BYTES_MAX
+) -> Iterator[engine_pb2.Commands]:
+    """All of them in order, in as few messages as have at most ``bytes_max`` of submits each.
+
+    A single submit may be larger than that. ``cancels`` leave first: they free what the submits need.
+    """
+    commands = engine_pb2.Commands(cancels=[engine_pb2.Cancel(sequence_id=i) for i in cancels])
+    size = 0
+    for submit in submits:
+        submit_bytes = submit.ByteSize()
+        if commands.submits and size + submit_bytes > bytes_max:
+            yield commands
+            commands, size = engine_pb2.Commands(), 0
+        commands.submits.append(submit)
+        size += submit_bytes
+    if commands.submits or commands.cancels:
+        yield commands
 
 
 def _brief(error: BaseException) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -22,6 +23,8 @@ from cluster.router.detokenizer import Vocabulary
 
 # Shorter texts are tokenized on the event loop: about a millisecond, less than a trip to a thread is worth.
 INLINE_CHARACTERS = 4096
+PENDING_MAX = 512  # prompts that wait for a thread or are in one
+Result = TypeVar("Result")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -106,10 +109,14 @@ class Tokenizer:
 
 
 class TokenizerCache:
-    """Tokenizers by digest, built once each, and the threads that long prompts are tokenized in."""
+    """Tokenizers by digest, built once each, and the threads that long prompts are tokenized in.
 
-    def __init__(self, threads: int = 2) -> None:
+    ``render_chat`` and ``encode`` raise RequestRejected QUEUE_FULL when ``pending_max`` prompts are there already.
+    """
+
+    def __init__(self, threads: int = 2, pending_max: int = PENDING_MAX) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._room = threading.BoundedSemaphore(pending_max)
         self._by_digest: dict[str, Tokenizer] = {}
 
     def get(self, digest: str) -> Tokenizer | None:
@@ -128,13 +135,40 @@ class TokenizerCache:
         """Token ids; a long text is tokenized in a thread so that no stream waits for it."""
         if len(text) <= INLINE_CHARACTERS:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._executor, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        )
+        return await self._in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    async def render_chat(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
+        """``Tokenizer.render_chat`` in a thread: a template is foreign code, and no stream waits for it."""
+        return await self._in_thread(lambda: tokenizer.render_chat(messages))
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        if not self._room.acquire(blocking=False):
+            message = "This router has too many prompts to tokenize; try again in a moment."
+            raise RequestRejected(RejectReason.QUEUE_FULL, message)
+        left = threading.Event()
+
+        def run() -> Result:
+            try:
+                if left.is_set():
+                    raise _Abandoned
+                return work()
+            finally:
+                self._room.release()
+
+        # Shielded, because a cancelled entry would stay in the executor's queue without being counted.
+        running = asyncio.get_running_loop().run_in_executor(self._executor, run)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            left.set()
+            raise
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Abandoned(Exception):  # noqa: N818 - nobody is there to catch it
+    """The request left before its turn came."""
 
 
 def _build(files: Mapping[str, bytes]) -> Tokenizer:

@@ -21,6 +21,7 @@ STOP_CHARACTERS_MAX = 256
 STOP_TOKENS_MAX = 64
 LOGIT_BIAS_MAX = 1024
 LOGPROBS_MAX = 20
+CHAT_MESSAGES_MAX = 4096
 
 # field -> (lowest, highest); zero always means "off" and is inside.
 _RANGES = {
@@ -81,13 +82,24 @@ def check_fields(
 def check_chat(chat: inference_pb2.Chat) -> None:
     if not chat.messages:
         raise _invalid("The chat has no messages; add at least one with a role and a content.")
+    if len(chat.messages) > CHAT_MESSAGES_MAX:
+        raise _invalid(f"The chat has {len(chat.messages)} messages; at most {CHAT_MESSAGES_MAX} are allowed.")
     if not all(message.role for message in chat.messages):
         raise _invalid("Every chat message needs a role, such as user or assistant.")
 
 
 def check_text_length(text: str, longest_token_characters: int, card: engine_pb2.ModelCard) -> None:
     """Refuses a text that cannot possibly fit, without tokenizing it."""
-    least_tokens = len(text) // max(1, longest_token_characters)
+    _check_characters(len(text), longest_token_characters, card)
+
+
+def check_chat_length(chat: inference_pb2.Chat, longest_token_characters: int, card: engine_pb2.ModelCard) -> None:
+    """Refuses a chat whose words alone cannot possibly fit, without rendering it."""
+    _check_characters(sum(len(m.role) + len(m.content) for m in chat.messages), longest_token_characters, card)
+
+
+def _check_characters(characters: int, longest_token_characters: int, card: engine_pb2.ModelCard) -> None:
+    least_tokens = characters // max(1, longest_token_characters)
     if least_tokens > card.max_model_len:
         raise _invalid(
             f"The prompt has at least {least_tokens} tokens and model {card.name} takes {card.max_model_len}; "

@@ -29,9 +29,9 @@ def load_table(state_file: Path) -> EndpointTable | None:
         if not isinstance(content, dict):
             return None
         message = json_format.ParseDict(content, control_pb2.EndpointTable())
+        return convert.endpoint_table_from_message(message)
     except (OSError, ValueError, json_format.ParseError):
         return None
-    return convert.endpoint_table_from_message(message)
 
 
 def save_table(state_file: Path, table: EndpointTable) -> None:
@@ -45,7 +45,8 @@ def save_table(state_file: Path, table: EndpointTable) -> None:
 class EndpointWatch:
     """Hands every table of the controller to ``apply``, which says whether it took it.
 
-    While the controller is away the last table stays in force; it is asked again for ever, after 0.1 to 1 s.
+    While the controller is away, or says what cannot be used, the last table stays in force; it is asked again for
+    ever, after 0.1 to 1 s.
     """
 
     def __init__(
@@ -78,11 +79,15 @@ class EndpointWatch:
             try:
                 async with channel.open_channel(self._address) as opened:
                     async for message in control_pb2_grpc.ControlStub(opened).WatchEndpoints(self._request):
-                        backoff_s, reported = BACKOFF_FIRST_S, False
                         await self._take(convert.endpoint_table_from_message(message))
+                        backoff_s, reported = BACKOFF_FIRST_S, False
             except grpc.RpcError as error:
                 if not reported:
                     self._log.warning("controller_away", address=self._address, error=str(error.code()))
+                    reported = True
+            except Exception:  # boundary: whatever a controller says, the next table must be heard
+                if not reported:
+                    self._log.exception("endpoint_table_refused", address=self._address)
                     reported = True
             if not being_cancelled():
                 await asyncio.sleep(backoff_s)

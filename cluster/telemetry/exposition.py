@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from cluster.config.listening import refusal
 from cluster.domain.errors import PortTakenError
 
 PORTS_TRIED = 64
@@ -31,7 +33,7 @@ class MetricsServer:
     """Serves ``registry`` on the first free port from ``first_port`` on (0: any), in a thread of its own.
 
     ``ready`` answers /readyz; /healthz says only that the process lives. PortTakenError when the
-    64 ports from ``first_port`` on are all taken.
+    64 ports from ``first_port`` on are all taken, another ConfigError when ``host`` is no address of ours.
     """
 
     def __init__(
@@ -56,14 +58,19 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
 
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 def _bind(request_class: type[BaseHTTPRequestHandler], host: str, first_port: int) -> _Server:
     ports = [0] if first_port == 0 else range(first_port, min(first_port + PORTS_TRIED, 65536))
+    kind = _Server6 if ":" in host else _Server
     for port in ports:
         try:
-            return _Server((host, port), request_class)
+            return kind((host, port), request_class)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise
+                raise refusal(error, host, port, "metrics_port") from error
     raise PortTakenError(
         f"Ports {first_port} to {first_port + PORTS_TRIED - 1} on {host} are all taken; choose another metrics_port."
     )

@@ -41,7 +41,7 @@ class RouterMetrics:
             f"{prefix}_queued_requests", "Requests that wait for a replica.", ["model"], registry=registry
         )
         self.failovers = Counter(
-            f"{prefix}_failovers", "Requests continued on another replica.", ["reason"], registry=registry
+            f"{prefix}_failovers", "Replicas that were lost under a request, by how.", ["reason"], registry=registry
         )
         self.endpoint_picks = Counter(
             f"{prefix}_endpoint_picks", "Requests sent, by replica and deciding scorer.", ["replica", "scorer"],

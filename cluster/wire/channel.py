@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import socket
+import errno
 
 import grpc
 import grpc.aio
 
+from cluster.config.listening import listening_problem, refusal
 from cluster.domain.errors import PortTakenError
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -55,29 +56,21 @@ def new_server() -> grpc.aio.Server:
 def bind(server: grpc.aio.Server, host: str, port: int, *, scan: bool = False) -> int:
     """Binds ``server`` to ``host:port`` (0: any) and returns the port.
 
-    With ``scan`` the first free one of the 64 ports from ``port`` on is taken. PortTakenError otherwise.
+    With ``scan`` the first free one of the 64 ports from ``port`` on is taken. PortTakenError when all are taken,
+    another ConfigError when it is not the port that is wrong.
     """
     last = min(port + PORTS_TRIED, 65536) if scan and port else port + 1
+    name = f"[{host}]" if ":" in host else host
     for candidate in range(port, last):
+        # grpcio says only that it failed; a socket of our own says why.
+        problem = listening_problem(host, candidate)
+        if problem is not None and problem.errno != errno.EADDRINUSE:
+            raise refusal(problem, host, candidate) from problem
         try:
-            bound = server.add_insecure_port(f"{host}:{candidate}")
-        except RuntimeError:  # grpcio raises nothing more precise
+            bound = 0 if problem else server.add_insecure_port(f"{name}:{candidate}")
+        except RuntimeError:
             continue
         if bound:
             return int(bound)
     ports = f"port {port}" if last == port + 1 else f"every port from {port} to {last - 1}"
     raise PortTakenError(f"{ports.capitalize()} on {host} is taken; stop who listens there, or choose another port.")
-
-
-def require_free(host: str, port: int, what: str) -> None:
-    """PortTakenError when somebody listens on ``host:port``; ``what`` names the setting that would move us away."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        # As a server binds: a port in TIME_WAIT can be taken, one that is listened on cannot.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError as error:
-            raise PortTakenError(
-                f"Port {port} on {host} is taken; stop who listens there, or choose another {what}."
-            ) from error

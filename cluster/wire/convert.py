@@ -112,6 +112,7 @@ def identity_of(endpoint: Endpoint) -> engine_pb2.ReplicaIdentity:
 def endpoint_table_to_message(table: EndpointTable) -> control_pb2.EndpointTable:
     return control_pb2.EndpointTable(
         epoch=table.epoch,
+        state_id=table.state_id,
         models=list(table.models),
         endpoints=[
             control_pb2.Endpoint(
@@ -131,6 +132,7 @@ def endpoint_table_to_message(table: EndpointTable) -> control_pb2.EndpointTable
 def endpoint_table_from_message(message: control_pb2.EndpointTable) -> EndpointTable:
     return EndpointTable(
         epoch=message.epoch,
+        state_id=message.state_id,
         models=tuple(message.models),
         endpoints=tuple(
             Endpoint(

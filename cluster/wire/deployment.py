@@ -1,4 +1,4 @@
-"""cluster.v1.ModelDeployment <-> the config's model section. Zero and empty mean the default."""
+"""cluster.v1.ModelDeployment <-> the config's model section. Zero and empty mean the default; 0 replicas mean 0."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def deployment_to_message(config: ModelConfig) -> control_pb2.ModelDeployment:
 def deployment_from_message(message: control_pb2.ModelDeployment) -> ModelConfig:
     """ConfigError names the field that is out of its bounds."""
     given = {name: getattr(message, name) for name in _OPTIONAL if getattr(message, name)}
+    if message.HasField("replicas"):
+        given["replicas"] = message.replicas  # none is a number too
     try:
         return ModelConfig(model=message.model, **given)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -89,8 +90,11 @@ def to_rpc_status(error: BaseException) -> grpc.Status:
     return converted
 
 
-def from_rpc_error(error: grpc.RpcError) -> tuple[grpc.StatusCode, str, str, float | None]:
-    """(code, ErrorInfo reason or "", message, seconds to wait before another try or None) of a failed call."""
+# (code, ErrorInfo reason or "", message, seconds to wait before another try or None) of a failed call
+CallFailure: TypeAlias = tuple[grpc.StatusCode, str, str, float | None]
+
+
+def from_rpc_error(error: grpc.RpcError) -> CallFailure:
     code, message = error.code(), error.details() or ""
     reason, retry_after_s = "", None
     status = rpc_status.from_call(error)

@@ -35,9 +35,11 @@ class FakeControl(control_pb2_grpc.ControlServicer):
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    async def push(self, *endpoints: Endpoint, epoch: int | None = None, models: tuple[str, ...] = ("demo",)) -> None:
+    async def push(
+        self, *endpoints: Endpoint, epoch: int | None = None, models: tuple[str, ...] = ("demo",), state_id: str = ""
+    ) -> None:
         async with self._changed:
-            self.table = EndpointTable(self.table.epoch + 1 if epoch is None else epoch, endpoints, models)
+            self.table = EndpointTable(self.table.epoch + 1 if epoch is None else epoch, endpoints, models, state_id)
             self._changed.notify_all()
 
     async def WatchEndpoints(self, request: control_pb2.WatchEndpointsRequest, context: Any) -> None:

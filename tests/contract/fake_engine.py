@@ -20,6 +20,8 @@ BLOCK_SIZE = 16
 DIGEST = "sha256:weights"
 # (prompt, generated so far, seed) -> the next token
 NextToken = Callable[[Sequence[int], Sequence[int], int], int]
+# (submit, generated so far) -> the next token, for tests whose tokens depend on all of the sampling
+Draw = Callable[[engine_pb2.Submit, Sequence[int]], int]
 
 
 def hashed_token(vocab_size: int) -> NextToken:
@@ -57,6 +59,7 @@ class FakeEngine:
 
     ``die_after``: the process "dies" once a sequence got so many tokens in one attempt. ``reject``: answers every
     submit with this end. ``silent``: says nothing any more, like a stopped process. ``step_s``: pause between steps.
+    ``step_age_s``: a step "runs" since then; while it is not 0 there are beats only. ``draw`` replaces ``next_token``.
     """
 
     next_token: NextToken
@@ -72,6 +75,8 @@ class FakeEngine:
     step_s: float = 0.0
     start_delay_s: float = 0.0
     beat_s: float = 0.05
+    step_age_s: float = 0.0
+    draw: Draw | None = None
     tokens_per_step: int = 1
     die_after: int | None = None
     reject: engine_pb2.SequenceEnd = engine_pb2.SEQUENCE_END_UNSPECIFIED
@@ -186,14 +191,15 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         step = 0
         while not engine.dead.is_set():
             mine = [s for (owner, _), s in engine.running.items() if owner == session]
-            if engine.silent or not mine:
+            if engine.silent or engine.step_age_s or not mine:
                 engine._work.clear()
                 try:
                     async with asyncio.timeout(engine.beat_s):  # in this task, unlike wait_for
                         await engine._work.wait()
                 except TimeoutError:
                     if not engine.silent:
-                        await context.write(engine_pb2.SessionResponse(beat=engine_pb2.Beat(step=step)))
+                        beat = engine_pb2.Beat(step=step, step_age_s=engine.step_age_s)
+                        await context.write(engine_pb2.SessionResponse(beat=beat))
                 continue
             if engine.start_delay_s and any(s.sent == 0 for s in mine):
                 await asyncio.sleep(engine.start_delay_s)
@@ -214,7 +220,10 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             update.end = engine.reject
         else:
             for _ in range(engine.tokens_per_step):
-                token = engine.next_token(submit.prompt_token_ids, sequence.generated, submit.sampling.seed)
+                if engine.draw is not None:
+                    token = engine.draw(submit, sequence.generated)
+                else:
+                    token = engine.next_token(submit.prompt_token_ids, sequence.generated, submit.sampling.seed)
                 if token in submit.sampling.stop_token_ids:
                     update.end = engine_pb2.SEQUENCE_END_STOP
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import grpc
 import psutil
+from controller_site import still_runs
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -22,6 +24,7 @@ from cluster.assembly import start_cluster, stop_cluster
 from cluster.client.control import ControlClient
 from cluster.client.local_cluster import LocalCluster
 from cluster.config.schema import ClusterConfig, ControllerConfig, ModelConfig, RouterConfig
+from cluster.controller import ray_start
 from cluster.controller.rank_marker import RANK_VARIABLE, RUN_VARIABLE
 
 READY_DEADLINE_S = 240
@@ -140,6 +143,29 @@ def marked_processes(run_dir: Path) -> list[int]:
     return found
 
 
+def assert_nothing_is_left(run_dir: Path, node: ray_start.RayNode, local: LocalCluster) -> None:
+    """No rank, no process of Ray or router, no segment of shared memory."""
+    assert marked_processes(run_dir) == []
+    assert [pid for pid, started in node.processes if still_runs(pid, started)] == []
+    assert not still_runs(local.router_pid, local.router_started_s)
+    assert orphaned_segments(local.rank_ports) == []
+
+
+def orphaned_segments(ports: tuple[int, int]) -> list[str]:
+    """Of the ranks' all-reduce, under our ports, mapped by nobody: a cluster beside this one may have some that are."""
+    segments = Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*")
+    found = [s.name for s in segments if ports[0] <= int(s.name.rsplit("_", 2)[1]) <= ports[1]]
+    mapped = "".join(maps_of(pid) for pid in psutil.pids()) if found else ""
+    return [name for name in found if name not in mapped]
+
+
+def maps_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 @contextmanager
 def running_cluster(*models: ModelConfig, cpu_slots: int, **router) -> Iterator[RunningCluster]:
     run_dir = Path(tempfile.mkdtemp(prefix="llmc-"))
@@ -152,6 +178,7 @@ def running_cluster(*models: ModelConfig, cpu_slots: int, **router) -> Iterator[
     )
     try:
         local = start_cluster(config, run_dir, None, lambda _: None)
+        node = ray_start.load_node(run_dir)
         try:
             with ControlClient(local.control_address) as control:
                 client = ReflectedClient(local.router_address)
@@ -161,6 +188,6 @@ def running_cluster(*models: ModelConfig, cpu_slots: int, **router) -> Iterator[
                 client.close()
         finally:
             stop_cluster(run_dir, 2.0, lambda _: None)
-            assert marked_processes(run_dir) == []
+            assert_nothing_is_left(run_dir, node, local)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)

@@ -14,12 +14,15 @@ import pytest
 
 from cluster.client import AsyncClient
 from cluster.config.schema import RouterConfig
+from cluster.domain.endpoint import EndpointTable
 from cluster.domain.errors import PortTakenError, RejectReason, RequestRejected
 from cluster.router.service import serve_router
-from cluster.router.watch import load_table
-from cluster.v1 import inference_pb2, inference_pb2_grpc
+from cluster.router.watch import EndpointWatch, load_table, save_table
+from cluster.telemetry.logs import get_logger
+from cluster.v1 import control_pb2, inference_pb2, inference_pb2_grpc
 from cluster.wire import channel
 from cluster.wire.status import from_rpc_error
+from tests.contract.fake_control import FakeControl
 from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token
 from tests.contract.router_cluster import RouterCluster, eventually
 
@@ -93,6 +96,34 @@ async def test_tables_of_an_earlier_epoch_are_ignored(start: StartCluster) -> No
     await cluster.control.push(cluster.engines[0].endpoint, epoch=6)
     await eventually(lambda: cluster.router.fleet.epoch == 6, "the next table came")
     assert cluster.router.fleet.ready
+
+
+async def test_a_remembered_table_gives_way_to_a_new_controllers_first(start: StartCluster, tmp_path: Path) -> None:
+    state_file = tmp_path / "endpoints.json"
+    save_table(state_file, EndpointTable(9, (engine(1).endpoint,), ("gone",), "old state"))
+    cluster = await start(state_file=state_file)
+    await cluster.control.push(epoch=1, state_id="new state")
+    await eventually(lambda: cluster.router.fleet.models == ("demo",), "the new controller's table is in force")
+    await eventually(lambda: load_table(state_file) == cluster.control.table, "and is saved")
+
+
+async def test_a_table_that_cannot_be_used_does_not_end_the_watch() -> None:
+    control = await FakeControl().start()
+    taken: list[EndpointTable] = []
+
+    def take(table: EndpointTable) -> bool:
+        if table.epoch == 1:
+            raise ZeroDivisionError
+        taken.append(table)
+        return True
+
+    await control.push()
+    watch = EndpointWatch(control.address, control_pb2.WatchEndpointsRequest(), take, None, get_logger())
+    await eventually(lambda: len(control.watchers) >= 2, "it asks again")
+    await control.push(epoch=2)
+    await eventually(lambda: bool(taken) and taken[-1] == control.table, "the next table is heard")
+    await watch.close()
+    await control.stop()
 
 
 async def test_a_controller_that_comes_back_is_followed_again(start: StartCluster) -> None:

@@ -1,7 +1,9 @@
 """A router on real sockets between fake engines: streaming, failover, ends of every kind."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -162,6 +164,25 @@ class TestStreaming:
         assert counts[0] >= 8
 
 
+DRAWN_FROM = range(40, 50)  # few, so that penalties matter
+
+
+def drawn(submit: engine_pb2.Submit, generated: Sequence[int]) -> int:
+    """A small sampler: temperature, all three penalties, and a draw that is a function of seed and position."""
+    sampling = submit.sampling
+    known = list(submit.prompt_token_ids) + list(generated)
+    scores = random.Random(str(known[-1]))
+    logits = {token: scores.gauss(0.0, 2.0) for token in DRAWN_FROM}
+    for token in logits.keys() & set(known):
+        sign = 1 if logits[token] < 0 else -1
+        logits[token] *= sampling.repetition_penalty**sign
+    for token in logits.keys() & set(generated):
+        logits[token] -= sampling.presence_penalty + sampling.frequency_penalty * list(generated).count(token)
+    weights = [math.exp(logit / sampling.temperature) for logit in logits.values()]
+    return random.Random(f"{sampling.seed} {len(generated)}").choices(list(logits), weights)[0]
+
+
+SAMPLED = {"temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 1.2, "frequency_penalty": 0.7, "seed": 77}
 SCRIPT = TOKENIZER.encode("The fox 👩‍👩‍👧 says STOP now and 한국 later")
 STOPPED = "The fox 👩‍👩‍👧 says "
 
@@ -206,6 +227,30 @@ class TestFailover:
         assert "STOP now" not in TOKENIZER.decode(SCRIPT[: stop_at - 1])
         assert answer.end.usage.generated_tokens == stop_at
 
+    @pytest.mark.parametrize("cut", [1, 5, 11, 12, 13])
+    async def test_sampling_with_penalties_and_a_stop_string_goes_on_the_same(
+        self, start: StartCluster, cut: int
+    ) -> None:
+        whole: list[int] = []
+        for _ in range(16):
+            sampling = inference_pb2.Sampling(max_tokens=16, **SAMPLED)
+            whole.append(drawn(engine_pb2.Submit(prompt_token_ids=PROMPT, sampling=sampling), whole))
+        before, stop = TOKENIZER.decode(whole[:10]), TOKENIZER.decode(whole[10:13])
+        assert stop
+        assert stop not in TOKENIZER.decode(whole[:12])
+        cluster = await start(with_text(0, draw=drawn, die_after=cut))
+        spare = with_text(1, draw=drawn)
+        cluster.engines.append(await spare.start())
+        call = asyncio.create_task(cluster.generate(request(16, sampling={**SAMPLED, "stop": [stop]})))
+        await eventually(lambda: bool(cluster.engines[0].submits), "the first engine has it")
+        await cluster.control.push(*(e.endpoint for e in cluster.engines))
+        answer = await call
+        assert (answer.token_ids, answer.text, answer.reason) == (whole[:13], before, "STOP")
+        if cut < 13:
+            (first,), (second,) = cluster.engines[0].submits, spare.submits
+            assert second.sampling == first.sampling
+            assert list(second.generated_token_ids) == whole[: len(second.generated_token_ids)]
+
     async def test_a_silent_leader_is_left_in_time(self, start: StartCluster) -> None:
         cluster = await start(engine(0, step_s=0.02), engine(1, step_s=0.02), engine_silence_s=0.4)
         call = asyncio.create_task(cluster.generate(request(20)))
@@ -219,6 +264,24 @@ class TestFailover:
         assert 0.2 < asyncio.get_running_loop().time() - before < 1.5
         assert (await call).token_ids == expected_tokens(NEXT, PROMPT, 9, 20)
         assert 'cluster_router_failovers_total{reason="silent"} 1.0' in await cluster.metrics()
+
+    async def test_a_leader_whose_step_hangs_is_left_until_it_works_again(self, start: StartCluster) -> None:
+        cluster = await start(engine(0, step_s=0.02), engine(1, step_s=0.02), engine_step_deadline_s=30.0)
+        call = asyncio.create_task(cluster.generate(request(20)))
+        await eventually(lambda: any(e.running for e in cluster.engines), "one is running")
+        first = next(e for e in cluster.engines if e.running)
+        first.step_age_s = 30.5
+        assert (await call).token_ids == expected_tokens(NEXT, PROMPT, 9, 20)
+        assert 'cluster_router_failovers_total{reason="stuck"} 1.0' in await cluster.metrics()
+        await eventually(lambda: first.sessions == 2, "it is met again")
+        given = len(first.submits)
+        for _ in range(4):
+            await cluster.generate(request(4))
+        assert len(first.submits) == given
+        assert cluster.router.fleet.ready_replicas("demo") == 1
+        first.step_age_s = 0.0
+        await cluster.until_ready(2)
+        assert first.sessions == 2
 
     async def test_an_endpoint_taken_out_of_the_table_is_left_at_once(self, start: StartCluster) -> None:
         cluster = await start(engine(0, step_s=0.02), engine(1, step_s=0.02))
@@ -272,6 +335,11 @@ class TestFailover:
         code, _reason, *_ = await refusal(answer)
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert await settled(cluster) == {"evicted_deadline": 1}
+
+
+async def drained(call: Any) -> None:
+    async for _ in call:
+        pass
 
 
 async def settled(cluster: RouterCluster) -> dict[str, int]:
@@ -333,6 +401,16 @@ class TestEnds:
         call.cancel()
         await eventually(lambda: cluster.engines[0].cancels == [1], "the engine was told")
         assert await settled(cluster) == {"aborted_client": 1}
+
+    async def test_a_client_that_reads_nothing_is_cut_off(self, start: StartCluster) -> None:
+        lots = engine(next_token=scripted_token([7]), max_model_len=10**6, tokens_per_step=2000)
+        cluster = await start(lots, client_stall_s=0.3)
+        call = cluster.call(request(10**6 - 3, logprobs=1), timeout_s=None)
+        await eventually(lambda: bool(lots.submits), "it is running")
+        await eventually(lambda: lots.cancels == [1], "the engine was told")
+        assert await settled(cluster) == {"aborted_client": 1}
+        code, _, _, _ = await refusal(drained(call))
+        assert code is grpc.StatusCode.CANCELLED
 
     async def test_fifty_clients_that_leave_leave_nothing(self, start: StartCluster) -> None:
         cluster = await start(engine(0, step_s=0.005), engine(1, step_s=0.005))
@@ -412,6 +490,8 @@ class TestEnds:
         assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         assert retry_s
         await running
+        full = 'cluster_router_requests_total{model="demo",outcome="rejected_capacity"} 1.0'
+        assert full in await cluster.metrics()
 
     async def test_unknown_models_and_bad_ids(self, start: StartCluster) -> None:
         cluster = await start(engine())
@@ -422,6 +502,36 @@ class TestEnds:
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert await cluster.outcomes() == {"rejected_invalid": 2}
         assert 'model="other"' not in await cluster.metrics()
+
+
+class TestTokenize:
+    async def test_what_cannot_fit_is_refused(self, start: StartCluster) -> None:
+        cluster = await start(with_text(max_model_len=20))
+        chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="x" * 10_000)])
+        for message in (inference_pb2.TokenizeRequest(text="x" * 10_000), inference_pb2.TokenizeRequest(chat=chat)):
+            code, reason, text, _ = await refusal(cluster.stub.Tokenize(message))
+            assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID")
+            assert "shorten" in text
+        assert await cluster.outcomes() == {}
+
+    async def test_a_full_router_refuses_it_too(self, start: StartCluster) -> None:
+        cluster = await start(with_text(step_s=0.01), max_concurrent_requests=1)
+        running = asyncio.create_task(cluster.generate(request(60)))
+        await eventually(lambda: bool(cluster.engines[0].running), "one is running")
+        code, reason, _, retry_s = await refusal(cluster.stub.Tokenize(inference_pb2.TokenizeRequest(text="x")))
+        assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert retry_s
+        await running
+
+    async def test_a_bug_is_internal(self, start: StartCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        cluster = await start(with_text())
+
+        def broken(*_: Any, **__: Any) -> list[int]:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Tokenizer, "encode", broken)
+        code, reason, *_ = await refusal(cluster.stub.Tokenize(inference_pb2.TokenizeRequest(text="x")))
+        assert (code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
 
 
 async def health(cluster: RouterCluster, service: str = "") -> str:
@@ -438,7 +548,9 @@ class TestReadiness:
         code, reason, _, retry_s = await refusal(cluster.generate(request()))
         assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "NO_ENDPOINT")
         assert retry_s
-        assert await cluster.outcomes() == {"rejected_unavailable": 1}
+        await refusal(cluster.generate(request(model="whatever I like")))
+        assert await cluster.outcomes() == {"rejected_unavailable": 2}
+        assert 'model="unknown",outcome="rejected_unavailable"} 2.0' in await cluster.metrics()
 
     async def test_health_follows_the_endpoints(self, start: StartCluster) -> None:
         cluster = await start(engine())

@@ -20,6 +20,8 @@ EMPTY_NAMES = {"manager", "helper", "helpers", "utils", "util", "handler", "data
 PROMISES = re.compile(r"\b(TODO|FIXME|XXX|HACK|NotImplementedError)\b")
 # A path of somebody's machine has no place in a project; tests may invent some.
 MACHINE_PATHS = re.compile(r"(?<![\w.~$}])/(?:home|root|Users|work|mnt)/\w")
+# Their names promise that they fail when something is not so.
+CHECKER = re.compile(r"raises$|warns$|(check|assert|until|wait)(_|$)")
 # Entered by name, not by import: the program's doors.
 DOORS = {"cluster.__main__", "cluster.cli.main", "cluster"}
 
@@ -108,17 +110,62 @@ def test_the_rule_finds_a_dead_module(tmp_path: Path) -> None:
     assert set(imported_by(file)) == {"cluster.x", "cluster.y", "cluster.y.z", "cluster", "cluster.w"}
 
 
+def functions_of(tree: ast.AST) -> list[Function]:
+    return [node for node in ast.walk(tree) if isinstance(node, Function)]
+
+
+def called_in(function: Function) -> set[str]:
+    """The last part of every name that is called."""
+    functions = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in functions}
+
+
+def can_fail(function: Function, checkers: set[str]) -> bool:
+    """It asserts, expects an error, or calls what does; a call that merely returns proves nothing."""
+    if any(isinstance(node, ast.Assert) for node in ast.walk(function)):
+        return True
+    return any(name in checkers or CHECKER.match(name) for name in called_in(function))
+
+
+def checkers_in(trees: list[ast.AST]) -> set[str]:
+    """Functions of the tests that assert, themselves or through others."""
+    functions = [function for tree in trees for function in functions_of(tree) if not function.name.startswith("test_")]
+    checkers: set[str] = set()
+    while True:
+        found = {function.name for function in functions if can_fail(function, checkers)}
+        if found <= checkers:
+            return checkers
+        checkers |= found
+
+
 def test_every_test_can_fail() -> None:
-    """A test without an assertion, a raises, or a call to something that checks proves nothing."""
-    mute = []
-    for path in TESTS:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, Function) and node.name.startswith("test_"):
-                checks = any(isinstance(inner, ast.Assert | ast.With | ast.AsyncWith) for inner in ast.walk(node))
-                calls = any(isinstance(inner, ast.Call) for inner in ast.walk(node))
-                if not checks and not calls:
-                    mute.append(f"{show(path)}::{node.name}")
+    trees = {path: ast.parse(path.read_text()) for path in TESTS}
+    checkers = checkers_in(list(trees.values()))
+    mute = [
+        f"{show(path)}::{function.name}"
+        for path, tree in trees.items()
+        for function in functions_of(tree)
+        if function.name.startswith("test_") and not can_fail(function, checkers)
+    ]
     assert mute == []
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict"),
+    [
+        ("run()", False),
+        ("with open(x): run()", False),
+        ("assert run()", True),
+        ("with pytest.raises(ValueError): run()", True),
+        ("bench.until(ready)", True),
+        ("judge(run())", True),
+        ("indirectly(run())", True),
+    ],
+)
+def test_the_rule_finds_a_test_that_cannot_fail(body: str, verdict: bool) -> None:
+    tree = ast.parse(f"def judge(x):\n    assert x\ndef indirectly(x):\n    judge(x)\ndef test_it():\n    {body}\n")
+    (test,) = [function for function in functions_of(tree) if function.name == "test_it"]
+    assert can_fail(test, checkers_in([tree])) is verdict
 
 
 @pytest.mark.parametrize("path", PAGES, ids=show)

@@ -63,7 +63,7 @@ def test_without_a_dtype_the_stored_one_counts() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 8192),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 4096),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 2048),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 4096),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 2048),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, 4096),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "max_position_embeddings": 131072}, 131072),
         ({"rope_scaling": None}, 2048),

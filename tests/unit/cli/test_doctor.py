@@ -23,7 +23,7 @@ from cluster.cli.fitness import (
     Verdict,
     judge,
 )
-from cluster.config.schema import ClusterConfig
+from cluster.config.schema import ClusterConfig, RouterConfig
 
 FIT = MachineFacts(
     python_version=(3, 11),
@@ -81,23 +81,23 @@ class TestJudge:
 
 
 class TestProbes:
-    def test_a_taken_port_is_seen_and_a_free_one_too(self) -> None:
+    def test_a_taken_port_is_seen(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
-            assert machine.port_taken("127.0.0.1", port)
-        assert not machine.port_taken("127.0.0.1", port)
+            facts = machine.probe(ClusterConfig(router=RouterConfig(port=port)), {})
+        assert next(fact for fact in facts.ports if fact.name == "router").taken
 
     def test_versions_come_from_metadata(self) -> None:
         assert machine.package_fact("grpcio", ">=1").suits
         assert not machine.package_fact("grpcio", "<1").suits
         assert machine.package_fact("no-such-package-here", ">=1").version is None
 
-    def test_the_op_is_found_where_setup_builds_it(self, tmp_path: Path) -> None:
-        env = {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
-        assert machine.probe(ClusterConfig(), env).shared_memory_op is None
+    def test_the_op_is_found_where_setup_builds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        assert machine.probe(ClusterConfig(), {}).shared_memory_op is None
         (tmp_path / "deepspeed_shm_comm").mkdir()
         (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
-        assert machine.probe(ClusterConfig(), env).shared_memory_op is not None
+        assert machine.probe(ClusterConfig(), {}).shared_memory_op is not None
 
     @pytest.mark.parametrize(
         ("script", "expected"),

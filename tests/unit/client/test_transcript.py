@@ -1,9 +1,12 @@
 """What a client keeps, asks again, and calls its errors."""
 
+import grpc
 import pytest
 
-from cluster.client.requests import build_request, typed_error
+from cluster.client import AsyncClient, Client
+from cluster.client.requests import build_request, build_tokenize_request, error_of_call, never_ready, typed_error
 from cluster.client.transcript import Transcript
+from cluster.config.schema import RouterConfig
 from cluster.domain.errors import (
     ClusterError,
     ConfigError,
@@ -15,6 +18,7 @@ from cluster.domain.errors import (
     RequestRejected,
 )
 from cluster.v1 import inference_pb2
+from cluster.wire.status import CallFailure
 
 
 def transcript(*addresses: str, resumes_max: int = 2) -> Transcript:
@@ -116,3 +120,42 @@ def test_errors_have_types(code: str, reason: str, started: bool, expected: Clus
 def test_a_deadline_after_the_start_is_an_abort() -> None:
     assert isinstance(typed_error("DEADLINE_EXCEEDED", "", "", None, "a", started=True), RequestAborted)
     assert isinstance(typed_error("CANCELLED", "", "", None, "a", started=True), RequestAborted)
+
+
+def failure(code: grpc.StatusCode, reason: str = "", message: str = "no") -> CallFailure:
+    return code, reason, message, None
+
+
+def test_a_call_that_broke_is_followed_by_another_or_is_the_error() -> None:
+    t = transcript("a", "b")
+    t.take(chunk(5))
+    assert t.pause_after_s(failure(grpc.StatusCode.UNAVAILABLE)) == 0.0
+    assert (t.address, t.resumes) == ("b", 1)
+    assert t.pause_after_s(None) == pytest.approx(0.2)  # a stream without its End
+    with pytest.raises(RequestRejected, match="No router answers at a"):
+        t.pause_after_s(None)
+
+
+def test_what_no_other_router_would_change_is_raised_at_once() -> None:
+    with pytest.raises(RequestRejected, match="too long") as caught:
+        transcript("a", "b").pause_after_s(failure(grpc.StatusCode.INVALID_ARGUMENT, "INVALID", "too long"))
+    assert caught.value.reject_reason is RejectReason.INVALID
+
+
+def test_what_is_to_be_tokenized() -> None:
+    text = build_tokenize_request("fox", "demo", add_special_tokens=True)
+    assert (text.model, text.text, text.add_special_tokens) == ("demo", "fox", True)
+    chat = build_tokenize_request([{"role": "user", "content": "x"}], "", add_special_tokens=False)
+    assert [m.content for m in chat.chat.messages] == ["x"]
+
+
+def test_errors_of_single_calls() -> None:
+    error = error_of_call(failure(grpc.StatusCode.UNIMPLEMENTED), "host:1")
+    assert isinstance(error, ConfigError)
+    assert "host:1" in str(error)
+    assert str(never_ready("host:1", 2.5)) == "No model was ready at host:1 within 2.5 s."
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_clients_look_where_a_router_listens_by_default(client: type[Client | AsyncClient]) -> None:
+    assert client()._addresses == (f"127.0.0.1:{RouterConfig().port}",)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.checkpoint import hub
+from cluster.checkpoint.resolve import demo_path
 from cluster.config.schema import ModelConfig
 from cluster.controller.checkpoint_planner import CheckpointPlanner, free_inventory
 from cluster.domain.errors import CheckpointError, ConfigError, NoFeasiblePlan, UnsupportedModelError
@@ -15,7 +17,7 @@ from tests.unit.controller.builders import inventory, model, node
 
 def planner(*nodes) -> CheckpointPlanner:
     there = inventory(*nodes) if nodes else inventory(node("a", 8))
-    return CheckpointPlanner(lambda: there)
+    return CheckpointPlanner(lambda _: there)
 
 
 async def test_the_embedded_model_is_planned():
@@ -63,6 +65,33 @@ async def test_an_explanation_is_text_and_json():
     wrong = await planner().explain(ModelConfig(model="./nowhere"), ())
     assert not wrong.feasible
     assert "does not exist" in json.loads(wrong.json)["reason"]
+
+
+async def test_an_explanation_of_a_hub_model_fetches_no_weights(monkeypatch, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(Path(demo_path(), "config.json").read_text())
+    asked = []
+
+    def download(repo_id, commit, *, weights=True, progress=None):
+        asked.append((repo_id, weights))
+        return tmp_path
+
+    monkeypatch.setattr(hub, "resolve_commit", lambda *_: "c" * 40)
+    monkeypatch.setattr(hub, "download", download)
+    found = await planner().explain(ModelConfig(model="org/name", tensor_parallel_size=2), ())
+    assert found.feasible, found.text
+    assert asked == [("org/name", False)]
+
+
+async def test_the_inventory_is_asked_for_the_device_that_is_wanted():
+    asked = []
+
+    def there(device):
+        asked.append(device)
+        return inventory(node("a", 8))
+
+    await CheckpointPlanner(there).plan(ModelConfig(model="demo", device="cpu"), ())
+    assert asked == ["cpu"]
 
 
 def test_models_that_stay_are_placed_before_they_have_started():

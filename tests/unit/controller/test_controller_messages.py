@@ -6,7 +6,7 @@ from cluster.config.schema import ModelConfig
 from cluster.controller.cluster_status import ProcessFacts, blocked_reason, cluster_status
 from cluster.controller.desired import asks_the_same, model_from_json, model_to_json
 from cluster.controller.messages import plan_summary, report_from_message
-from cluster.controller.ray_observer import gpu_type, node_of
+from cluster.controller.ray_observer import gpu_type, node_of, plannable
 from cluster.controller.replica_lifecycle import ReplicaEvent
 from cluster.domain.errors import ConfigError
 from cluster.domain.hardware import DeviceKind
@@ -135,3 +135,13 @@ def test_an_unknown_gpu_is_an_error_with_the_way_out():
 
 def test_a_node_without_devices_of_the_kind_is_left_out():
     assert node_of({**RAY_NODE, "Resources": {"CPU": 8.0}}, {}, DeviceKind.CUDA) is None
+
+
+def test_a_gpu_that_nobody_knows_refuses_only_those_who_need_it():
+    strange = {**RAY_NODE, "NodeID": "s", "Resources": {"GPU": 1.0, "CPU": 2.0, "memory": 2.0**32}, "Labels": {}}
+    assert [n.device.kind for n in plannable([strange], "cpu")] == [DeviceKind.CPU]
+    known = {*(n.node_id for n in plannable([strange, RAY_NODE], "cuda") if n.device.kind is DeviceKind.CUDA)}
+    assert known == {RAY_NODE["NodeID"]}
+    for wanted in ("cuda", "auto"):
+        with pytest.raises(ConfigError, match="or choose device cpu"):
+            plannable([strange], wanted)

@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 
 from cluster.config.schema import ModelConfig
+from cluster.controller import loop as loop_module
 from cluster.controller.actuator import Explanation
 from cluster.controller.cluster_status import ProcessFacts
 from cluster.controller.desired import DesiredModel
 from cluster.controller.loop import ControllerLoop, Parts
+from cluster.controller.server import ControlService
 from cluster.controller.store import Store
 from cluster.domain.clock import MonotonicClock
 from cluster.domain.errors import ConfigError, NoFeasiblePlan, ReplicaError
@@ -20,6 +22,7 @@ from cluster.domain.ids import RankId, ReplicaId
 from cluster.domain.replica import RankPhase
 from cluster.telemetry.logs import get_logger
 from cluster.telemetry.metrics import ControllerMetrics
+from cluster.v1 import control_pb2
 from tests.unit.controller.builders import SETTINGS, incarnation, model, report
 
 FAST = SETTINGS.model_copy(update={"reconcile_interval_s": 0.02, "restart_backoff_s": 0.01})
@@ -36,6 +39,8 @@ class FakeActuator:
         self.ended: dict = {}
         self.refuse_start = ""
         self.fail_destroy = 0
+        self.sweeping: asyncio.Event | None = None
+        self.fail_sweep = 0
 
     async def start(self, order, blocked) -> None:
         self.orders.append(order)
@@ -55,8 +60,13 @@ class FakeActuator:
         self.destroyed.append((incarnation, world_size))
         self.alive.discard(incarnation)
 
-    async def sweep(self, live) -> None:
-        self.swept.append(live)
+    async def sweep(self, live, newest=None) -> None:
+        if self.sweeping is not None:
+            await self.sweeping.wait()
+        if self.fail_sweep:
+            self.fail_sweep -= 1
+            raise ReplicaError("a node does not answer")
+        self.swept.append((live, newest))
 
 
 class FakePlanner:
@@ -77,13 +87,13 @@ class Bench:
     def __init__(self, tmp_path) -> None:
         self.tmp_path = tmp_path
         self.actuator, self.planner = FakeActuator(), FakePlanner()
-        self.registry = CollectorRegistry()
         self.begin()
 
     def begin(self) -> None:
-        store = Store(self.tmp_path)
+        store = self.store = Store(self.tmp_path)
+        self.registry = CollectorRegistry()
         parts = Parts(
-            "c", FAST, store, self.actuator, self.planner, MonotonicClock(), ControllerMetrics(CollectorRegistry()),
+            "c", FAST, store, self.actuator, self.planner, MonotonicClock(), ControllerMetrics(self.registry),
             get_logger(),
         )  # fmt: skip
         self.loop = ControllerLoop(parts, store.begin_life())
@@ -246,7 +256,7 @@ async def test_a_restarted_loop_adopts_and_says_nothing_before_it_has(bench):
     assert [e.incarnation for e in table.endpoints] == [incarnation()]
     assert table.epoch > epoch
     assert len(bench.actuator.orders) == 1
-    assert bench.actuator.swept[-1] == {incarnation()}
+    await bench.until(lambda: bench.actuator.swept[-1] == ({incarnation()}, {incarnation()}))
     await tables.aclose()
 
 
@@ -255,7 +265,102 @@ async def test_shutdown_ends_everything_and_refuses_more(bench):
     await bench.ready(incarnation())
     await asyncio.wait_for(bench.loop.shutdown(0.0), 5)
     assert not bench.actuator.alive
-    assert bench.actuator.swept[-1] == frozenset()
+    assert bench.actuator.swept[-1] == (frozenset(), None)
     with pytest.raises(ReplicaError, match="shutting down"):
         await bench.loop.apply((A,))
     assert Store(bench.tmp_path).load().desired == ()
+
+
+class FullDisk:
+    """A store that refuses so many saves."""
+
+    def __init__(self, monkeypatch, store: Store) -> None:
+        self.left = 0
+        save = store.save
+
+        def refuse(state) -> None:
+            if self.left:
+                self.left -= 1
+                raise OSError(28, "No space left on device")
+            save(state)
+
+        monkeypatch.setattr(store, "save", refuse)
+
+
+async def test_a_start_that_cannot_be_saved_is_tried_again_at_once(bench, monkeypatch):
+    disk = FullDisk(monkeypatch, bench.store)
+    await bench.loop.apply((A,))
+    disk.left = 2
+    await bench.ready(incarnation())
+    assert disk.left == 0
+    assert [order.incarnation for order in bench.actuator.orders] == [incarnation()]
+
+
+async def test_what_cannot_be_saved_is_not_desired(bench, monkeypatch):
+    FullDisk(monkeypatch, bench.store).left = 1
+    with pytest.raises(ReplicaError, match="cannot be saved"):
+        await bench.loop.apply((A,))
+    assert not bench.loop.status().models
+
+
+async def test_a_full_disk_does_not_keep_a_cluster_from_being_stopped(bench, monkeypatch):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    FullDisk(monkeypatch, bench.store).left = 1
+    await asyncio.wait_for(bench.loop.shutdown(0.0), 5)
+    assert not bench.actuator.alive
+
+
+async def test_a_node_that_cannot_be_swept_holds_nobody_up(bench, monkeypatch):
+    monkeypatch.setattr(loop_module, "SWEEP_RETRY_S", 0.01)
+    await bench.end()
+    bench.actuator.swept, bench.actuator.sweeping, bench.actuator.fail_sweep = [], asyncio.Event(), 2
+    bench.begin()
+    await bench.loop.apply((A,))
+    tables = bench.loop.watch_endpoints(ProcessFacts("router", 7, "h"))
+    await asyncio.wait_for(anext(tables), 5)
+    await bench.ready(incarnation())
+    assert not bench.actuator.swept
+    bench.actuator.sweeping.set()
+    await bench.until(lambda: bool(bench.actuator.swept))
+    await tables.aclose()
+
+
+async def test_every_scrape_finds_every_series(bench, monkeypatch):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    cleared = []
+    monkeypatch.setattr(Gauge, "clear", cleared.append)  # a scrape may come right after it
+    await asyncio.sleep(0.1)
+    assert cleared == []
+    assert bench.registry.get_sample_value("cluster_replicas", {"model": "m", "phase": "READY"}) == 1
+    await bench.loop.apply(())
+    assert bench.registry.get_sample_value("cluster_replicas", {"model": "m", "phase": "READY"}) is None
+
+
+async def test_a_shutdown_ends_the_process_though_nobody_waits_for_the_answer(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    ended = asyncio.Event()
+    call = asyncio.ensure_future(
+        ControlService(bench.loop, ended.set).Shutdown(control_pb2.ShutdownRequest(), context=None)
+    )
+    await asyncio.sleep(0.01)
+    call.cancel()
+    await asyncio.wait_for(ended.wait(), 5)
+    assert not bench.actuator.alive
+
+
+async def test_failures_in_a_row_are_told(bench):
+    await bench.loop.apply((A,))
+    await bench.until(lambda: incarnation() in bench.actuator.alive)
+    bench.actuator.ended[incarnation()].set_result("dead: rank 0's process ended")
+    await bench.ready(incarnation(generation=2))
+    assert [r.failures_in_a_row for r in bench.loop.status().replicas] == [1]
+
+
+async def test_every_table_names_the_state_it_counts_in(bench):
+    tables = bench.loop.watch_endpoints(ProcessFacts("router", 7, "h"))
+    table = await asyncio.wait_for(anext(tables), 5)
+    assert table.state_id == bench.store.load().state_id != ""
+    await tables.aclose()

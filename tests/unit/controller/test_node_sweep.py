@@ -73,3 +73,17 @@ def test_a_segment_that_somebody_maps_stays():
         assert node_sweep.sweep_node(order).segments == (segment.name,)
     finally:
         segment.unlink(missing_ok=True)
+
+
+def test_what_is_newer_than_the_order_is_spared():
+    order = SweepOrder("c", "/run", (1, 2), live=frozenset({incarnation(1, 1)}), newest=frozenset({
+        incarnation(0, 3), incarnation(1, 1)
+    }))  # fmt: skip
+    condemned = [who for who in ("m/0#2", "m/0#3", "m/0#4", "m/1#1", "m/2#1") if order.condemns(f"c/{who}.0", "/run")]
+    assert condemned == ["m/0#2", "m/0#3"]
+
+
+def test_an_order_without_a_cluster_means_all_of_its_run():
+    order = SweepOrder("", "/run", (1, 2))
+    assert order.condemns("any/m/0#1.0", "/run")
+    assert not order.condemns("any/m/0#1.0", "/other")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -25,7 +24,7 @@ def test_stop_ends_exactly_what_was_recorded(tmp_path):
     try:
         started = psutil.Process(ours.pid).create_time()
         recycled = (other.pid, started - 1000.0)  # the id of a process that ended long ago
-        node = RayNode("127.0.0.1:1", str(tmp_path / "ray"), "t", ((ours.pid, started), recycled))
+        node = RayNode("127.0.0.1:1", "t", ((ours.pid, started), recycled))
         ray_start._save(tmp_path, node)
         assert ray_start.load_node(tmp_path) == node
         assert not ray_start.is_alive(node)
@@ -57,12 +56,46 @@ def test_joining_needs_the_heads_token(tmp_path, monkeypatch):
         ray_start.start_worker("10.0.0.1:6379", tmp_path, host="10.0.0.2", token_file=tmp_path / "none")
 
 
-def test_rays_folder_stays_short_enough_for_its_sockets(tmp_path):
-    deep = tmp_path / ("x" * 60)
-    folder = ray_start._folder(deep)
-    assert len(folder) <= 42
-    assert not folder.startswith(str(deep))
-    Path(folder).rmdir()
+@pytest.fixture
+def living_node(tmp_path):
+    child = subprocess.Popen(SLEEP, stdin=subprocess.PIPE)
+    node = RayNode("127.0.0.1:1", "t", ((child.pid, psutil.Process(child.pid).create_time()),))
+    ray_start._save(tmp_path, node)
+    yield node
+    child.kill()
+    child.communicate()
+
+
+@pytest.mark.parametrize("start", ["head", "worker"])
+def test_a_second_node_under_one_run_directory_is_refused(tmp_path, living_node, start):
+    token = tmp_path / "other"
+    token.write_text("other")
+    starts = {
+        "head": lambda: ray_start.start_head(tmp_path, num_cpus=1),
+        "worker": lambda: ray_start.start_worker("10.0.0.1:6379", tmp_path, host="10.0.0.2", token_file=token),
+    }
+    with pytest.raises(ConfigError, match=r"runs under .* already"):
+        starts[start]()
+    assert ray_start.load_node(tmp_path) == living_node
+    assert ray_start.is_alive(living_node)
+    assert not ray_start.token_path(tmp_path).exists()
+
+
+def test_a_run_directory_too_long_for_rays_sockets_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="shorter one"):
+        ray_start.start_head(tmp_path / ("x" * 60), num_cpus=1)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    ray_start._save(tmp_path, RayNode("a", "t", ()))
+    (tmp_path / "ray" / "node.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"node\.json is damaged"):
+        ray_start.load_node(tmp_path)
+
+
+def test_a_token_that_cannot_be_read_is_named_before_anything_is_joined(tmp_path):
+    with pytest.raises(ConfigError, match=r"token file .* cannot be read"):
+        ray_start.connect("127.0.0.1:1", token_file=tmp_path / "none")
 
 
 def test_loopback_stays_loopback(tmp_path):

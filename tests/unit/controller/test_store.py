@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cluster.controller.controller_actor import port_to_bind
 from cluster.controller.fleet import SlotRecord
 from cluster.controller.store import Store, StoredState
 from cluster.domain.errors import ConfigError
@@ -17,7 +18,7 @@ def test_no_file_is_an_empty_state(tmp_path):
 
 def test_what_is_saved_is_loaded(tmp_path):
     slots = {ReplicaId("org.model-x", 3): SlotRecord(7, "f", 4)}
-    state = StoredState(2, (model(), model("b", 0, 1, revision="abc")), slots, 88, 50052)
+    state = StoredState(2, (model(), model("b", 0, 1, revision="abc")), slots, 88, 50052, "abc")
     Store(tmp_path).save(state)
     assert Store(tmp_path).load() == state
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["controller.json"]
@@ -25,6 +26,20 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_every_life_is_counted(tmp_path):
     assert [Store(tmp_path).begin_life().life for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_state_keeps_its_name_for_as_long_as_its_file(tmp_path):
+    names = [Store(tmp_path).begin_life().state_id for _ in range(2)]
+    assert names[0] == names[1] != ""
+    Store(tmp_path).path.unlink()
+    assert Store(tmp_path).begin_life().state_id not in (names[0], "")
+
+
+@pytest.mark.parametrize(
+    ("configured", "again", "port"), [(50052, True, 50052), (50052, False, 50052), (0, True, 40001), (0, False, 0)]
+)
+def test_only_a_restarted_controller_must_have_its_old_port(configured, again, port):
+    assert port_to_bind(configured, 40001, again=again) == port
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}', "null"])

@@ -1,6 +1,8 @@
 """The tokenizer as transformers would use it, chat templates included."""
 
+import asyncio
 import json
+import threading
 
 import pytest
 
@@ -76,4 +78,34 @@ async def test_tokenizers_are_built_once_and_long_texts_go_to_a_thread() -> None
     assert await cache.build("d", {}) is tokenizer is cache.get("d")
     text = "fox " * INLINE_CHARACTERS
     assert await cache.encode(tokenizer, text, add_special_tokens=True) == tokenizer.encode(text)
+    cache.close()
+
+
+async def test_prompts_that_wait_for_a_thread_are_bounded() -> None:
+    cache = TokenizerCache(threads=1, pending_max=2)
+    tokenizer = await cache.build("d", FILES)
+    gate, started, rendered = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def render_chat(self, messages: list[str]) -> str:
+            started.set()
+            assert gate.wait(5)
+            rendered.append(messages[0])
+            return messages[0]
+
+    running, leaving = (asyncio.create_task(cache.render_chat(Slow(), [name])) for name in ("running", "leaving"))
+    await asyncio.to_thread(started.wait, 5)
+    with pytest.raises(RequestRejected, match="too many prompts") as caught:
+        await cache.encode(tokenizer, "x" * (INLINE_CHARACTERS + 1), add_special_tokens=True)
+    assert caught.value.reject_reason is RejectReason.QUEUE_FULL
+    assert await cache.encode(tokenizer, "fox", add_special_tokens=True) == tokenizer.encode("fox")
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    with pytest.raises(RequestRejected):  # it still stands in the queue
+        await cache.render_chat(Slow(), ["third"])
+    gate.set()
+    assert await asyncio.wait_for(running, 5) == "running"
+    await cache.build("e", FILES)  # the thread has passed by whoever left
+    assert await cache.render_chat(Slow(), ["fourth"]) == "fourth"
+    assert rendered == ["running", "fourth"]
     cache.close()

@@ -7,6 +7,8 @@ import pytest
 from cluster.domain.errors import RejectReason, RequestRejected
 from cluster.router.validation import (
     ValidRequest,
+    check_chat,
+    check_chat_length,
     check_fields,
     check_request_id,
     check_text_length,
@@ -150,3 +152,16 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized() -> None:
     check_text_length("x" * 329, 10, CARD)
     with pytest.raises(RequestRejected, match="at least 33 tokens"):
         check_text_length("x" * 330, 10, CARD)
+
+
+def test_a_chat_is_bounded_before_it_is_rendered() -> None:
+    def chat(messages: int, characters: int) -> inference_pb2.Chat:
+        message = inference_pb2.ChatMessage(role="user", content="x" * characters)
+        return inference_pb2.Chat(messages=[message] * messages)
+
+    check_chat(chat(4096, 0))
+    with pytest.raises(RequestRejected, match="4097 messages"):
+        check_chat(chat(4097, 0))
+    check_chat_length(chat(2, 160), 10, CARD)  # with its roles 328 characters: 32 tokens at least
+    with pytest.raises(RequestRejected, match="at least 33 tokens"):
+        check_chat_length(chat(2, 161), 10, CARD)

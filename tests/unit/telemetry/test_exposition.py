@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import Gauge
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from cluster.domain.errors import PortTakenError
+from cluster.domain.errors import ConfigError, PortTakenError
 from cluster.telemetry import exposition
 from cluster.telemetry.exposition import MetricsServer, new_registry
 
@@ -96,7 +96,7 @@ def test_no_free_port_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_address_that_is_not_ours_is_no_taken_port() -> None:
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(ConfigError, match="no address of this machine") as caught:
         MetricsServer(new_registry(), "192.0.2.1", 0)
     assert not isinstance(caught.value, PortTakenError)
 

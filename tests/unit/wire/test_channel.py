@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from cluster.domain.errors import PortTakenError
+from cluster.config.listening import can_listen
+from cluster.domain.errors import ConfigError, PortTakenError
 from cluster.wire import channel
 
 
@@ -26,6 +27,17 @@ async def test_a_taken_port_is_named(server: grpc.aio.Server) -> None:
         port = other.getsockname()[1]
         with pytest.raises(PortTakenError, match=f"Port {port} on 127.0.0.1 is taken"):
             channel.bind(server, "127.0.0.1", port)
+
+
+async def test_an_address_that_is_not_ours_is_no_taken_port(server: grpc.aio.Server) -> None:
+    with pytest.raises(ConfigError, match="no address of this machine") as refused:
+        channel.bind(server, "192.0.2.1", 50051, scan=True)
+    assert not isinstance(refused.value, PortTakenError)
+
+
+@pytest.mark.skipif(not can_listen("::1", 0), reason="this machine has no IPv6 loopback")
+async def test_ipv6(server: grpc.aio.Server) -> None:
+    assert channel.bind(server, "::1", 0) > 0
 
 
 async def test_a_scan_takes_the_next_free_one(server: grpc.aio.Server) -> None:

@@ -1,0 +1,178 @@
+"""The life of one request between endpoints that follow a script."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cluster.config.schema import RouterConfig
+from cluster.domain.clock import MonotonicClock
+from cluster.domain.endpoint import Endpoint
+from cluster.domain.errors import AbortReason, EngineFailed, RequestAborted, RequestRejected
+from cluster.domain.ids import Incarnation, ReplicaId
+from cluster.domain.request import SamplingParams
+from cluster.router.endpoint_table import Candidate
+from cluster.router.fleet import Fleet
+from cluster.router.forwarding import UPDATES_SLACK, Ended, Progress, RequestRun, Surroundings
+from cluster.router.policy.contracts import Choice, Demand
+from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
+from cluster.router.validation import ValidRequest
+from cluster.telemetry.metrics import RouterMetrics
+from cluster.v1 import engine_pb2, inference_pb2
+
+LENGTH, FULL = engine_pb2.SEQUENCE_END_LENGTH, engine_pb2.SEQUENCE_END_REJECTED_CAPACITY
+
+
+@dataclass
+class Says:
+    """One update of a script; ``attempt`` 0 is the right one."""
+
+    token_ids: Sequence[int] = ()
+    end: engine_pb2.SequenceEnd = engine_pb2.SEQUENCE_END_UNSPECIFIED
+    attempt: int = 0
+
+
+@dataclass
+class Session:
+    """Delivers its whole script at once, then breaks for ``loss`` unless that is None."""
+
+    slot: int
+    script: Sequence[Says]
+    loss: LossReason | None = LossReason.BROKEN
+    submits: list[engine_pb2.Submit] = field(default_factory=list)
+    released: int = 0
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(Incarnation(ReplicaId("demo", self.slot), 1), "127.0.0.1:1", "sha256:a", 16)
+
+    def submit(self, submit: engine_pb2.Submit, _tokens: int, updates_max: int) -> tuple[int, SequenceStream]:
+        self.submits.append(submit)
+        stream = SequenceStream(updates_max)
+        for says in self.script:
+            stream.deliver(
+                engine_pb2.SequenceUpdate(
+                    token_ids=says.token_ids, end=says.end, attempt=says.attempt or submit.attempt
+                )
+            )
+        if self.loss is not None:
+            stream.fail(SequenceLost(self.loss))
+        return len(self.submits), stream
+
+    def release(self, _sequence_id: int) -> None:
+        self.released += 1
+
+
+class Sessions:
+    """A fleet that picks the first session that fits."""
+
+    def __init__(self, *sessions: Session) -> None:
+        self.sessions = sessions
+
+    def choose(self, demand: Demand) -> tuple[Session, Choice] | None:
+        for session in self.sessions:
+            if session.endpoint.incarnation not in demand.refused | demand.failed:
+                return session, Choice(Candidate(session.endpoint, session_up=True), "only")
+        return None
+
+    def change(self) -> asyncio.Future[None]:
+        return asyncio.get_running_loop().create_future()
+
+
+class Request:
+    """Runs one request over ``sessions``; keeps what came."""
+
+    def __init__(self, *sessions: Session, max_tokens: int = 6, resumed: tuple[int, ...] = (), **config: Any) -> None:
+        self.registry = CollectorRegistry()
+        settings = RouterConfig(**{"failover_wait_s": 0.02, **config})
+        fleet = cast("Fleet", Sessions(*sessions))
+        around = Surroundings(fleet, settings, RouterMetrics(self.registry), MonotonicClock())
+        sampling = SamplingParams(max_tokens=max_tokens, seed=1)
+        valid = ValidRequest("id", "demo", (1, 2), resumed, sampling, (), 0, return_token_ids=True)
+        self.run = RequestRun(valid, None, "sha256:a", around, 0.0)
+        self.sessions = sessions
+        self.token_ids: list[int] = []
+
+    async def ended(self, deadline_s: float | None = None) -> Ended:
+        async def emit(progress: Progress) -> None:
+            self.token_ids += progress.token_ids
+
+        try:
+            return await asyncio.wait_for(self.run.run(emit, deadline_s), 2)
+        finally:
+            assert all(session.released == len(session.submits) for session in self.sessions)
+
+    def losses(self) -> dict[str, float]:
+        (family,) = [f for f in self.registry.collect() if f.name == "cluster_router_failovers"]
+        return {s.labels["reason"]: s.value for s in family.samples if s.name.endswith("_total")}
+
+
+async def test_another_endpoint_is_told_every_token_and_goes_on() -> None:
+    first, second = Session(0, [Says([10]), Says([11, 12])]), Session(1, [Says([13, 14, 15], LENGTH)])
+    request = Request(first, second)
+    ended = await request.ended()
+    assert request.token_ids == [10, 11, 12, 13, 14, 15]
+    assert list(second.submits[0].generated_token_ids) == [10, 11, 12]
+    assert (ended.finish_reason, ended.usage.failovers) == (inference_pb2.FINISH_REASON_LENGTH, 1)
+    assert request.losses() == {"broken": 1.0}
+
+
+async def test_an_overflow_leaves_no_gap() -> None:
+    chatter = [Says([10]), *[Says()] * (6 + UPDATES_SLACK), Says([99], LENGTH)]
+    request = Request(Session(0, chatter, loss=None), Session(1, [Says([11, 12, 13, 14, 15], LENGTH)]))
+    await request.ended()
+    assert request.token_ids == [10, 11, 12, 13, 14, 15]
+    assert request.losses() == {"overflow": 1.0}
+
+
+async def test_more_tokens_than_asked_for_are_cut() -> None:
+    request = Request(Session(0, [Says(range(10, 30), LENGTH)]))
+    assert (await request.ended()).usage.generated_tokens == 6
+    assert request.token_ids == [10, 11, 12, 13, 14, 15]
+
+
+async def test_an_engine_that_breaks_after_the_last_token_is_no_loss() -> None:
+    request = Request(Session(0, [Says([10, 11, 12, 13, 14, 15])]))
+    assert (await request.ended()).usage.failovers == 0
+    assert request.losses() == {}
+
+
+async def test_updates_of_another_attempt_do_not_count() -> None:
+    request = Request(Session(0, [Says([77], attempt=4), Says([10], LENGTH)]))
+    await request.ended()
+    assert request.token_ids == [10]
+
+
+async def test_a_resumed_request_that_is_complete_asks_nobody() -> None:
+    request = Request(resumed=(1, 2, 3, 4, 5, 6))
+    assert (await request.ended()).usage.generated_tokens == 0
+
+
+async def test_a_new_request_tries_one_more_endpoint_when_one_is_full() -> None:
+    full = [Session(slot, [Says(end=FULL)], loss=None) for slot in range(3)]
+    with pytest.raises(RequestRejected, match="no room"):
+        await Request(*full).ended()
+    assert [len(session.submits) for session in full] == [1, 1, 0]
+
+
+async def test_losses_are_bounded() -> None:
+    breaking = [Session(slot, [Says([10 + slot])]) for slot in range(5)]
+    with pytest.raises(EngineFailed, match="3 replicas broke"):
+        await Request(*breaking, max_failovers=2).ended()
+    assert [len(session.submits) for session in breaking] == [1, 1, 1, 0, 0]
+
+
+async def test_nobody_is_left_to_go_on() -> None:
+    with pytest.raises(EngineFailed, match="failover_wait_s"):
+        await Request(Session(0, [Says([10])])).ended()
+
+
+async def test_a_deadline_after_the_first_token() -> None:
+    request = Request(Session(0, [Says([10])], loss=None))
+    with pytest.raises(RequestAborted) as caught:
+        await request.ended(deadline_s=0.02)
+    assert caught.value.abort_reason is AbortReason.DEADLINE
+    assert request.token_ids == [10]

@@ -1,0 +1,87 @@
+"""One sequence's way back: order, bounds, and what a failure leaves."""
+
+import asyncio
+
+import pytest
+
+from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
+from cluster.v1 import engine_pb2
+
+
+def update(
+    *token_ids: int, end: engine_pb2.SequenceEnd = engine_pb2.SEQUENCE_END_UNSPECIFIED
+) -> engine_pb2.SequenceUpdate:
+    return engine_pb2.SequenceUpdate(token_ids=token_ids, end=end)
+
+
+async def received(stream: SequenceStream) -> list[int]:
+    return [token for update in await stream.receive() for token in update.token_ids]
+
+
+async def test_updates_come_in_order_all_at_once() -> None:
+    stream = SequenceStream(9)
+    stream.deliver(update(1, 2))
+    stream.deliver(update(3))
+    assert await received(stream) == [1, 2, 3]
+    stream.deliver(update(4))
+    assert await received(stream) == [4]
+
+
+async def test_who_waits_is_woken() -> None:
+    stream = SequenceStream(9)
+    waiting = asyncio.create_task(received(stream))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    stream.deliver(update(1))
+    stream.deliver(update(2))
+    assert await asyncio.wait_for(waiting, 1) == [1, 2]
+
+
+async def test_a_failure_comes_after_what_was_delivered_and_the_first_one_counts() -> None:
+    stream = SequenceStream(9)
+    stream.deliver(update(1))
+    stream.fail(SequenceLost(LossReason.SILENT))
+    stream.fail(SequenceLost(LossReason.REMOVED))
+    assert await received(stream) == [1]
+    for _ in range(2):
+        with pytest.raises(SequenceLost) as lost:
+            await stream.receive()
+        assert lost.value.reason is LossReason.SILENT
+
+
+async def test_a_failure_wakes_who_waits() -> None:
+    stream = SequenceStream(9)
+    waiting = asyncio.create_task(received(stream))
+    await asyncio.sleep(0)
+    stream.fail(SequenceLost(LossReason.BROKEN))
+    with pytest.raises(SequenceLost):
+        await asyncio.wait_for(waiting, 1)
+
+
+async def test_after_an_overflow_nothing_is_taken_any_more() -> None:
+    stream = SequenceStream(2)
+    for token in (1, 2, 3):  # the third is one too many
+        stream.deliver(update(token))
+    assert await received(stream) == [1, 2]
+    stream.deliver(update(4))  # there would be room, and a gap
+    with pytest.raises(SequenceLost) as lost:
+        await stream.receive()
+    assert lost.value.reason is LossReason.OVERFLOW
+
+
+async def test_the_engines_last_word_is_known_even_when_it_is_not_taken() -> None:
+    stream = SequenceStream(2)
+    stream.fail(SequenceLost(LossReason.BROKEN))
+    assert not stream.ended
+    stream.deliver(update(end=engine_pb2.SEQUENCE_END_LENGTH))
+    assert stream.ended
+
+
+async def test_a_receiver_that_leaves_loses_nothing_for_the_next() -> None:
+    stream = SequenceStream(9)
+    leaving = asyncio.create_task(stream.receive())
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    stream.deliver(update(1))
+    assert await received(stream) == [1]
