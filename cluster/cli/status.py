@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -35,15 +36,27 @@ def status_command(
     address = controller or control_address_of(run_dir or default_run_dir(os.environ))
     with ControlClient(address) as control:
         if as_json:
-            print(
-                MessageToJson(
-                    control.status(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-                )
-            )
+            print(json.dumps(plain(control.status()), indent=2))
         elif watch:
             _watch(control)
         else:
             wide_console().print(render_status(control.status()))
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as JSON values, every field there. Protobuf's own mapping would write 64-bit numbers as strings."""
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.message_type is None:
+            values[field.name] = list(value) if field.is_repeated else value
+        elif field.message_type.GetOptions().map_entry:
+            values[field.name] = dict(value)
+        elif field.is_repeated:
+            values[field.name] = [plain(item) for item in value]
+        elif message.HasField(field.name):
+            values[field.name] = plain(value)
+    return values
 
 
 def _watch(control: ControlClient) -> None:

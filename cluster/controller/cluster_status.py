@@ -100,7 +100,7 @@ def _rank(view: ReplicaView, rank: RankView, now_s: float) -> control_pb2.Proces
     return control_pb2.ProcessStatus(
         kind="rank",
         pid=report.pid,
-        node=report.node_id,
+        node=report.host,
         ports=report.ports,
         rank=control_pb2.RankStatus(
             replica=str(view.replica),

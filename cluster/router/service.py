@@ -29,6 +29,7 @@ from cluster.telemetry.metrics import RouterMetrics
 from cluster.v1 import control_pb2, inference_pb2_grpc
 
 STOP_GRACE_S = 0.5
+ANY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ async def serve_router(
         await listener.start()
         ports = {"grpc": port, "metrics": metrics_server.port}
         introduction = control_pb2.WatchEndpointsRequest(
-            router_id=router_id, pid=os.getpid(), node=socket.gethostname(), ports=ports
+            router_id=router_id, pid=os.getpid(), node=_node(config.host), ports=ports
         )
         watch = EndpointWatch(controller_address, introduction, fleet.apply, state_file, log)
         exits.push_async_callback(watch.close)
@@ -103,6 +104,11 @@ async def serve_router(
         await server.drain(config.drain_deadline_s)
     log.info("router_stopped", router_id=router_id)
     return 0
+
+
+def _node(host: str) -> str:
+    """The address by which others know this machine; its name where the router listens on all of them."""
+    return socket.gethostname() if host in ANY_HOST else host
 
 
 def _stop_on_signals(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event, exits: AsyncExitStack) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 
 from rich.console import Console
 
-from cluster.cli.status import render_status, wide_console
+from cluster.cli.status import plain, render_status, wide_console
 from cluster.v1 import control_pb2
 
 STATUS = control_pb2.ClusterStatus(
@@ -65,3 +66,16 @@ def test_an_empty_cluster_has_tables_too():
 
 def test_a_pipe_gets_wide_tables():
     assert wide_console().width >= 140
+
+
+def test_json_keeps_numbers_numbers_and_names_every_field():
+    process = control_pb2.ProcessStatus(
+        kind="rank", pid=7, ports={"engine": 50060}, rank=control_pb2.RankStatus(generation=2**40, step=3)
+    )
+    status = control_pb2.ClusterStatus(cluster_name="c", epoch=2**33, processes=[process])
+    values = json.loads(json.dumps(plain(status)))
+    assert values["epoch"] == 2**33
+    assert values["models"] == []
+    assert values["processes"][0]["ports"] == {"engine": 50060}
+    assert values["processes"][0]["rank"]["generation"] == 2**40
+    assert values["processes"][0]["rank"]["bytes_loaded"] == 0
