@@ -17,7 +17,7 @@ MAX_TOKENS = 24
 BATCHES = (
     (("llama_mha", 1), ("llama_mha", 4), ("llama_uneven", 1), ("llama_uneven", 2), ("llama_tied", 2), ("qwen2", 4)),
     (("llama_gqa", 1), ("llama_gqa", 2), ("llama_gqa", 4), ("llama_tied", 1), ("qwen2", 1), ("qwen2", 2)),
-    (("mistral", 1), ("mistral", 2), ("mistral", 4), ("llama_mha", 2)),
+    (("mistral", 1), ("mistral", 2), ("mistral", 4), ("llama_mha", 2), ("llama_odd", 2), ("llama_odd", 4)),
 )
 
 
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 
 def served(kind: str, tp: int, folder) -> ModelConfig:
     return ModelConfig(
-        model=str(folder), served_model_name=f"{kind}-tp{tp}", tensor_parallel_size=tp, max_model_len=256,
+        model=str(folder), served_model_name=f"{kind}-tp{tp}", tensor_parallel_size=tp, max_model_len=400,
         max_num_seqs=8, max_num_batched_tokens=48, block_size=4, kv_cache_bytes=8 * MB,
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def cluster(folders):
 def test_tokens_equal_transformers(cluster, folders, batch):
     cluster.apply(*(served(kind, tp, folders[kind]) for kind, tp in batch))
     rng = random.Random(11)
-    lengths = [1, 2, 7, 20, 60, 100]
+    lengths = [1, 2, 7, 20, 60, 300]
     prompts = {kind: [[rng.randrange(3, 300) for _ in range(n)] for n in lengths] for kind, _ in batch}
     # Six streams of each model at once, of prompts that differ a hundredfold: batches mix and change all the time.
     jobs = [(kind, tp, prompt) for prompt_index in range(len(lengths)) for kind, tp in batch

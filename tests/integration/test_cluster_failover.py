@@ -38,6 +38,20 @@ def expected(folder, prompts):
     return [Reference(folder).generate(prompt, MAX_TOKENS) for prompt in prompts]
 
 
+def request_for(cluster, prompt, *, sampled):
+    """The same request every time: greedy, or seeded with everything that sampling has."""
+    request = cluster.client.request(prompt, max_tokens=MAX_TOKENS)
+    if sampled:
+        request.sampling.temperature, request.sampling.top_p, request.sampling.seed = 0.9, 0.95, 1234
+        request.sampling.repetition_penalty, request.sampling.frequency_penalty = 1.2, 0.4
+    return request
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, prompts):
+    return [cluster.client.tokens(request_for(cluster, prompt, sampled=True))[0] for prompt in prompts]
+
+
 @pytest.fixture(scope="module")
 def cluster(folder):
     model = ModelConfig(
@@ -59,19 +73,22 @@ def rounds(config: pytest.Config) -> int:
 
 
 @pytest.mark.parametrize("victim", ["leader", "follower"])
-def test_a_killed_rank_changes_no_token(cluster, folder, prompts, expected, victim, pytestconfig, record_property):
+def test_a_killed_rank_changes_no_token(
+    cluster, folder, prompts, expected, undisturbed, victim, pytestconfig, record_property
+):
     rng = random.Random(f"kill a {victim}")
     failovers = 0
     for _ in range(rounds(pytestconfig)):
         replica = rng.choice(["tiny/0", "tiny/1"])
         generation = cluster.replicas()[replica][0]
         pid = cluster.ranks(replica)[0 if victim == "leader" else 1]
-        kill_at = rng.randrange(1, STREAMS * MAX_TOKENS // 2)
+        kill_at = rng.randrange(1, STREAMS * MAX_TOKENS)
         seen, lock = [0], threading.Lock()
 
-        def follow(prompt, seen=seen, lock=lock, kill_at=kill_at, pid=pid):
+        def follow(job, seen=seen, lock=lock, kill_at=kill_at, pid=pid):
+            prompt, sampled = job
             tokens, end = [], None
-            for response in cluster.client.stream(cluster.client.request(prompt, max_tokens=MAX_TOKENS)):
+            for response in cluster.client.stream(request_for(cluster, prompt, sampled=sampled)):
                 tokens.extend(response.chunk.token_ids)
                 with lock:
                     before, seen[0] = seen[0], seen[0] + len(response.chunk.token_ids)
@@ -81,10 +98,12 @@ def test_a_killed_rank_changes_no_token(cluster, folder, prompts, expected, vict
                     end = response.end
             return tokens, end
 
-        with ThreadPoolExecutor(STREAMS) as pool:
-            answers = list(pool.map(follow, prompts))
+        jobs = [(prompt, sampled) for sampled in (False, True) for prompt in prompts]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            answers = list(pool.map(follow, jobs))
         reference = Reference(folder)
-        for prompt, (tokens, end), whole in zip(prompts, answers, expected, strict=True):
+        for (prompt, sampled), (tokens, end), whole in zip(jobs, answers, expected + undisturbed, strict=True):
+            assert not sampled or tokens == whole
             if tokens != whole:
                 reference.check(prompt, MAX_TOKENS, tokens)
             assert end.usage.generated_tokens == len(tokens)

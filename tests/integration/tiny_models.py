@@ -21,6 +21,8 @@ def build(kind: str, folder: Path, seed: int = 0, **changes) -> Path:
         "llama_uneven": (hf.LlamaConfig, {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "hidden_size": 96, "intermediate_size": 176, "vocab_size": 301}),
         "mistral": (hf.MistralConfig, {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8, "sliding_window": 7}),
         "qwen2": (hf.Qwen2Config, {"num_attention_heads": 8, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        # Everything unusual at once: biases everywhere, llama3 rope, several end tokens, bf16 in many files.
+        "llama_odd": (hf.LlamaConfig, {"num_attention_heads": 8, "num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "vocab_size": 1001, "intermediate_size": 172, "eos_token_id": [2, 7], "max_position_embeddings": 512, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
     }  # fmt: skip
     config_class, own = families[kind]
     config = config_class(**{**shared, **own, **changes})
@@ -29,7 +31,10 @@ def build(kind: str, folder: Path, seed: int = 0, **changes) -> Path:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
+    if kind == "llama_odd":
+        model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="150KB")
+    else:
+        model.save_pretrained(folder)
     return folder
 
 
