@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import psutil
 import pytest
 from cluster_harness import running_cluster
 from tiny_models import Reference, build
@@ -139,6 +140,11 @@ def test_requests_and_tokens_cost_no_ray_call(cluster, prompts):
             list(pool.map(lambda p: cluster.client.tokens(cluster.client.request(p, max_tokens=MAX_TOKENS)), prompts))
     assert before > 0
     assert calls() == before
+    # Engine and router cannot make one: no module of theirs imports Ray (the import contracts), and the router's
+    # process has never loaded it.
+    maps = {m.path for m in psutil.Process(cluster.local.router_pid).memory_maps()}
+    assert any("grpc" in path for path in maps), "these are a Python process's libraries"
+    assert not any("_raylet" in path for path in maps)
 
 
 def status_of(cluster, **changes):
