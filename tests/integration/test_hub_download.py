@@ -100,7 +100,8 @@ print(json.dumps({"path": str(path), "commit": resolved.commit, "name": resolved
 
 def start(endpoint: str, home: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_TOKEN", None)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):  # this hub is ours, on loopback
+        environment.pop(name, None)
     return subprocess.Popen(
         [sys.executable, "-c", _FETCH, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
