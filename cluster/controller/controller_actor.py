@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.listening import require_free
 from cluster.config.schema import ClusterConfig
+from cluster.controller.attentive_clock import AttentiveClock, keep_ticking
 from cluster.controller.checkpoint_planner import CheckpointPlanner
 from cluster.controller.cluster_status import ProcessFacts
 from cluster.controller.loop import ControllerLoop, Parts
@@ -59,6 +60,7 @@ class ControllerActor:
         self._entry = entry
         self._again = ray.get_runtime_context().was_current_actor_reconstructed
         self._started = threading.Event()
+        self._clock = AttentiveClock(MonotonicClock())
         self._facts: ControllerFacts | None = None
         self._failure: Exception | None = None
         threading.Thread(target=self._run, name="controller", daemon=True).start()
@@ -130,7 +132,7 @@ class ControllerActor:
             store=store,
             actuator=RayActuator(shared, observer, calls, self._entry),
             planner=CheckpointPlanner(observer.devices_for),
-            clock=MonotonicClock(),
+            clock=self._clock,
             metrics=metrics,
             log=get_logger(cluster=config.cluster_name),
         )
@@ -148,10 +150,12 @@ class ControllerActor:
 
     async def _until_ended(self, loop: ControllerLoop, ended: asyncio.Event) -> None:
         running, end = asyncio.ensure_future(loop.run()), asyncio.ensure_future(ended.wait())
+        ticking = asyncio.ensure_future(keep_ticking(self._clock))
         await asyncio.wait((running, end), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()  # it never returns, so this raises what ended it
         running.cancel()
+        ticking.cancel()
 
 
 def port_to_bind(configured: int, stored: int, *, again: bool) -> int:

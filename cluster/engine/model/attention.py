@@ -7,10 +7,12 @@ of them may look at. Sequences that add one token are batched together, chunks o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -121,8 +123,8 @@ class PagedKVCache:
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         shape = (num_layers, num_blocks, block_size, kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
         self.block_size = block_size
         self.slice_blocks = ATTENTION_WORKSPACE_BYTES // (2 * block_size * kv_heads * head_dim * dtype.itemsize)
         self.layout: StepLayout | None = None
@@ -137,6 +139,14 @@ class PagedKVCache:
         """Keys and values of whole blocks: ``[..., n]`` ids -> ``[..., n * block_size, kv_heads, head_dim]``."""
         shape = (*blocks.shape[:-1], blocks.shape[-1] * self.block_size, *self.keys.shape[-2:])
         return self.keys[layer][blocks].view(shape), self.values[layer][blocks].view(shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on CPU pages that become real only when they are written, so that an unused cache costs nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def install(model: nn.Module, cache: PagedKVCache) -> None:
