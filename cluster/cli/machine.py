@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from cluster.cli.fitness import MachineFacts, PackageFact, PortFact
 from cluster.config.listening import can_listen
-from cluster.config.run_dir import check_run_dir_length, default_run_dir
+from cluster.config.run_dir import check_private, default_run_dir
 from cluster.config.schema import ClusterConfig
 from cluster.domain.errors import ConfigError
 from cluster.engine import shm_kernel
@@ -114,7 +114,9 @@ def _open_files_limit() -> int:
 
 def _run_dir_problem(run_dir: Path) -> str:
     try:
-        check_run_dir_length(run_dir)
-    except ConfigError as error:
+        check_private(run_dir)
+    except FileNotFoundError:
+        return ""  # the first serve makes it
+    except (ConfigError, OSError) as error:
         return str(error)
     return ""

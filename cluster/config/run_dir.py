@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -24,34 +25,53 @@ def default_run_dir(env: Mapping[str, str], uid: int | None = None) -> Path:
     if chosen := env.get(RUN_DIR_VARIABLE):
         return Path(chosen)
     if runtime := env.get("XDG_RUNTIME_DIR"):
-        candidate = Path(runtime) / "llm-cluster"
-        if len(os.fsencode(candidate)) <= MAX_RUN_DIR_BYTES:
-            return candidate
+        return Path(runtime) / "llm-cluster"
     return Path(f"/tmp/llm-cluster-{os.getuid() if uid is None else uid}")  # noqa: S108 - owner and mode are checked
 
 
 def open_run_dir(path: Path) -> Path:
     """Makes ``path`` with mode 0700 when it is not there, and returns it absolute.
 
-    ConfigError when it is too long for Ray's sockets, belongs to somebody else, or others may write to it.
+    ConfigError when it belongs to somebody else, or others may write to it.
     """
     path = path.expanduser().absolute()
-    check_run_dir_length(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
     except OSError as error:
         raise ConfigError(
             f"The run directory {path} cannot be made: {error.strerror}; choose another with --run-dir."
         ) from error
+    check_private(path)
+    return path
+
+
+def check_private(path: Path) -> None:
+    """ConfigError unless ``path`` is a directory of ours that nobody else may write to."""
+    found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"The run directory {path} is no directory; choose another with --run-dir.")
     if found.st_uid != os.getuid():
         raise ConfigError(f"The run directory {path} belongs to another user; choose another with --run-dir.")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ConfigError(f"Others may write to the run directory {path}; say 'chmod 700 {path}'.")
-    return path
+
+
+def ray_dir(run_dir: Path) -> Path:
+    """Ray's folder of a run directory: inside it, or in /tmp where the names of Ray's sockets would be too long.
+
+    Always the same for the same run directory; ``open_ray_dir`` makes it.
+    """
+    inside = run_dir.resolve() / RAY_DIR
+    if len(os.fsencode(run_dir.resolve())) <= MAX_RUN_DIR_BYTES:
+        return inside
+    name = hashlib.sha256(os.fsencode(inside)).hexdigest()[:8]
+    return Path(f"/tmp/llmc-{os.getuid()}-{name}")  # noqa: S108 - owner and mode are checked
+
+
+def open_ray_dir(run_dir: Path) -> Path:
+    """``ray_dir``, there and ours alone."""
+    return open_run_dir(ray_dir(run_dir))
 
 
 @contextmanager
@@ -68,13 +88,3 @@ def hold_run_dir(run_dir: Path) -> Iterator[None]:
                 f"Another llm-cluster process works under {run_dir}; end it first, or choose another --run-dir."
             ) from None
         yield
-
-
-def check_run_dir_length(path: Path) -> None:
-    """ConfigError when Ray's unix sockets below ``path`` would have too long a name."""
-    length = len(os.fsencode(path))
-    if length > MAX_RUN_DIR_BYTES:
-        raise ConfigError(
-            f"The run directory {path} has {length} bytes in its name and Ray's sockets below it allow "
-            f"{MAX_RUN_DIR_BYTES}; choose a shorter one with --run-dir."
-        )

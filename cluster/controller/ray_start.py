@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from cluster.config.run_dir import RAY_DIR, check_run_dir_length
+from cluster.config.run_dir import open_ray_dir, ray_dir
 from cluster.config.schema import LOOPBACK
 from cluster.controller.node_sweep import sweep_node
 from cluster.controller.rank_marker import SweepOrder
@@ -58,7 +59,6 @@ def start_head(
 ) -> RayNode:
     """A new Ray cluster of one node, here. ``port`` 0: any; ``host``: the one address that it binds and advertises."""
     _require_no_node(run_dir)
-    check_run_dir_length(run_dir.resolve())  # Ray's sockets lie below it
     _make_token(run_dir)
     arguments = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor"]
     arguments.append(f"--ray-client-server-port={_free_port()}")
@@ -193,13 +193,16 @@ def _end(node: RayNode, run_dir: Path) -> int:
     if left:
         raise ReplicaError(f"Ray's processes {[process.pid for process in left]} do not end; end them by hand.")
     _record(run_dir).unlink(missing_ok=True)
+    folder = ray_dir(run_dir)
+    if not folder.is_relative_to(run_dir.resolve()):
+        shutil.rmtree(folder, ignore_errors=True)  # with a run directory of its own it would stay with the logs
     return len(doomed)
 
 
 def _start(
     run_dir: Path, arguments: list[str], host: str, num_cpus: int | None, num_gpus: int | None, store_bytes: int
 ) -> RayNode:
-    folder = (run_dir / RAY_DIR).resolve()
+    folder = open_ray_dir(run_dir)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
     command += [f"--node-ip-address={host}", f"--object-store-memory={store_bytes}", "--disable-usage-stats"]
     command.append("--include-log-monitor=false")

@@ -66,7 +66,7 @@ class TestJudge:
             ("memory", {"memory_bytes": 2**30}, Verdict.WARN),
             ("devices", {"cpu_cores": 1}, Verdict.WARN),
             ("devices", {"gpus": ()}, Verdict.WARN),
-            ("run directory", {"run_dir_problem": "choose a shorter one."}, Verdict.FAIL),
+            ("run directory", {"run_dir_problem": "Others may write to it."}, Verdict.FAIL),
             ("port 1 ", {"ports": (PortFact("router", 1, taken=True, fixed=True),)}, Verdict.FAIL),
             ("port 1 ", {"ports": (PortFact("metrics", 1, taken=True, fixed=False),)}, Verdict.WARN),
         ],

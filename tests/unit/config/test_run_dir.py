@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.run_dir import MAX_RUN_DIR_BYTES, check_run_dir_length, default_run_dir, open_run_dir
+from cluster.config.run_dir import MAX_RUN_DIR_BYTES, default_run_dir, open_ray_dir, open_run_dir, ray_dir
 from cluster.domain.errors import ConfigError
 
 
@@ -21,12 +21,9 @@ class TestDefault:
     def test_then_tmp_with_the_user_id(self) -> None:
         assert default_run_dir({}, uid=42) == Path("/tmp/llm-cluster-42")
 
-    def test_a_session_folder_too_long_for_sockets_is_passed_over(self) -> None:
-        assert default_run_dir({"XDG_RUNTIME_DIR": "/" + "x" * 40}, uid=42) == Path("/tmp/llm-cluster-42")
-
-    def test_the_defaults_are_short_enough(self) -> None:
-        check_run_dir_length(default_run_dir({}, uid=2**32 - 1))
-        check_run_dir_length(default_run_dir({"XDG_RUNTIME_DIR": "/run/user/65534"}))
+    def test_the_defaults_are_short_enough_for_rays_sockets(self) -> None:
+        for default in (default_run_dir({}, uid=2**32 - 1), default_run_dir({"XDG_RUNTIME_DIR": "/run/user/65534"})):
+            assert ray_dir(default).is_relative_to(default)
 
 
 class TestOpen:
@@ -62,7 +59,16 @@ class TestOpen:
         with pytest.raises(ConfigError, match="cannot be made"):
             open_run_dir(short_tmp_path / "a")
 
-    def test_refuses_a_name_too_long_for_sockets(self) -> None:
-        check_run_dir_length(Path("/" + "x" * (MAX_RUN_DIR_BYTES - 1)))
-        with pytest.raises(ConfigError, match="choose a shorter one"):
-            open_run_dir(Path("/" + "x" * MAX_RUN_DIR_BYTES))
+    def test_a_long_name_sends_ray_elsewhere_and_always_to_the_same_place(self, tmp_path: Path) -> None:
+        short, long = Path("/" + "x" * (MAX_RUN_DIR_BYTES - 1)), tmp_path / ("x" * MAX_RUN_DIR_BYTES)
+        assert ray_dir(short) == short / "ray/session"
+        assert len(str(ray_dir(long))) < MAX_RUN_DIR_BYTES + len("/ray/session")
+        assert ray_dir(long) == ray_dir(long)
+        assert ray_dir(long) != ray_dir(long / "y")
+
+    def test_rays_folder_is_private(self, tmp_path: Path) -> None:
+        folder = open_ray_dir(open_run_dir(tmp_path / ("x" * 40)))
+        try:
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        finally:
+            folder.rmdir()
