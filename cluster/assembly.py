@@ -29,7 +29,7 @@ from cluster.config.run_dir import hold_run_dir
 from cluster.config.schema import ClusterConfig, ControllerConfig, ModelConfig, RouterConfig
 from cluster.controller import ray_start
 from cluster.controller.rank_marker import SweepOrder
-from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
+from cluster.domain.errors import ClusterError, ConfigError, NoFeasiblePlan, ReplicaError
 
 ROUTER_START_DEADLINE_S = 60.0
 PROCESS_END_DEADLINE_S = 10.0
@@ -329,23 +329,33 @@ class Head:
 
 
 def start_head(config: ClusterConfig, run_dir: Path, ray_port: int, num_cpus: int | None, say: Say) -> Head:
-    """Ray's head and the controller on this machine, the config's models applied; nothing is left after a refusal.
+    """Ray's head and the controller on this machine; nothing is left after a refusal. Hold the run directory.
 
-    Hold the run directory.
+    The config's models are checked here and applied by ``apply_models``: the nodes they need may come later.
     """
     require_unused(run_dir)
-    models = check_models(config.models)
+    check_models(config.models)
     with ExitStack() as undo:
         say("Starting Ray's head.")
         cpus = (os.cpu_count() or 1) if num_cpus is None else num_cpus
         node = _own_ray(config, run_dir, cpus, ray_port, undo)
         control_address = _own_controller(config, run_dir, say)
         ray_start.disconnect()
-        if models:
-            with ControlClient(control_address) as control:
-                control.apply(models)
         undo.pop_all()
     return Head(control_address, node.address, node.token_file, _everything_of(config, run_dir))
+
+
+def apply_models(head: Head, config: ClusterConfig) -> str:
+    """Applies the config's models; why they fit on no nodes yet, or "" when they were taken or there are none."""
+    models = check_models(config.models)
+    if not models:
+        return ""
+    with ControlClient(head.control_address) as control:
+        try:
+            control.apply(models)
+        except NoFeasiblePlan as error:
+            return str(error)
+    return ""
 
 
 def stop_head(head: Head, run_dir: Path, drain_s: float, say: Say) -> None:

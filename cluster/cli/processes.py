@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from cluster.assembly import run_router, start_head, start_worker, stop_head, stop_worker, worker_is_alive
+from cluster.assembly import (
+    Head,
+    Say,
+    apply_models,
+    run_router,
+    start_head,
+    start_worker,
+    stop_head,
+    stop_worker,
+    worker_is_alive,
+)
 from cluster.cli.serve import interruptions
 from cluster.config.load import load_config
 from cluster.config.run_dir import default_run_dir, hold_run_dir, open_run_dir
-from cluster.config.schema import LOOPBACK
+from cluster.config.schema import LOOPBACK, ClusterConfig
 from cluster.domain.errors import ReplicaError
 
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with the same names in snake_case.")]
 RunDir = Annotated[Path | None, typer.Option(help="State, logs, process ids.")]
 ALIVE_POLL_S = 1.0
+NODES_POLL_S = 2.0
 
 
 def _folder(run_dir: Path | None) -> Path:
@@ -44,9 +56,21 @@ def controller_command(
         try:
             ready = {"kind": "controller", "control": head.control_address, "ray": head.ray_address}
             print(json.dumps({**ready, "token_file": head.token_file}), flush=True)
+            _apply_when_they_fit(head, loaded, interrupted, console.print)
             interrupted.wait()
         finally:
             stop_head(head, folder, loaded.controller.drain_deadline_s, console.print)
+
+
+def _apply_when_they_fit(head: Head, config: ClusterConfig, interrupted: threading.Event, say: Say) -> None:
+    """Nodes join when they like: until the models fit, or somebody says stop."""
+    said = ""
+    while why := apply_models(head, config):
+        if why != said:
+            say(f"Waiting for nodes: {why}")
+            said = why
+        if interrupted.wait(NODES_POLL_S):
+            return
 
 
 def router_command(

@@ -152,22 +152,17 @@ def test_streams_outlive_the_host_they_ran_on(hosts):
     config = hosts.folder / "models.yaml"
     config.write_text("models: [{model: demo, replicas: 2, tensor_parallel_size: 2}]\n")
     head_dir = short_dir(hosts, "a")
-    hosts.start(1, "controller", "--host", HEAD, "--num-cpus", "2", "--run-dir", head_dir)
+    # One replica would fit here: the head waits until the other host has joined.
+    hosts.start(1, "controller", "--config", str(config), "--host", HEAD, "--num-cpus", "2", "--run-dir", head_dir)
     worker_dir, token = short_dir(hosts, "b"), f"{head_dir}/ray/token"
     hosts.start(
         2, "worker", "--address", f"{HEAD}:6379", "--host", WORKER, "--num-cpus", "2", "--token-file", token,
         "--run-dir", worker_dir,
     )  # fmt: skip
     hosts.start(1, "router", "--controller", f"{HEAD}:50052", "--host", HEAD, "--run-dir", short_dir(hosts, "c"))
-    apply = (
-        "import sys; from cluster.client.control import ControlClient; from cluster.config.load import load_config;"
-        "from pathlib import Path; c = ControlClient(sys.argv[1]);"
-        "c.apply(load_config(Path(sys.argv[2]), {}, {}).config.models); c.close()"
-    )
-    run("ip", "netns", "exec", hosts.host(1), sys.executable, "-c", apply, f"{HEAD}:50052", str(config))
     end = time.monotonic() + DEADLINE_S
     pause = threading.Event()
-    while [r["phase"] for r in hosts.status()["replicas"]] != ["READY", "READY"]:
+    while [r["phase"] for r in hosts.status()["replicas"]] != ["READY"] * 2:
         assert time.monotonic() < end, hosts.status()
         pause.wait(0.5)
     engines = {r["engine_address"].partition(":")[0] for r in hosts.status()["replicas"]}

@@ -16,7 +16,7 @@ from cluster.config.run_dir import hold_run_dir
 from cluster.config.schema import ClusterConfig, ModelConfig, RouterConfig
 from cluster.controller import controller_actor, ray_start
 from cluster.controller.ray_start import RayNode
-from cluster.domain.errors import ConfigError, ReplicaError
+from cluster.domain.errors import ConfigError, NoFeasiblePlan, ReplicaError
 
 SLEEP = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
 DEMO = ClusterConfig(models=(ModelConfig(model="demo"),), router=RouterConfig(port=0))
@@ -268,3 +268,15 @@ def test_a_router_is_started_again_where_clients_know_it(tmp_path, monkeypatch):
     monkeypatch.setattr(assembly, "start_router", lambda config, *_, **kw: asked.append((config.router.port, kw)))
     assembly.restart_router(DEMO, tmp_path, record(tmp_path, 1, 0.0, router_address="127.0.0.1:45678"))
     assert asked == [(45678, {"owns_ray": True})]
+
+
+def test_models_that_fit_on_no_node_yet_are_told_and_others_are_errors(world, tmp_path):
+    head = assembly.start_head(DEMO, tmp_path, 6379, 1, lambda _: None)
+    world.refuse["apply"] = NoFeasiblePlan("no room")
+    assert assembly.apply_models(head, DEMO) == "no room"
+    world.refuse["apply"] = ConfigError("broken")
+    with pytest.raises(ConfigError, match="broken"):
+        assembly.apply_models(head, DEMO)
+    del world.refuse["apply"]
+    assert assembly.apply_models(head, DEMO) == ""
+    assert assembly.apply_models(head, ClusterConfig()) == ""
