@@ -232,8 +232,14 @@ def _spawn_router(
         reason = said[-1].removeprefix("llm-cluster: ") if said else "it said nothing"
         raise ReplicaError(f"The router did not start: {reason}")
     ports: dict[str, int] = json.loads(line)["ports"]
-    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None] + [process]
+    _reap()
+    _CHILDREN.append(process)
     return process, ports
+
+
+def _reap() -> None:
+    """Forgets the children that have ended."""
+    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
 
 
 def _first_line(process: subprocess.Popen[bytes]) -> bytes:
@@ -313,6 +319,8 @@ def _end(process: psutil.Process, deadline_s: float) -> None:
     except psutil.TimeoutExpired:
         process.kill()
         process.wait(PROCESS_END_DEADLINE_S)
+    finally:
+        _reap()
 
 
 # ---- one process each: what the chart runs ----
