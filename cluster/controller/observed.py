@@ -66,7 +66,7 @@ class RankView:
 class ReplicaView:
     """One incarnation. ``teardown``: whether somebody is removing its remains, or nothing is left of it.
 
-    ``retry_at_s``: no earlier attempt to remove its remains. ``first_phase_s``: when it was born.
+    ``retry_at_s``: no earlier attempt to remove its remains.
     """
 
     life: Lifecycle

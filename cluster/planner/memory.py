@@ -12,7 +12,7 @@ from cluster.planner.shard_sizes import shard_sizes
 from cluster.planner.weights import StageLayers, model_grain, stage_parameters
 
 # What a process needs beside tensors: CUDA context, NCCL buffers and allocator slack; or the interpreter with
-# torch, Ray and gRPC loaded (a CPU rank of a tiny model was seen at under 500 MB). The first is not measured.
+# torch, Ray and gRPC loaded on a CPU. Round figures, not measured ones.
 RESERVE_BYTES = {DeviceKind.CUDA: 2 * GIB, DeviceKind.CPU: GIB // 2}
 # A CPU's memory is shared with everything else on the machine: the cache stays modest unless told otherwise.
 CPU_KV_CAP_BYTES = 1 * GIB
