@@ -126,3 +126,15 @@ def test_shared_memory_all_reduce_gives_the_same_tokens(tiny, tmp_path):
             session.close()
     for i, prompt in prompts.items():
         reference.check(prompt, 20, tokens[i])
+
+
+def test_a_rank_never_holds_more_than_its_shard_and_a_little(tmp_path):
+    """The whole model is larger than the bound: a rank that read all of it would be caught."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 4096}
+    folder = build("llama_mha", tmp_path / "model", **sizes)
+    with Replica(folder, tmp_path, tp=2) as running:
+        running.wait_ready()
+        for report in running.control.latest.values():
+            print(f"rank {report.rank}: shard {report.bytes_total} bytes, peak {report.peak_host_bytes}")
+            assert report.peak_host_bytes <= report.bytes_total + 100 * MB
+            assert report.bytes_total + 100 * MB < running.checkpoint.total_bytes
