@@ -12,6 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,11 +29,15 @@ from cluster.config.listening import require_free
 from cluster.config.run_dir import hold_run_dir
 from cluster.config.schema import ClusterConfig, ControllerConfig, ModelConfig, RouterConfig
 from cluster.controller import ray_start
+from cluster.controller.node_options import NodeOptions
+from cluster.controller.node_outlook import OutlookEntry
 from cluster.controller.rank_marker import SweepOrder
-from cluster.domain.errors import ClusterError, ConfigError, NoFeasiblePlan, ReplicaError
+from cluster.domain.clock import MonotonicClock
+from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
 
 ROUTER_START_DEADLINE_S = 60.0
 PROCESS_END_DEADLINE_S = 10.0
+WORKER_PODS_ENTRY = "cluster.kube.worker_pods:watch_worker_pods"
 
 # Routers that this process started: they may outlive it, and those that end before it are reaped here.
 _CHILDREN: list[subprocess.Popen[bytes]] = []
@@ -148,21 +153,24 @@ def _answers(control_address: str) -> bool:
     return True
 
 
-def _own_ray(config: ClusterConfig, run_dir: Path, cpus: int, port: int, undo: ExitStack) -> ray_start.RayNode:
+def _own_ray(
+    config: ClusterConfig, run_dir: Path, cpus: int, port: int, undo: ExitStack, token_file: Path | None = None
+) -> ray_start.RayNode:
     """A Ray head of our own, joined."""
-    node = ray_start.start_head(run_dir, num_cpus=cpus, host=config.controller.host, port=port)
+    node = ray_start.start_head(run_dir, num_cpus=cpus, host=config.controller.host, port=port, token_file=token_file)
     undo.callback(ray_start.stop_node, run_dir, _everything_of(config, run_dir))
     undo.callback(ray_start.disconnect)
     ray_start.connect(node.address, token_file=Path(node.token_file))
     return node
 
 
-def _own_controller(config: ClusterConfig, run_dir: Path, say: Say) -> str:
+def _own_controller(config: ClusterConfig, run_dir: Path, say: Say, worker_pods: str = "") -> str:
     # Imports Ray, which reads how to treat loopback when it is imported: after ``ray_start.connect`` has said so.
     from cluster.controller.controller_actor import start_controller
 
     say("Starting the controller.")
-    return start_controller(config, run_dir)
+    outlook = OutlookEntry(WORKER_PODS_ENTRY, worker_pods) if worker_pods else None
+    return start_controller(config, run_dir, outlook=outlook)
 
 
 def _controller_among_others(config: ClusterConfig, run_dir: Path, address: str, undo: ExitStack, say: Say) -> str:
@@ -336,34 +344,42 @@ class Head:
     orphans: SweepOrder
 
 
-def start_head(config: ClusterConfig, run_dir: Path, ray_port: int, num_cpus: int | None, say: Say) -> Head:
+def start_head(
+    config: ClusterConfig,
+    run_dir: Path,
+    ray_port: int,
+    num_cpus: int | None,
+    say: Say,
+    token_file: Path | None = None,
+    worker_pods: str = "",
+) -> Head:
     """Ray's head and the controller on this machine; nothing is left after a refusal. Hold the run directory.
 
     The config's models are checked here and applied by ``apply_models``: the nodes they need may come later.
+    ``token_file``: holds the token for Ray's nodes; None: one is made. ``worker_pods``: labels of the Kubernetes
+    pods that will join, which are watched to say why they do not.
     """
     require_unused(run_dir)
     check_models(config.models)
     with ExitStack() as undo:
         say("Starting Ray's head.")
         cpus = (os.cpu_count() or 1) if num_cpus is None else num_cpus
-        node = _own_ray(config, run_dir, cpus, ray_port, undo)
-        control_address = _own_controller(config, run_dir, say)
+        node = _own_ray(config, run_dir, cpus, ray_port, undo, token_file)
+        control_address = _own_controller(config, run_dir, say, worker_pods)
         ray_start.disconnect()
         undo.pop_all()
     return Head(control_address, node.address, node.token_file, _everything_of(config, run_dir))
 
 
-def apply_models(head: Head, config: ClusterConfig) -> str:
-    """Applies the config's models; why they fit on no nodes yet, or "" when they were taken or there are none."""
-    models = check_models(config.models)
-    if not models:
-        return ""
+def apply_models(head: Head, models: tuple[ModelConfig, ...]) -> None:
+    """Replaces the desired models; NoFeasiblePlan while the nodes they need have not joined."""
+    checked = check_models(models)
     with ControlClient(head.control_address) as control:
-        try:
-            control.apply(models)
-        except NoFeasiblePlan as error:
-            return str(error)
-    return ""
+        control.apply(checked)
+
+
+def head_is_alive(run_dir: Path) -> bool:
+    return ray_start.head_is_alive(run_dir)
 
 
 def stop_head(head: Head, run_dir: Path, drain_s: float, say: Say) -> None:
@@ -377,20 +393,18 @@ def stop_head(head: Head, run_dir: Path, drain_s: float, say: Say) -> None:
     ray_start.stop_node(run_dir, head.orphans)
 
 
-def start_worker(
-    address: str, run_dir: Path, host: str, num_cpus: int | None, token_file: Path | None
-) -> ray_start.RayNode:
-    """Make this machine a node of the Ray cluster at ``address``. Hold the run directory."""
+def run_worker(
+    options: NodeOptions,
+    run_dir: Path,
+    interrupted: threading.Event,
+    say: Say,
+    started: Callable[[dict[str, int]], None],
+) -> None:
+    """Makes this machine a node until ``interrupted``; see ``NodeProcess.run``. Hold the run directory."""
+    from cluster.controller.node_process import NodeProcess
+
     require_unused(run_dir)
-    return ray_start.start_worker(address, run_dir, host=host, num_cpus=num_cpus, token_file=token_file)
-
-
-def worker_is_alive(node: ray_start.RayNode) -> bool:
-    return ray_start.is_alive(node)
-
-
-def stop_worker(run_dir: Path) -> None:
-    ray_start.stop_node(run_dir)
+    NodeProcess(options, run_dir, MonotonicClock(), say).run(interrupted, started)
 
 
 def run_router(config: RouterConfig, controller_address: str, run_dir: Path) -> int:

@@ -19,20 +19,22 @@ settings.load_profile("cluster")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked long too")
+    parser.addoption("--kube", action="store_true", help="run the tests marked kube too: they need an API server")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(TESTS / "integration"):
             item.add_marker(pytest.mark.integration)
+        if item.path.is_relative_to(TESTS / "kube"):
+            item.add_marker(pytest.mark.kube)
     # Quick answers first: the unit tests run before anything that starts processes.
-    items.sort(key=lambda item: item.get_closest_marker("integration") is not None)
-    if config.getoption("--long"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("long")]
+    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in ("integration", "kube")))
+    unwanted = [name for name in ("long", "kube") if not config.getoption(f"--{name}")]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

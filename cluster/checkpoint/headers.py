@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,17 +52,22 @@ def read_header(file: Path) -> FileHeader:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            head = stream.read(_LENGTH_BYTES)
-            if len(head) < _LENGTH_BYTES:
-                raise _damaged(file, f"it has {size} bytes, too few for a safetensors header")
-            (length,) = struct.unpack("<Q", head)
-            if length > MAX_HEADER_BYTES:
-                raise _damaged(file, f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
-            if _LENGTH_BYTES + length > size:
-                raise _damaged(file, f"it ends at byte {size}, inside its header of {length} bytes (truncated)")
-            raw = stream.read(length)
+            return parse_header(file, size, stream.read)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); check its permissions.") from None
+
+
+def parse_header(file: Path, size: int, read: Callable[[int], bytes]) -> FileHeader:
+    """The header of ``file``, which has ``size`` bytes; ``read`` gives its next bytes, from the first on."""
+    head = read(_LENGTH_BYTES)
+    if len(head) < _LENGTH_BYTES:
+        raise _damaged(file, f"it has {size} bytes, too few for a safetensors header")
+    (length,) = struct.unpack("<Q", head)
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(file, f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")
+    if _LENGTH_BYTES + length > size:
+        raise _damaged(file, f"it ends at byte {size}, inside its header of {length} bytes (truncated)")
+    raw = read(length)
     entries = _parse(file, raw)
     start = _LENGTH_BYTES + length
     tensors = tuple(_tensor(file, name, entry, start) for name, entry in entries.items() if name != "__metadata__")

@@ -9,14 +9,20 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint.headers import FileHeader, parse_header
 from cluster.checkpoint.layout import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, TOKENIZER_FILES
 from cluster.domain.errors import CheckpointError, ConfigError
 
 # A download that another process of this node holds for longer than this is stuck.
 LOCK_DEADLINE_S = 6 * 3600.0
+# Most headers lie within the first request. A large checkpoint has some hundred files.
+FIRST_REQUEST_BYTES = 128 * 1024
+HEADER_DEADLINE_S = 30.0
+MAX_HEADER_REQUESTS = 8
 _SMALL_FILES = frozenset({CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES})
 
 
@@ -62,13 +68,62 @@ def download(
         raise HubError(f"Another process has been downloading {repo_id} for hours; end it and try again.") from None
 
 
+def complete_copy(repo_id: str, commit: str) -> Path | None:
+    """The directory with all of ``commit``, if it has been downloaded to this machine."""
+    return _marked(_state(repo_id) / f"{commit}.complete")
+
+
+def read_headers(repo_id: str, commit: str) -> dict[str, FileHeader]:
+    """The headers of the weights by file name, through ranged requests: not one weight is fetched."""
+    weights = {name: size for name, size in _wanted_files(repo_id, commit).items() if name.endswith(".safetensors")}
+
+    def read(name: str) -> FileHeader:
+        def ask(_api: Any) -> FileHeader:
+            return parse_header(Path(repo_id) / name, weights[name], _Beginning(repo_id, name, commit).read)
+
+        found: FileHeader = _call(repo_id, ask)
+        return found
+
+    with ThreadPoolExecutor(MAX_HEADER_REQUESTS) as pool:
+        return dict(zip(weights, pool.map(read, weights), strict=True))
+
+
+class _Beginning:
+    """A file on the hub, read from its first byte on; each request asks for what was asked so far."""
+
+    def __init__(self, repo_id: str, name: str, commit: str) -> None:
+        from huggingface_hub import hf_hub_url
+
+        self._url = hf_hub_url(repo_id, name, revision=commit)
+        self._here, self._read = b"", 0
+
+    def read(self, count: int) -> bytes:
+        end = self._read + count
+        if len(self._here) < end:
+            self._here = self._first(max(end, FIRST_REQUEST_BYTES))
+        start, self._read = self._read, end
+        return self._here[start:end]
+
+    def _first(self, count: int) -> bytes:
+        """The first ``count`` bytes, or all there are; a server that knows no ranges is left early."""
+        import huggingface_hub.utils
+
+        utils: Any = huggingface_hub.utils
+        headers = utils.build_hf_headers() | {"Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+        found = bytearray()
+        with utils.get_session().stream("GET", self._url, headers=headers, timeout=HEADER_DEADLINE_S) as response:
+            if response.is_error:
+                response.read()
+            utils.hf_raise_for_status(response)
+            for chunk in response.iter_bytes():
+                found += chunk
+                if len(found) >= count:
+                    break
+        return bytes(found[:count])
+
+
 def _download_files(repo_id: str, commit: str, *, weights: bool, progress: Callable[[int, int], None] | None) -> Path:
-    siblings = _call(repo_id, lambda api: api.model_info(repo_id, revision=commit, files_metadata=True)).siblings or []
-    wanted = {s.rfilename: int(s.size or 0) for s in siblings if _wanted(s.rfilename, weights=weights)}
-    if CONFIG_FILE not in wanted:
-        raise CheckpointError(f"{repo_id} has no {CONFIG_FILE}; it is not a model in Hugging Face layout.")
-    if weights and not any(name.endswith(".safetensors") for name in wanted):
-        raise CheckpointError(f"{repo_id} has no safetensors weights; convert them with transformers and upload those.")
+    wanted = _wanted_files(repo_id, commit, weights=weights)
     total, here = sum(wanted.values()), 0
     directory = Path()
     for name, size in sorted(wanted.items()):
@@ -80,6 +135,17 @@ def _download_files(repo_id: str, commit: str, *, weights: bool, progress: Calla
         if progress is not None:
             progress(here, total)
     return directory
+
+
+def _wanted_files(repo_id: str, commit: str, *, weights: bool = True) -> dict[str, int]:
+    """Bytes of each file that a model is made of."""
+    siblings = _call(repo_id, lambda api: api.model_info(repo_id, revision=commit, files_metadata=True)).siblings or []
+    wanted = {s.rfilename: int(s.size or 0) for s in siblings if _wanted(s.rfilename, weights=weights)}
+    if CONFIG_FILE not in wanted:
+        raise CheckpointError(f"{repo_id} has no {CONFIG_FILE}; it is not a model in Hugging Face layout.")
+    if weights and not any(name.endswith(".safetensors") for name in wanted):
+        raise CheckpointError(f"{repo_id} has no safetensors weights; convert them with transformers and upload those.")
+    return wanted
 
 
 def _download_one(_api: Any, *, repo_id: str, name: str, commit: str, bar: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,19 @@ class Checkpoint:
         return {name: tensor.nbytes for name, tensor in self.tensors.items()}
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in directory ``path``; CheckpointError or UnsupportedModelError with the fix otherwise."""
+def read_checkpoint(path: Path, elsewhere: Mapping[str, FileHeader] | None = None) -> Checkpoint:
+    """The checkpoint in directory ``path``; CheckpointError or UnsupportedModelError with the fix otherwise.
+
+    ``elsewhere``: headers by file name of weights that are not in ``path``. The digest is the same as where they are.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the directory that holds {CONFIG_FILE}.")
     config = read_config(path)
     _refuse_custom_code(path, config)
     generation_config = _optional_json(path / GENERATION_CONFIG_FILE)
-    headers = tuple(read_header(file) for file in _weight_files(path))
+    there = {file.name for file in path.iterdir() if file.is_file()} if elsewhere is None else frozenset(elsewhere)
+    files = _weight_files(path, there)
+    headers = tuple(read_header(file) if elsewhere is None else elsewhere[file.name] for file in files)
     tensors = _tensors_by_name(path, headers)
     tokenizer_files = tuple(path / name for name in TOKENIZER_FILES if (path / name).is_file())
     return Checkpoint(
@@ -115,19 +121,20 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
+def _weight_files(path: Path, there: Collection[str]) -> tuple[Path, ...]:
+    """``there``: the files that exist."""
     if (path / INDEX_FILE).is_file():
         names = sorted(set(_weight_map(path).values()))
-        missing = [name for name in names if not (path / name).is_file()]
+        missing = [name for name in names if name not in there]
         if missing:
             raise CheckpointError(
                 f"{path / INDEX_FILE} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
                 "not there; copy the missing shards into the directory."
             )
         return tuple(path / name for name in names)
-    if (path / SINGLE_FILE).is_file():
+    if SINGLE_FILE in there:
         return (path / SINGLE_FILE,)
-    if any(path.glob("*.safetensors")):
+    if any(name.endswith(".safetensors") for name in there):
         raise CheckpointError(f"{path} has safetensors shards but no {INDEX_FILE}; copy the index as well.")
     if any(path.glob("*.bin")) or any(path.glob("*.pth")) or any(path.glob("*.pt")):
         raise CheckpointError(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.checkpoint.layout import Checkpoint, read_checkpoint
 from cluster.domain.errors import CheckpointError, ConfigError
 
 DEMO = "demo"
@@ -65,6 +66,24 @@ def fetch_config(resolved: ResolvedModel) -> Path:
     from cluster.checkpoint import hub
 
     return hub.download(resolved.repo_id, resolved.commit, weights=False)
+
+
+def read_outline(resolved: ResolvedModel) -> Checkpoint:
+    """The checkpoint as every node will read it. Of a hub model only JSON files and headers are fetched.
+
+    Its tensors' files are there only if the whole commit has been fetched here before.
+    """
+    if resolved.path is not None:
+        return read_checkpoint(resolved.path)
+    assert resolved.repo_id is not None, resolved
+    assert resolved.commit is not None, resolved
+    from cluster.checkpoint import hub
+
+    here = hub.complete_copy(resolved.repo_id, resolved.commit)
+    if here is not None:
+        return read_checkpoint(here)
+    headers = hub.read_headers(resolved.repo_id, resolved.commit)
+    return read_checkpoint(hub.download(resolved.repo_id, resolved.commit, weights=False), headers)
 
 
 def demo_path() -> Path:

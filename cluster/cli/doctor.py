@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.fitness import Check, Verdict, counts, judge
+from cluster.cli.fitness import Check, Role, Verdict, counts, judge
 from cluster.cli.machine import probe
 from cluster.config.explain import DEFAULT_SOURCE, explain
 from cluster.config.load import load_config
@@ -20,11 +20,12 @@ _COLOURS = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
 
 
 def doctor_command(
+    role: Role = typer.Option(Role.WORKER, help="What it is to run; a worker has what all of them need."),
     json: bool = typer.Option(False, "--json", help="Print the checks as JSON."),
 ) -> None:
     """Checks this machine: versions, devices, compiler, memory, limits, ports. Exit code 1 if it cannot serve."""
     loaded = load_config(None, os.environ, {})
-    checks = judge(probe(loaded.config, os.environ))
+    checks = judge(probe(loaded.config, os.environ, role))
     if json:
         print(json_library.dumps([asdict(check) for check in checks], indent=2))
     else:

@@ -25,6 +25,14 @@ class Verdict(enum.StrEnum):
     FAIL = "fail"
 
 
+class Role(enum.StrEnum):
+    """What a machine is to run. A worker has what all of them need."""
+
+    ROUTER = "router"
+    CONTROLLER = "controller"
+    WORKER = "worker"
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One line of the report; ``fix`` is empty when all is well."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from cluster.cli.fitness import MachineFacts, PackageFact, PortFact
+from cluster.cli.fitness import MachineFacts, PackageFact, PortFact, Role
 from cluster.config.listening import can_listen
 from cluster.config.run_dir import check_private, default_run_dir
 from cluster.config.schema import ClusterConfig
@@ -23,16 +23,21 @@ from cluster.domain.errors import ConfigError
 from cluster.engine import shm_kernel
 
 DISTRIBUTION = "llm-cluster"
-PACKAGES = ("torch", "deepspeed", "ray", "transformers", "grpcio", "safetensors", "tokenizers")
+# What a process of each role loads: an image of that role has no more (dependency groups of the same names).
+PACKAGES = {
+    Role.ROUTER: ("grpcio", "tokenizers"),
+    Role.CONTROLLER: ("ray", "grpcio", "tokenizers"),
+    Role.WORKER: ("torch", "deepspeed", "ray", "transformers", "grpcio", "safetensors", "tokenizers"),
+}
 NVIDIA_SMI_DEADLINE_S = 15.0
 
 
-def probe(config: ClusterConfig, env: Mapping[str, str]) -> MachineFacts:
+def probe(config: ClusterConfig, env: Mapping[str, str], role: Role = Role.WORKER) -> MachineFacts:
     """Everything that ``judge`` wants to know."""
     run_dir = Path(config.run_dir) if config.run_dir else default_run_dir(env)
     return MachineFacts(
         python_version=(sys.version_info.major, sys.version_info.minor),
-        packages=tuple(package_fact(name, wanted) for name, wanted in _wanted_packages().items()),
+        packages=tuple(package_fact(name, wanted) for name, wanted in _wanted_packages(role).items()),
         compiler=_compiler(env),
         shared_memory_op=_shared_memory_op(),
         shm_free_bytes=_free_bytes(Path("/dev/shm")),  # noqa: S108 - asked about, not written to
@@ -57,11 +62,11 @@ def package_fact(name: str, wanted: str) -> PackageFact:
     )
 
 
-def _wanted_packages() -> dict[str, str]:
-    """The ranges that our own metadata asks for."""
+def _wanted_packages(role: Role) -> dict[str, str]:
+    """The ranges that our own metadata asks for, of what the role loads."""
     requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or ()]
     ranges = {requirement.name: str(requirement.specifier) for requirement in requirements}
-    return {name: ranges.get(name, "") for name in PACKAGES}
+    return {name: ranges.get(name, "") for name in PACKAGES[role]}
 
 
 def _compiler(env: Mapping[str, str]) -> str | None:

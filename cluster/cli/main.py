@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("cluster.cli.chat:chat_command", "Talk to a model."),
     "status": ("cluster.cli.status:status_command", "Show models, replicas, ranks and processes."),
     "stop": ("cluster.cli.serve:stop_command", "Drain and end a cluster."),
+    "scale": ("cluster.cli.operate:scale_command", "Set how many replicas a model has."),
+    "drain": ("cluster.cli.operate:drain_command", "Take a replica out of service, or empty a node."),
     "controller": ("cluster.cli.processes:controller_command", "Run Ray's head and the controller."),
     "router": ("cluster.cli.processes:router_command", "Run one router."),
     "worker": ("cluster.cli.processes:worker_command", "Run this machine as a node of the cluster."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 from pathlib import Path
@@ -13,16 +14,25 @@ from rich.console import Console
 
 from cluster.checkpoint.config_json import model_spec
 from cluster.checkpoint.layout import CONFIG_FILE, Checkpoint, read_checkpoint, read_config, read_generation_config
-from cluster.checkpoint.resolve import fetch_config, resolve
+from cluster.checkpoint.resolve import ResolvedModel, demo_path, fetch_config, resolve
 from cluster.checkpoint.validate import check_tensors, stored_dtype
 from cluster.config.schema import ModelConfig
 from cluster.domain.errors import ConfigError, NoFeasiblePlan
 from cluster.domain.hardware import Inventory, cpu_device, device_type, uniform_inventory
 from cluster.domain.model_spec import ModelSpec
+from cluster.planner.helm_values import Source, render_helm_values
 from cluster.planner.plan import plan
 from cluster.planner.render import no_plan_to_json, plan_to_json, render_no_plan, render_plan
 
 _LAYOUT, _HARDWARE, _LIMITS = "Layout", "Machines", "Limits"
+
+
+class Output(enum.StrEnum):
+    """What is printed: for people, for programs, or values of the Helm chart."""
+
+    TEXT = "text"
+    JSON = "json"
+    HELM = "helm"
 
 
 def plan_command(
@@ -45,7 +55,8 @@ def plan_command(
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
     device_memory_utilization: Annotated[float | None, typer.Option(rich_help_panel=_LIMITS)] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    output: Annotated[Output, typer.Option(help="For people, programs, or values of the Helm chart.")] = Output.TEXT,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
 ) -> None:
     """Show layout, placement, per-rank bytes and expected speed; or every reason why not (exit 2)."""
     config = _model_config(
@@ -59,22 +70,23 @@ def plan_command(
         max_num_batched_tokens=max_num_batched_tokens,
         device_memory_utilization=device_memory_utilization,
     )
-    spec, checkpoint = _read_model(model, revision)
+    spec, checkpoint, source = _read_model(model, revision)
     inventory = _inventory(nodes, devices_per_node, device)
     stored = checkpoint.nbytes_by_name if checkpoint else None
     try:
         result = plan(spec, config, inventory, replicas=replicas, weights_nbytes_by_name=stored)
     except NoFeasiblePlan as error:
-        _print(no_plan_to_json(error) if as_json else render_no_plan(error))
+        if as_json or output is Output.JSON:
+            print(json.dumps(no_plan_to_json(error), indent=2))
+        else:  # values go to a file, so what is no value goes elsewhere
+            Console(soft_wrap=False, stderr=output is Output.HELM).print(render_no_plan(error))
         raise typer.Exit(2) from None
-    _print(plan_to_json(result) if as_json else render_plan(result))
-
-
-def _print(result: Any) -> None:
-    if isinstance(result, dict):
-        print(json.dumps(result, indent=2))
+    if as_json or output is Output.JSON:
+        print(json.dumps(plan_to_json(result), indent=2))
+    elif output is Output.HELM:
+        print(render_helm_values(result, config, source), end="")
     else:
-        Console(soft_wrap=False).print(result)
+        Console(soft_wrap=False).print(render_plan(result))
 
 
 def _model_config(**values: Any) -> ModelConfig:
@@ -87,20 +99,34 @@ def _model_config(**values: Any) -> ModelConfig:
         raise ConfigError(f"{option} {first['input']!r} is not allowed: {first['msg']}.") from None
 
 
-def _read_model(model: str, revision: str | None) -> tuple[ModelSpec, Checkpoint | None]:
-    """The model's shape; its checkpoint too when the weights are here."""
-    path = Path(model).expanduser()
+def _read_model(model: str, revision: str | None) -> tuple[ModelSpec, Checkpoint | None, Source]:
+    """The model's shape; its checkpoint too when the weights are here; where others find it."""
+    path, resolved = Path(model).expanduser(), None
     if not path.is_file():
-        path = fetch_config(resolve(model, revision))
+        resolved = resolve(model, revision)
+        path = fetch_config(resolved)
     if path.is_dir() and any(path.glob("*.safetensors")):
         checkpoint = read_checkpoint(path)
         spec = model_spec(checkpoint.config, checkpoint.generation_config, stored_dtype=stored_dtype(checkpoint))
         check_tensors(checkpoint, spec)
-        return spec, checkpoint
+        return spec, checkpoint, _source(resolved, path, checkpoint.total_bytes)
     directory = path if path.is_dir() else path.parent
     if path.is_file() and path.suffix != ".json":
         raise ConfigError(f"{model} is no {CONFIG_FILE}; give a directory in Hugging Face layout or its config.json.")
-    return model_spec(read_config(path), read_generation_config(directory)), None
+    spec = model_spec(read_config(path), read_generation_config(directory))
+    return spec, None, _source(resolved, directory, 0)
+
+
+def _source(resolved: ResolvedModel | None, directory: Path, stored_bytes: int) -> Source:
+    if resolved is None:
+        return Source(directory.resolve().name, stored_bytes=stored_bytes)
+    return Source(
+        resolved.name,
+        repo_id=resolved.repo_id or "",
+        commit=resolved.commit or "",
+        demo=resolved.path is not None and resolved.path == demo_path(),
+        stored_bytes=stored_bytes,
+    )
 
 
 def _inventory(nodes: int | None, devices_per_node: int | None, device: str | None) -> Inventory:

@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from cluster.assembly import (
-    Head,
-    Say,
-    apply_models,
-    run_router,
-    start_head,
-    start_worker,
-    stop_head,
-    stop_worker,
-    worker_is_alive,
-)
+from cluster.assembly import apply_models, head_is_alive, run_router, run_worker, start_head, stop_head
 from cluster.cli.serve import interruptions
 from cluster.config.load import load_config
 from cluster.config.run_dir import default_run_dir, hold_run_dir, open_run_dir
 from cluster.config.schema import LOOPBACK, ClusterConfig
+from cluster.controller.config_follower import ConfigFollower
+from cluster.controller.node_options import NodeOptions
 from cluster.domain.errors import ReplicaError
 
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with the same names in snake_case.")]
 RunDir = Annotated[Path | None, typer.Option(help="State, logs, process ids.")]
-ALIVE_POLL_S = 1.0
-NODES_POLL_S = 2.0
+CONFIG_POLL_S = 2.0
 
 
 def _folder(run_dir: Path | None) -> Path:
@@ -45,32 +36,35 @@ def controller_command(
     metrics_port: Annotated[int | None, typer.Option(help="First port tried for /metrics.")] = None,
     ray_port: Annotated[int, typer.Option(help="Port that Ray nodes join at; 0 = any.")] = 6379,
     num_cpus: Annotated[int | None, typer.Option(min=0, help="CPU ranks on this machine; default: its cores.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Holds the token that Ray's nodes must show; default: one is made.")
+    ] = None,
+    worker_pods: Annotated[
+        str, typer.Option(help="Labels of this cluster's worker pods in Kubernetes: says why they do not run.")
+    ] = "",
     run_dir: RunDir = None,
 ) -> None:
-    """Run Ray's head and the controller; models come from the config or from Apply."""
+    """Run Ray's head and the controller; models come from the config, now and when it changes, or from Apply."""
     flags = {"controller.host": host, "controller.port": port, "controller.metrics_port": metrics_port}
-    loaded, folder = load_config(config, os.environ, flags).config, _folder(run_dir)
-    console = Console(stderr=True, highlight=False)
+
+    def load() -> ClusterConfig:
+        return load_config(config, os.environ, flags).config
+
+    loaded, folder = load(), _folder(run_dir)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     with hold_run_dir(folder), interruptions() as interrupted:
-        head = start_head(loaded, folder, ray_port, num_cpus, console.print)
+        head = start_head(loaded, folder, ray_port, num_cpus, console.print, token_file, worker_pods)
         try:
             ready = {"kind": "controller", "control": head.control_address, "ray": head.ray_address}
             print(json.dumps({**ready, "token_file": head.token_file}), flush=True)
-            _apply_when_they_fit(head, loaded, interrupted, console.print)
-            interrupted.wait()
+            follower = ConfigFollower(loaded, config, load, partial(apply_models, head), console.print)
+            follower.step()
+            while not interrupted.wait(CONFIG_POLL_S):
+                if not head_is_alive(folder):
+                    raise ReplicaError("A process of this Ray head has ended; its logs are in Ray's folder.")
+                follower.step()
         finally:
             stop_head(head, folder, loaded.controller.drain_deadline_s, console.print)
-
-
-def _apply_when_they_fit(head: Head, config: ClusterConfig, interrupted: threading.Event, say: Say) -> None:
-    """Nodes join when they like: until the models fit, or somebody says stop."""
-    said = ""
-    while why := apply_models(head, config):
-        if why != said:
-            say(f"Waiting for nodes: {why}")
-            said = why
-        if interrupted.wait(NODES_POLL_S):
-            return
 
 
 def router_command(
@@ -91,17 +85,21 @@ def worker_command(
     address: Annotated[str, typer.Option(help="HOST:PORT of Ray's head.")],
     host: Annotated[str, typer.Option(help="Address of this machine that the others reach.")] = LOOPBACK,
     num_cpus: Annotated[int | None, typer.Option(min=0, help="CPU ranks on this machine; default: its cores.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="GPU ranks on this machine; default: its GPUs.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="A copy of the head's token file.")] = None,
+    metrics_port: Annotated[int, typer.Option(min=0, help="First port tried for /metrics and the probes.")] = 9100,
+    idle_after_s: Annotated[
+        float, typer.Option(min=0, help="/startedz: started without a rank after so many seconds.")
+    ] = 60.0,
     run_dir: RunDir = None,
 ) -> None:
     """Run this machine as a node of the cluster: the controller places ranks on it."""
     folder = _folder(run_dir)
+    options = NodeOptions(address, host, num_cpus, num_gpus, token_file, metrics_port, idle_after_s)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def started(ports: dict[str, int]) -> None:
+        print(json.dumps({"kind": "worker", "ray": address, "host": host, "ports": ports}), flush=True)
+
     with hold_run_dir(folder), interruptions() as interrupted:
-        node = start_worker(address, folder, host, num_cpus, token_file)
-        print(json.dumps({"kind": "worker", "ray": node.address}), flush=True)
-        try:
-            while not interrupted.wait(ALIVE_POLL_S):
-                if not worker_is_alive(node):
-                    raise ReplicaError("A process of this Ray node has ended; its logs are in Ray's folder.")
-        finally:
-            stop_worker(folder)
+        run_worker(options, folder, interrupted, console.print, started)

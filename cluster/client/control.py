@@ -48,6 +48,19 @@ class ControlClient:
         answer: control_pb2.ClusterStatus = self._call(self._stub.GetStatus, request, deadline_s)
         return answer
 
+    def scale(self, model: str, replicas: int) -> None:
+        """Returns when it is desired; replicas start and end afterwards."""
+        self._call(self._stub.Scale, control_pb2.ScaleRequest(model=model, replicas=replicas), CALL_DEADLINE_S)
+
+    def drain(self, replica: str, deadline_s: float) -> None:
+        """Returns when the replica takes nothing new any more."""
+        self._call(self._stub.Drain, control_pb2.DrainRequest(replica=replica, deadline_s=deadline_s), CALL_DEADLINE_S)
+
+    def drain_node(self, node: str, deadline_s: float) -> None:
+        """Returns when no rank is left on the node that others reach at ``node``."""
+        request = control_pb2.DrainNodeRequest(node=node, deadline_s=deadline_s)
+        self._call(self._stub.DrainNode, request, deadline_s + SHUTDOWN_MARGIN_S)
+
     def shut_down(self, drain_s: float) -> None:
         """Returns when no replica, actor or placement group is left."""
         request = control_pb2.ShutdownRequest(drain_deadline_s=drain_s)

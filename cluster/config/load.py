@@ -21,8 +21,14 @@ from cluster.config.yaml_lines import Located, read_yaml
 from cluster.domain.errors import ConfigError
 
 ENV_PREFIX = "LLM_CLUSTER_"
-# Variables of the same prefix that steer the set-up scripts, or mark the processes of a replica.
-NOT_SETTINGS = {"LLM_CLUSTER_PIP_ARGS", "LLM_CLUSTER_PYTHON", "LLM_CLUSTER_RANK", "LLM_CLUSTER_RUN"}
+# Variables of the same prefix that steer the set-up scripts, or mark the processes of a node or a replica.
+NOT_SETTINGS = {
+    "LLM_CLUSTER_NODE_DIR",
+    "LLM_CLUSTER_PIP_ARGS",
+    "LLM_CLUSTER_PYTHON",
+    "LLM_CLUSTER_RANK",
+    "LLM_CLUSTER_RUN",
+}
 _FLAG = "flag"
 
 _Path = tuple[str, ...]
@@ -110,7 +116,9 @@ def _located(value: object, source: str) -> Located:
 def _collect(layer: _Layer, path: _Path, located: Located) -> None:
     """Takes ``located`` apart into leaves. Sections and lists of sections are taken apart, other lists are values."""
     value = located.value
-    if isinstance(value, dict):
+    if _schema_at(path) is None:
+        _check_known(path, located.source)  # even where it holds nothing
+    if isinstance(value, dict) and (value or _schema_at(path) != "value"):
         for name, item in value.items():
             _collect(layer, (*path, name), item)
     elif isinstance(value, list) and (not value or any(isinstance(item.value, dict) for item in value)):
@@ -119,6 +127,8 @@ def _collect(layer: _Layer, path: _Path, located: Located) -> None:
             layer.leaves[path] = Located((), located.source)
         for index, item in enumerate(value):
             _collect(layer, (*path, str(index)), item)
+            if item.value == {}:
+                layer.leaves[*path, str(index)] = item  # for the check that it has what it needs
     elif value is not None or not _holds_sections(path):  # `router:` with nothing under it says nothing
         layer.leaves[path] = Located(_plain(located), located.source)
 

@@ -70,8 +70,15 @@ def ray_dir(run_dir: Path) -> Path:
 
 
 def open_ray_dir(run_dir: Path) -> Path:
-    """``ray_dir``, there and ours alone."""
-    return open_run_dir(ray_dir(run_dir))
+    """``ray_dir``, there and ours alone.
+
+    Ray opens its folder to everybody. Inside the run directory nobody else could reach it: it is closed again, for
+    the next start.
+    """
+    folder = ray_dir(run_dir)
+    if folder.is_relative_to(run_dir.resolve()) and folder.is_dir() and folder.lstat().st_uid == os.getuid():
+        folder.chmod(0o700)
+    return open_run_dir(folder)
 
 
 @contextmanager

@@ -22,13 +22,17 @@ class ModelConfig(_Section):
     model: str = Field(description="Local directory in Hugging Face layout, hub id, or 'demo'.", min_length=1)
     served_model_name: str | None = Field(None, description="Name that clients use; default: the last part of `model`.")
     revision: str | None = Field(None, description="Revision of a hub id; resolved once to a commit.")
-    replicas: int = Field(1, ge=0, le=10_000)
-    tensor_parallel_size: PositiveInt | None = None
-    pipeline_parallel_size: PositiveInt | None = None
+    replicas: int = Field(1, ge=0, le=10_000, description="Full copies of the model.")
+    tensor_parallel_size: PositiveInt | None = Field(
+        None, description="Ranks of one node that share every layer; default: the planner's choice."
+    )
+    pipeline_parallel_size: PositiveInt | None = Field(
+        None, description="Stages of layers, one after the other; default: the planner's choice."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's on an accelerator, float32 on CPU."
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where the nodes have it.")
     max_model_len: PositiveInt | None = Field(None, description="Tokens of prompt and output; default: the model's.")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
     max_num_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step.")
@@ -55,7 +59,7 @@ class ModelConfig(_Section):
 class RouterConfig(_Section):
     """The router's process."""
 
-    host: str = LOOPBACK
+    host: str = Field(LOOPBACK, description="Address to bind.")
     port: Port = Field(ROUTER_PORT, ge=0, le=65535, description="gRPC Inference; 0 = any free port.")
     metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
     max_concurrent_requests: int = Field(4096, ge=1, description="Requests in flight; over it RESOURCE_EXHAUSTED.")
@@ -64,13 +68,15 @@ class RouterConfig(_Section):
     engine_silence_s: float = Field(2.0, gt=0, description="A leader silent for so long is suspect.")
     engine_step_deadline_s: float = Field(60.0, gt=0, description="A leader whose step runs for so long is suspect.")
     client_stall_s: float = Field(60.0, gt=0, description="A client that takes no message for so long is cut off.")
-    drain_deadline_s: float = Field(30.0, ge=0)
+    drain_deadline_s: float = Field(30.0, ge=0, description="How long running streams may finish at the end.")
+    ttft_objective_s: float = Field(2.0, gt=0, description="Goodput: the first token comes within this.")
+    tpot_objective_s: float = Field(0.2, gt=0, description="Goodput: mean time per later token, at most.")
 
 
 class ControllerConfig(_Section):
     """The controller's actor."""
 
-    host: str = LOOPBACK
+    host: str = Field(LOOPBACK, description="Address to bind.")
     port: Port = Field(50052, ge=0, le=65535, description="gRPC Control; 0 = any free port.")
     metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
     engine_port: Port = Field(50060, ge=0, le=65535, description="First port tried by leaders on each host; 0 = any.")
@@ -78,14 +84,14 @@ class ControllerConfig(_Section):
     cpu_slots: PositiveInt | None = Field(
         None, description="CPU ranks that a Ray started by us offers; default: its cores, or what the models ask for."
     )
-    reconcile_interval_s: float = Field(0.5, gt=0)
+    reconcile_interval_s: float = Field(0.5, gt=0, description="Pause between two looks at the cluster.")
     rank_silence_s: float = Field(5.0, gt=0, description="A rank that reports nothing for so long is dead.")
     step_deadline_s: float = Field(60.0, gt=0, description="A step that runs for so long hangs.")
     start_deadline_s: float = Field(600.0, gt=0, description="From PENDING to the first loaded byte.")
     load_stall_s: float = Field(300.0, gt=0, description="A load that makes no progress for so long has failed.")
     restart_backoff_s: float = Field(0.5, ge=0, description="First pause after a failure; doubles up to the next.")
-    restart_backoff_max_s: float = Field(60.0, ge=0)
-    drain_deadline_s: float = Field(30.0, ge=0)
+    restart_backoff_max_s: float = Field(60.0, ge=0, description="The longest pause after failures.")
+    drain_deadline_s: float = Field(30.0, ge=0, description="How long running streams may finish at the end.")
 
     @field_validator("rank_ports")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,11 +26,24 @@ class StartOrder:
     total_ranks: int
 
 
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What a start says, and asks, on its way.
+
+    ``blocked`` hears why it waits ("": no more). ``placed`` hears on which nodes (by Ray's id) it is about to reserve
+    devices, none when it has let go of them again. ``draining``: nodes where nothing may be placed now.
+    """
+
+    blocked: Callable[[str], None]
+    placed: Callable[[frozenset[str]], None]
+    draining: Callable[[], frozenset[str]]
+
+
 class Actuator(Protocol):
     """Places and kills. Every method is bounded in time; ReplicaError says in one sentence what went wrong."""
 
-    async def start(self, order: StartOrder, blocked: Callable[[str], None]) -> None:
-        """Reserves devices, starts the ranks and tells them what to run; ``blocked`` hears why it waits ("": no more).
+    async def start(self, order: StartOrder, talk: Talk) -> None:
+        """Reserves devices, starts the ranks and tells them what to run.
 
         Waits for room until it is abandoned by ``destroy`` of the same incarnation.
         """
@@ -47,6 +60,9 @@ class Actuator(Protocol):
         ``newest``: every slot's last one now; what is newer, or in no slot, is spared, for it may be just starting.
         ReplicaError when a node that lives could not be swept; the others have been.
         """
+
+    async def nodes(self) -> Mapping[str, str]:
+        """Ray's id of every node that lives -> the address by which the others reach it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cluster.checkpoint.config_json import model_spec, require_served
 from cluster.checkpoint.layout import read_checkpoint, read_config, read_generation_config
-from cluster.checkpoint.resolve import fetch, fetch_config, resolve
+from cluster.checkpoint.resolve import fetch_config, read_outline, resolve
 from cluster.checkpoint.servable import check_servable
 from cluster.config.schema import ModelConfig
 from cluster.controller.actuator import Explanation
@@ -44,7 +44,7 @@ class CheckpointPlanner:
 
     def _plan(self, config: ModelConfig, kept: Desired) -> DesiredModel:
         resolved = resolve(config.model, config.revision)
-        checkpoint = read_checkpoint(fetch(resolved))
+        checkpoint = read_outline(resolved)
         found = self._fit(check_servable(checkpoint), config, kept, checkpoint.nbytes_by_name)
         return DesiredModel(
             config=config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +15,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.listening import require_free
 from cluster.config.schema import ClusterConfig
+from cluster.controller.actuator import Actuator, ModelPlanner
 from cluster.controller.attentive_clock import AttentiveClock, keep_ticking
 from cluster.controller.checkpoint_planner import CheckpointPlanner
 from cluster.controller.cluster_status import ProcessFacts
 from cluster.controller.loop import ControllerLoop, Parts
+from cluster.controller.node_outlook import OutlookActuator, OutlookEntry, OutlookPlanner
 from cluster.controller.rank_actor import RANK_ENTRY, die_with_parent
 from cluster.controller.rank_specs import ClusterFacts
 from cluster.controller.ray_actuator import NAMESPACE, RayActuator
 from cluster.controller.ray_observer import RayCalls, RayObserver
+from cluster.controller.scrape_targets import PATH as TARGETS_PATH
+from cluster.controller.scrape_targets import scrape_targets_json
 from cluster.controller.server import ControlService
 from cluster.controller.store import Store
 from cluster.domain.clock import MonotonicClock
 from cluster.domain.errors import ClusterError, PortTakenError, ReplicaError
-from cluster.telemetry.exposition import MetricsServer, new_registry
+from cluster.telemetry.exposition import MetricsServer, Page, new_registry
 from cluster.telemetry.logs import configure_logs, get_logger
 from cluster.telemetry.metrics import ControllerMetrics
-from cluster.v1 import control_pb2_grpc
+from cluster.v1 import control_pb2, control_pb2_grpc
 from cluster.wire.channel import bind, new_server
 
 START_DEADLINE_S = 60.0
 REBIND_DEADLINE_S = 10.0
+TARGETS_DEADLINE_S = 5.0
 _ANY_HOST = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 
 
@@ -53,11 +59,14 @@ class ControllerFacts:
 class ControllerActor:
     """Everything happens in a thread; the actor's own methods serve start-up only."""
 
-    def __init__(self, config: ClusterConfig, run_dir: str, entry: str = RANK_ENTRY) -> None:
+    def __init__(
+        self, config: ClusterConfig, run_dir: str, entry: str = RANK_ENTRY, outlook: OutlookEntry | None = None
+    ) -> None:
         die_with_parent()
         self._config = config
         self._run_dir = Path(run_dir)
         self._entry = entry
+        self._outlook = outlook
         self._again = ray.get_runtime_context().was_current_actor_reconstructed
         self._started = threading.Event()
         self._clock = AttentiveClock(MonotonicClock())
@@ -97,8 +106,9 @@ class ControllerActor:
         await asyncio.to_thread(store.save, state)
         registry = new_registry()
         metrics = ControllerMetrics(registry)
-        exposition = MetricsServer(registry, settings.host, settings.metrics_port)
         loop = self._compose(store, metrics, state)
+        routes = {TARGETS_PATH: targets_page(loop.status, asyncio.get_running_loop())}
+        exposition = MetricsServer(registry, settings.host, settings.metrics_port, routes=routes)
         host = ray.util.get_node_ip_address() if settings.host in _ANY_HOST else settings.host
         loop.control_address = f"{host}:{port}"
         loop.process = ProcessFacts("controller", os.getpid(), host, {"grpc": port, "metrics": exposition.port})
@@ -126,12 +136,17 @@ class ControllerActor:
         calls = RayCalls(lambda call: metrics.ray_calls.labels(call).inc())
         observer = RayObserver(calls)
         shared = ClusterFacts(config.cluster_name, str(self._run_dir), config.controller)
+        actuator: Actuator = RayActuator(shared, observer, calls, self._entry)
+        planner: ModelPlanner = CheckpointPlanner(observer.devices_for)
+        outlook = self._outlook.load() if self._outlook else None
+        if outlook is not None:
+            actuator, planner = OutlookActuator(actuator, outlook), OutlookPlanner(planner, outlook)
         parts = Parts(
             cluster_name=config.cluster_name,
             settings=config.controller,
             store=store,
-            actuator=RayActuator(shared, observer, calls, self._entry),
-            planner=CheckpointPlanner(observer.devices_for),
+            actuator=actuator,
+            planner=planner,
             clock=self._clock,
             metrics=metrics,
             log=get_logger(cluster=config.cluster_name),
@@ -158,14 +173,36 @@ class ControllerActor:
         ticking.cancel()
 
 
+def targets_page(
+    status: Callable[[], control_pb2.ClusterStatus], loop: asyncio.AbstractEventLoop
+) -> Callable[[], Page]:
+    """Where Prometheus scrapes, for a thread of the metrics server; ``status`` is asked on ``loop``, which owns it."""
+
+    async def ask() -> control_pb2.ClusterStatus:
+        return status()
+
+    def page() -> Page:
+        asked = asyncio.run_coroutine_threadsafe(ask(), loop)
+        try:
+            return Page(200, scrape_targets_json(asked.result(TARGETS_DEADLINE_S)), "application/json")
+        except TimeoutError:  # whoever asks keeps the targets it has
+            asked.cancel()
+            return Page(503, b"the controller is busy; ask again\n")
+
+    return page
+
+
 def port_to_bind(configured: int, stored: int, *, again: bool) -> int:
     """0 for any. Who reports to a controller that died knows its old port only; a new cluster's may be any."""
     return configured or (stored if again else 0)
 
 
-def start_controller(config: ClusterConfig, run_dir: Path, entry: str = RANK_ENTRY) -> str:
+def start_controller(
+    config: ClusterConfig, run_dir: Path, entry: str = RANK_ENTRY, outlook: OutlookEntry | None = None
+) -> str:
     """The Control address (HOST:PORT) of the cluster's controller, started if there is none. Ray is connected.
 
+    ``outlook``: who knows why nodes are missing; made in the controller's process.
     PortTakenError, ConfigError or ReplicaError when it cannot be started.
     """
     address = find_controller(config.cluster_name)
@@ -184,7 +221,7 @@ def start_controller(config: ClusterConfig, run_dir: Path, entry: str = RANK_ENT
             num_cpus=0,
             scheduling_strategy=here,  # beside its state
         )
-        .remote(config, str(run_dir.resolve()), entry)
+        .remote(config, str(run_dir.resolve()), entry, outlook)
     )
     try:
         return _ping(actor).address

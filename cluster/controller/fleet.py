@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from cluster.config.schema import ControllerConfig
-from cluster.controller.observed import Observed, RankView, ReplicaView, Report, SlotHistory, StaleIncarnation
+from cluster.controller.observed import (
+    DrainingNode,
+    Observed,
+    RankView,
+    ReplicaView,
+    Report,
+    SlotHistory,
+    StaleIncarnation,
+)
 from cluster.controller.reconcile import after_failure
 from cluster.controller.replica_lifecycle import ReplicaEvent, born
 from cluster.domain.ids import Incarnation, RankId, ReplicaId
@@ -57,6 +65,7 @@ class Fleet:
         self._views: dict[ReplicaId, ReplicaView] = {}
         self._stale: dict[Incarnation, StaleIncarnation] = {}
         self._streams: dict[RankId, object] = {}
+        self._draining: dict[str, DrainingNode] = {}
         self._born_s = now_s
         self._adopt_until_s = now_s + adopt_for_s
         self._on_transition = on_transition
@@ -69,6 +78,7 @@ class Fleet:
             slots=dict(self._history),
             stale=tuple(self._stale.values()),
             adopt_until_s=self._adopt_until_s,
+            draining=dict(self._draining),
         )
 
     def slots(self) -> dict[ReplicaId, SlotRecord]:
@@ -120,6 +130,28 @@ class Fleet:
         view = self.view(incarnation)
         if view is not None and not view.life.ended:
             self._views[incarnation.replica] = replace(view, blocked=reason)
+
+    def note_placed(self, incarnation: Incarnation, node_ids: frozenset[str]) -> None:
+        """Where a pending replica is about to get its devices; nowhere when it lets go of them."""
+        view = self.view(incarnation)
+        if view is not None and not view.life.ended:
+            self._views[incarnation.replica] = replace(view, placed_on=node_ids)
+
+    # ---- nodes that are about to go ----
+
+    def drain_nodes(self, node_ids: Collection[str], host: str, until_s: float) -> None:
+        """Nothing is placed there any more; asked again, the earlier deadline counts."""
+        for node_id in node_ids:
+            known = self._draining.get(node_id)
+            earliest_s = until_s if known is None else min(until_s, known.until_s)
+            self._draining[node_id] = DrainingNode(node_id, host, earliest_s)
+
+    def keep_nodes(self, living: Collection[str]) -> None:
+        """Forgets the draining nodes that have left the cluster: whoever comes back is another node."""
+        self._draining = {node_id: node for node_id, node in self._draining.items() if node_id in living}
+
+    def draining(self) -> frozenset[str]:
+        return frozenset(self._draining)
 
     def removing(self, incarnation: Incarnation) -> None:
         view = self.view(incarnation)

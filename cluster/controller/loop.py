@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cluster.config.schema import ControllerConfig, ModelConfig
 from cluster.controller.actions import Advance, Fence, Remove, Start
-from cluster.controller.actuator import Actuator, Explanation, ModelPlanner, StartOrder
+from cluster.controller.actuator import Actuator, Explanation, ModelPlanner, StartOrder, Talk
 from cluster.controller.cluster_status import ProcessFacts, cluster_status
 from cluster.controller.desired import Desired, DesiredModel, asks_the_same, find_model, require_names_differ
 from cluster.controller.endpoints import first_epoch, next_table
 from cluster.controller.fleet import Fleet, SlotRecord, Transition
+from cluster.controller.node_drain import NodeDrains
 from cluster.controller.observed import Report
 from cluster.controller.ports import PortRange
 from cluster.controller.reconcile import reconcile
 from cluster.controller.replica_lifecycle import ReplicaEvent
+from cluster.controller.replica_series import ReplicaSeries
 from cluster.controller.store import Store, StoredState
 from cluster.domain.clock import Clock
 from cluster.domain.endpoint import EndpointTable
@@ -65,6 +68,7 @@ class ControllerLoop:
         adopt_s = ADOPT_S if state.slots and state.desired else 0.0
         now_s = parts.clock.now()
         self._fleet = Fleet(parts.settings, state.slots, now_s, adopt_s, self._on_transition)
+        self._node_drains = NodeDrains(self._fleet, parts.actuator, parts.clock, parts.log, self._wake_up, self._spawn)
         self._table = EndpointTable(first_epoch(state.life), state_id=state.state_id)
         self._table_changed = asyncio.Event()
         self._wake = asyncio.Event()
@@ -72,7 +76,7 @@ class ControllerLoop:
         self._routers: dict[object, ProcessFacts] = {}
         self._changing = asyncio.Lock()
         self._saving = asyncio.Lock()
-        self._shown: set[tuple[str, str]] = set()
+        self._series = ReplicaSeries(parts.metrics)
         self._settled = False
         self._stopping = False
         self.control_address = ""
@@ -179,11 +183,10 @@ class ControllerLoop:
     async def _bring_up(self, order: StartOrder) -> None:
         incarnation, actuator = order.incarnation, self._parts.actuator
 
-        def blocked(reason: str) -> None:
-            self._fleet.note_blocked(incarnation, reason)
-
+        fleet = self._fleet
+        talk = Talk(partial(fleet.note_blocked, incarnation), partial(fleet.note_placed, incarnation), fleet.draining)
         try:
-            await actuator.start(order, blocked)
+            await actuator.start(order, talk)
         except Exception as error:  # boundary: whatever a start breaks on fails this replica only
             if not isinstance(error, ReplicaError):
                 self._parts.log.exception("start_broke", incarnation=str(incarnation))
@@ -203,6 +206,9 @@ class ControllerLoop:
             gone = False
             self._parts.log.warning("removal_failed", incarnation=str(incarnation), caused_by=repr(error))
         self._fleet.removed(incarnation, self._parts.clock.now(), gone=gone)
+        self._wake.set()
+
+    def _wake_up(self) -> None:
         self._wake.set()
 
     def _advance(self, incarnation: Incarnation, event: ReplicaEvent, reason: str) -> None:
@@ -250,19 +256,7 @@ class ControllerLoop:
         if table is not self._table:
             self._table = table
             self._announce()
-        gauge, blocked = self._parts.metrics.replicas, self._parts.metrics.placement_blocked
-        shown: set[tuple[str, str]] = set()
-        for model in self._desired:
-            views = observed.of_model(model.name)
-            for phase in ReplicaPhase:
-                gauge.labels(model.name, phase.value).set(sum(view.phase is phase for view in views))
-                shown.add((model.name, phase.value))
-            blocked.labels(model.name, "no_room").set(any(view.blocked for view in views))
-        for name, phase_name in self._shown - shown:  # never all at once: a scrape would find nothing
-            gauge.remove(name, phase_name)
-        for name in {name for name, _ in self._shown} - {name for name, _ in shown}:
-            blocked.remove(name, "no_room")
-        self._shown = shown
+        self._series.follow(self._desired, observed, self._parts.clock.now())
 
     def _announce(self) -> None:
         """Wakes whoever watches; those who come later wait for the next time."""
@@ -306,6 +300,10 @@ class ControllerLoop:
         self._fleet.advance(view.incarnation, ReplicaEvent.DRAIN, "an operator asked for it", now_s, deadline_s)
         self._publish()
         self._wake.set()
+
+    async def drain_node(self, host: str, deadline_s: float) -> None:
+        """Returns when no rank is left on the node at ``host``; also while everything shuts down, which empties it."""
+        await self._node_drains.drain(host, deadline_s)
 
     async def explain(self, config: ModelConfig) -> Explanation:
         kept = tuple(model for model in self._desired if model.name != config.name)

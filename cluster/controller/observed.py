@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from cluster.controller.replica_lifecycle import Lifecycle
@@ -66,7 +66,7 @@ class RankView:
 class ReplicaView:
     """One incarnation. ``teardown``: whether somebody is removing its remains, or nothing is left of it.
 
-    ``retry_at_s``: no earlier attempt to remove its remains.
+    ``retry_at_s``: no earlier attempt to remove its remains. ``placed_on``: Ray's ids of the nodes it was given.
     """
 
     life: Lifecycle
@@ -79,6 +79,12 @@ class ReplicaView:
     teardown: bool = False
     retry_at_s: float = 0.0
     blocked: str = ""
+    placed_on: frozenset[str] = frozenset()
+
+    @property
+    def node_ids(self) -> frozenset[str]:
+        """Where it has ranks, or is about to: as placed, and as its ranks report (an adopted one was placed before)."""
+        return self.placed_on | {rank.report.node_id for rank in self.ranks if rank is not None}
 
     @property
     def incarnation(self) -> Incarnation:
@@ -123,13 +129,35 @@ class StaleIncarnation:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainingNode:
+    """A node where nothing is placed any more. ``until_s``: its replicas' streams have ended or are cut by then."""
+
+    node_id: str
+    host: str
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
-    """The whole view. Until ``adopt_until_s`` nothing is started: ranks of an earlier controller may report."""
+    """The whole view. Until ``adopt_until_s`` nothing is started: ranks of an earlier controller may report.
+
+    ``draining``: by node id.
+    """
 
     replicas: tuple[ReplicaView, ...] = ()
     slots: Mapping[ReplicaId, SlotHistory] = field(default_factory=dict)
     stale: tuple[StaleIncarnation, ...] = ()
     adopt_until_s: float = 0.0
+    draining: Mapping[str, DrainingNode] = field(default_factory=dict)
+
+    def on_nodes(self, node_ids: Collection[str]) -> tuple[ReplicaView, ...]:
+        """Replicas of which something is, or is not known to be gone, on one of the nodes."""
+        return tuple(view for view in self.replicas if not view.node_ids.isdisjoint(node_ids))
+
+    def leaving(self, view: ReplicaView) -> tuple[DrainingNode, ...]:
+        """Those of its nodes that are draining, the most urgent first."""
+        nodes = [self.draining[node_id] for node_id in view.node_ids if node_id in self.draining]
+        return tuple(sorted(nodes, key=lambda node: (node.until_s, node.host)))
 
     def of_model(self, name: str) -> tuple[ReplicaView, ...]:
         return tuple(view for view in self.replicas if view.replica.model == name)

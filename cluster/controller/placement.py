@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from cluster.domain.hardware import Inventory
 from cluster.domain.parallel_layout import ParallelLayout, Placement
@@ -11,19 +12,32 @@ from cluster.planner.placement import place
 _NODES_TOLD = 8
 
 
-def place_replica(layout: ParallelLayout, inventory: Inventory, crowded: Mapping[str, int]) -> Placement | str:
+def place_replica(
+    layout: ParallelLayout, inventory: Inventory, crowded: Mapping[str, int], draining: Collection[str] = ()
+) -> Placement | str:
     """A placement, or the reason why there is no room.
 
     ``crowded``: replicas of the same model by node id; nodes with fewer of them are preferred, so that one
-    node's end takes few replicas with it.
+    node's end takes few replicas with it. ``draining``: ids of nodes where nothing may go.
     """
-    levels = sorted({crowded.get(node.node_id, 0) for node in inventory.nodes})
+    open_nodes = [node for node in inventory.nodes if node.node_id not in draining]
+    levels = sorted({crowded.get(node.node_id, 0) for node in open_nodes})
     for most in levels:
-        nodes = [node for node in inventory.nodes if crowded.get(node.node_id, 0) <= most]
+        nodes = [node for node in open_nodes if crowded.get(node.node_id, 0) <= most]
         placements = place(layout, nodes, 1)
         if placements:
             return placements[0]
-    return _no_room(layout.tensor_parallel_size, inventory)
+    closed = [node.host for node in inventory.nodes if node.node_id in draining]
+    if closed and not open_nodes:
+        return f"every node with devices of the kind asked for is {_draining(closed)}"
+    reason = _no_room(layout.tensor_parallel_size, replace(inventory, nodes=tuple(open_nodes)))
+    return f"{reason}; {_draining(closed)}" if closed else reason
+
+
+def _draining(hosts: list[str]) -> str:
+    told = ", ".join(hosts[:_NODES_TOLD])
+    more = f" and {len(hosts) - _NODES_TOLD} more" if len(hosts) > _NODES_TOLD else ""
+    return f"draining, and taken for nothing new: {told}{more}"
 
 
 def _no_room(width: int, inventory: Inventory) -> str:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 from cluster.config.listening import can_listen
+from cluster.controller.rank_marker import NODE_VARIABLE
 from cluster.controller.rank_specs import HostFacts
 from cluster.engine import shm_kernel
 from cluster.engine.rank_spec import RankSpec
@@ -40,7 +41,8 @@ class RankActor:
     def prepare(self, bind_host: str, candidates: tuple[int, ...]) -> HostFacts:
         """Which of ``candidates`` can be listened on here."""
         free = tuple(port for port in candidates if can_listen(bind_host, port))
-        return HostFacts(os.getpid(), len(os.sched_getaffinity(0)), free, shm_kernel.is_built())
+        cores, node_dir = len(os.sched_getaffinity(0)), os.environ.get(NODE_VARIABLE, "")
+        return HostFacts(os.getpid(), cores, free, shm_kernel.is_built(), node_dir)
 
     def launch(self, spec: RankSpec, entry: str = RANK_ENTRY) -> int:
         """Starts the rank's threads and returns the process id."""

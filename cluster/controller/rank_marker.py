@@ -10,6 +10,8 @@ from cluster.domain.ids import Incarnation, RankId, ReplicaId
 RANK_VARIABLE = "LLM_CLUSTER_RANK"
 # Two clusters of one name on one host are told apart by where they keep their state.
 RUN_VARIABLE = "LLM_CLUSTER_RUN"
+# The run directory of the node itself, where its ranks leave their records.
+NODE_VARIABLE = "LLM_CLUSTER_NODE_DIR"
 
 
 def rank_marker(cluster: str, rank_id: RankId) -> str:

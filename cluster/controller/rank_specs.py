@@ -18,12 +18,14 @@ class HostFacts:
     """What a rank's process found on its host.
 
     ``free_ports``: those of the candidates nobody listens on. ``shm_built``: DeepSpeed's shared-memory kernel is there.
+    ``node_dir``: run directory of the node, "" when the node was not started by us.
     """
 
     pid: int
     cores: int
     free_ports: tuple[int, ...]
     shm_built: bool = True
+    node_dir: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ def rank_specs(
             log_file=log_file(shared.run_dir, RankId(order.incarnation, place.rank)),
             threads=max(1, facts[place.rank].cores // ranks_on_host),
             weight_bytes=model.weight_bytes_per_rank[place.rank],
+            node_dir=facts[place.rank].node_dir,
         )
         for place in placement.ranks
     )

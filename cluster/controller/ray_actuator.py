@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.controller.actuator import StartOrder
+from cluster.controller.actuator import StartOrder, Talk
 from cluster.controller.node_sweep import sweep_node
 from cluster.controller.placement import place_replica
 from cluster.controller.rank_actor import RANK_ENTRY, RankActor
@@ -61,10 +61,10 @@ class RayActuator:
 
     # ---- start ----
 
-    async def start(self, order: StartOrder, blocked: Callable[[str], None]) -> None:
+    async def start(self, order: StartOrder, talk: Talk) -> None:
         done = self._starting[order.incarnation] = asyncio.Event()
         try:
-            placement, inventory, group = await self._reserve(order, blocked)
+            placement, inventory, group = await self._reserve(order, talk)
             await self._launch(order, placement, inventory, group)
         except ray.exceptions.RayError as error:
             raise ReplicaError(f"{order.incarnation} could not be started: {_first_line(error)}") from error
@@ -72,23 +72,24 @@ class RayActuator:
             del self._starting[order.incarnation]
             done.set()
 
-    async def _reserve(
-        self, order: StartOrder, blocked: Callable[[str], None]
-    ) -> tuple[Placement, Inventory, PlacementGroup]:
+    async def _reserve(self, order: StartOrder, talk: Talk) -> tuple[Placement, Inventory, PlacementGroup]:
         """Waits until there is room and Ray has given it."""
         while True:
             self._check_wanted(order.incarnation)
             async with self._placing:
                 inventory = await asyncio.to_thread(self._observer.inventory, order.model.device)
-                placement = place_replica(order.model.layout, inventory, self._crowded(order.incarnation))
+                crowded = self._crowded(order.incarnation)
+                placement = place_replica(order.model.layout, inventory, crowded, talk.draining())
                 if isinstance(placement, Placement):
+                    talk.placed(frozenset(placement.node_ids))  # nobody else ran since ``draining`` was asked
                     group = await asyncio.to_thread(self._make_group, order, placement)
                     if group is not None:
-                        blocked("")
+                        talk.blocked("")
                         self._crowd[order.incarnation] = placement
                         return placement, inventory, group
+                    talk.placed(frozenset())
                     placement = f"Ray did not grant the reservation within {GROUP_DEADLINE_S:.0f} s"
-            blocked(placement)
+            talk.blocked(placement)
             await asyncio.sleep(ROOM_POLL_S)
 
     def _crowded(self, incarnation: Incarnation) -> dict[str, int]:
@@ -258,6 +259,9 @@ class RayActuator:
             await self._sweep_nodes(order)
         except (ray.exceptions.RayError, ValueError) as error:
             raise ReplicaError(f"the sweep did not end: {_first_line(error)}") from error
+
+    async def nodes(self) -> Mapping[str, str]:
+        return dict(await asyncio.to_thread(self._observer.live_nodes))
 
     async def _sweep_nodes(self, order: SweepOrder) -> list[Swept]:
         """On our own node directly, on the others by a task pinned to each; a node that is gone has nothing left."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import psutil
 from cluster.config.run_dir import open_ray_dir, ray_dir
 from cluster.config.schema import LOOPBACK
 from cluster.controller.node_sweep import sweep_node
-from cluster.controller.rank_marker import SweepOrder
+from cluster.controller.rank_marker import NODE_VARIABLE, SweepOrder
+from cluster.controller.ray_token import make_or_take, read_token, take_token, token_path
 from cluster.domain.errors import ConfigError, ReplicaError
 
 OBJECT_STORE_BYTES = 100_000_000
@@ -32,20 +34,20 @@ STOP_DEADLINE_S = 2.0
 _CLIENT_PORTS = range(24000, 30000)
 # Named for other systems; 0 keeps a node that is told loopback on loopback.
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+_HEAD_PROCESSES = frozenset({"gcs_server", "raylet"})
 _GCS_SILENCE_S = 3600  # tokens flow while the head is away; a raylet that waits longer gives up
 
 
 @dataclass(frozen=True, slots=True)
 class RayNode:
-    """A Ray node that we started. ``address``: of the head; ``processes``: (pid, its start time)."""
+    """A Ray node that we started.
+
+    ``address``: of the head; ``processes``: (pid, start time) of those that live as long as the node does.
+    """
 
     address: str
     token_file: str
     processes: tuple[tuple[int, float], ...]
-
-
-def token_path(run_dir: Path) -> Path:
-    return run_dir / "ray" / "token"
 
 
 def start_head(
@@ -55,11 +57,15 @@ def start_head(
     host: str = LOOPBACK,
     port: int = 0,
     num_gpus: int | None = None,
+    token_file: Path | None = None,
     object_store_bytes: int = OBJECT_STORE_BYTES,
 ) -> RayNode:
-    """A new Ray cluster of one node, here. ``port`` 0: any; ``host``: the one address that it binds and advertises."""
+    """A new Ray cluster of one node, here. ``port`` 0: any; ``host``: the one address that it binds and advertises.
+
+    ``token_file``: holds the token that nodes must show; without one a token is made here.
+    """
     _require_no_node(run_dir)
-    _make_token(run_dir)
+    make_or_take(token_file, run_dir)
     arguments = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor"]
     arguments.append(f"--ray-client-server-port={_free_port()}")
     return _start(run_dir, arguments, host, num_cpus, num_gpus, object_store_bytes)
@@ -77,18 +83,18 @@ def start_worker(
 ) -> RayNode:
     """Joins the Ray cluster at ``address`` as a node; ``token_file``: a copy of the head's token."""
     _require_no_node(run_dir)
+    require_reachable(address)
+    take_token(token_file, run_dir, address)
+    return _start(run_dir, [f"--address={address}"], host, num_cpus, num_gpus, object_store_bytes)
+
+
+def require_reachable(address: str) -> None:
+    """ConfigError for a head that no other node can join."""
     if address.startswith((f"{LOOPBACK}:", "localhost:")):
         raise ConfigError(
             f"The head at {address} listens on loopback only, where no other node reaches it; start it with --host "
             "and the address that other nodes know it by."
         )
-    if token_file is not None:
-        _copy_token(token_file, run_dir)
-    elif not token_path(run_dir).exists() and "RAY_AUTH_TOKEN" not in os.environ:
-        raise ConfigError(
-            f"Joining {address} needs the head's token: copy its ray/token file here and name it with --token-file."
-        )
-    return _start(run_dir, [f"--address={address}"], host, num_cpus, num_gpus, object_store_bytes)
 
 
 def load_node(run_dir: Path) -> RayNode | None:
@@ -122,10 +128,23 @@ def is_alive(node: RayNode) -> bool:
     return all(_find(pid, started) is not None for pid, started in node.processes)
 
 
+def head_is_alive(run_dir: Path) -> bool:
+    """Whether what a head cannot do without still runs; Ray's client server and dashboard are not that."""
+    node = load_node(run_dir)
+    names = set()
+    for pid, started in node.processes if node is not None else ():
+        process = _find(pid, started)
+        try:
+            names.add(process.name() if process is not None else "")
+        except psutil.NoSuchProcess:
+            continue
+    return names >= _HEAD_PROCESSES
+
+
 def connect(address: str, *, token_file: Path | None = None, namespace: str = "llm-cluster") -> None:
     """Joins this process to the Ray cluster at ``address``; ConfigError when nobody answers there."""
     if token_file is not None:
-        _read_token(token_file)
+        read_token(token_file)
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file.absolute())
         os.environ.pop("RAY_AUTH_TOKEN", None)
@@ -141,9 +160,10 @@ def connect(address: str, *, token_file: Path | None = None, namespace: str = "l
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = not on_loopback  # noqa: SLF001
     _forget_other_tokens()
     try:
-        ray.init(
-            address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR", configure_logging=True
-        )
+        with _sigterm_kept():
+            ray.init(
+                address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR", configure_logging=True
+            )
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -167,7 +187,19 @@ def _require_listener(address: str) -> None:
 def disconnect() -> None:
     import ray
 
-    ray.shutdown()
+    with _sigterm_kept():
+        ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself when it joins, and when it leaves nobody has it: a process would end undrained."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if ours is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
 
 
 def stop_node(run_dir: Path, orphans: SweepOrder | None = None) -> int:
@@ -265,6 +297,7 @@ def _environment(run_dir: Path, host: str) -> Mapping[str, str]:
     if token_path(run_dir).exists():
         environment.pop("RAY_AUTH_TOKEN", None)
         environment["RAY_AUTH_TOKEN_PATH"] = str(token_path(run_dir))
+    environment[NODE_VARIABLE] = str(run_dir.resolve())  # the raylet hands it on to its ranks
     environment["RAY_AUTH_MODE"] = "token"
     environment["RAY_USAGE_STATS_ENABLED"] = "0"
     environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(_GCS_SILENCE_S)
@@ -274,35 +307,6 @@ def _environment(run_dir: Path, host: str) -> Mapping[str, str]:
         # Otherwise Ray replaces loopback by an address of the network and listens on every interface.
         environment[_LOOPBACK_VARIABLE] = "0"
     return environment
-
-
-def _make_token(run_dir: Path) -> None:
-    path = token_path(run_dir)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not path.exists():
-        _write_private(path, secrets.token_hex(32))
-
-
-def _read_token(source: Path) -> str:
-    try:
-        return source.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no text"
-        raise ConfigError(f"The token file {source} cannot be read ({why}); copy it from the head.") from error
-
-
-def _copy_token(source: Path, run_dir: Path) -> None:
-    token = _read_token(source)
-    path = token_path(run_dir)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    _write_private(path, token)
-
-
-def _write_private(path: Path, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def _forget_other_tokens() -> None:
@@ -335,15 +339,18 @@ def _save(run_dir: Path, node: RayNode) -> None:
 
 
 def _session_members(session: int) -> tuple[tuple[int, float], ...]:
-    """(pid, start time) of every process of the session."""
-    found = []
+    """(pid, start time) of the processes that ``ray start`` left in its session, without what those started in turn.
+
+    A raylet may be starting ranks already: they come and go, and the node lives on.
+    """
+    found: dict[int, tuple[int, float]] = {}
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append((process.pid, process.create_time()))
+                found[process.pid] = (process.ppid(), process.create_time())
         except (OSError, psutil.Error):
             continue
-    return tuple(found)
+    return tuple((pid, started) for pid, (parent, started) in found.items() if parent not in found)
 
 
 def _find(pid: int, started: float) -> psutil.Process | None:

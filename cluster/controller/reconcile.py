@@ -26,7 +26,7 @@ def reconcile(desired: Desired, observed: Observed, settings: ControllerConfig, 
     """The next actions. Calling it again before they are carried out asks for the same ones."""
     actions: list[Action] = [Fence(s.incarnation, s.world_size) for s in observed.stale if now_s >= s.retry_at_s]
     for replica in observed.replicas:
-        action = _one(replica, settings, now_s)
+        action = _one(replica, settings, now_s) or _leave(replica, observed, now_s)
         if action is not None:
             actions.append(action)
     moving = {action.incarnation for action in actions if isinstance(action, Advance)}
@@ -75,6 +75,19 @@ def _one(replica: ReplicaView, settings: ControllerConfig, now_s: float) -> Acti
     return None
 
 
+def _leave(replica: ReplicaView, observed: Observed, now_s: float) -> Advance | None:
+    """Ends what has a rank on a draining node, by that node's deadline."""
+    nodes = () if replica.life.ended else observed.leaving(replica)
+    if not nodes:
+        return None
+    reason, left_s = f"node {nodes[0].host} is draining", max(0.0, nodes[0].until_s - now_s)
+    if replica.phase is ReplicaPhase.READY:
+        return Advance(replica.incarnation, ReplicaEvent.DRAIN, reason, left_s)
+    if replica.phase in _STARTING or left_s == 0:
+        return Advance(replica.incarnation, ReplicaEvent.STOP, reason)
+    return None
+
+
 def _drained(replica: ReplicaView, now_s: float) -> Action | None:
     assert replica.drain_until_s is not None, replica
     if now_s >= replica.drain_until_s:
@@ -111,11 +124,16 @@ def _end(replica: ReplicaView, reason: str, settings: ControllerConfig) -> Advan
 
 
 def _grow(model: DesiredModel, observed: Observed, now_s: float) -> list[Action]:
-    """Starts what is missing, in the lowest free slots; a slot is taken until nothing is left of its last life."""
-    taken = {r.replica.slot for r in observed.of_model(model.name)}
+    """Starts what is missing, in the lowest free slots; a slot is taken until nothing is left of its last life.
+
+    What drains because its node goes is missing already: its streams may take long, others want a replica meanwhile.
+    """
+    views = observed.of_model(model.name)
+    taken = {r.replica.slot for r in views}
+    going = [r for r in views if r.phase is ReplicaPhase.DRAINING and observed.leaving(r)]
     fenced = {s.incarnation.replica for s in observed.stale}
     starts: list[Action] = []
-    missing = model.replicas - len(taken)
+    missing = model.replicas - len(taken) + len(going)
     free = (slot for slot in range(model.replicas + len(taken)) if slot not in taken)
     for slot, _ in zip(free, range(missing), strict=False):
         replica = ReplicaId(model.name, slot)

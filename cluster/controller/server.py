@@ -64,6 +64,13 @@ class ControlService(control_pb2_grpc.ControlServicer):
             await self._refuse(context, error)
         return control_pb2.DrainResponse()
 
+    async def DrainNode(self, request: control_pb2.DrainNodeRequest, context: Context) -> control_pb2.DrainNodeResponse:
+        try:
+            await self._loop.drain_node(request.node, _deadline(request.deadline_s, "deadline_s"))
+        except Exception as error:  # boundary: every error becomes a status
+            await self._refuse(context, error)
+        return control_pb2.DrainNodeResponse()
+
     async def Shutdown(self, request: control_pb2.ShutdownRequest, context: Context) -> control_pb2.ShutdownResponse:
         try:
             deadline_s = _deadline(request.drain_deadline_s, "drain_deadline_s")

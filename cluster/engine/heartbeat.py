@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import grpc
 
@@ -34,7 +35,8 @@ class Heartbeat:
     """Reports ``progress`` of the rank ``spec`` until ``close``. ``pid``: of this process."""
 
     def __init__(self, spec: RankSpec, progress: RankProgress, pid: int, metrics: RankMetrics) -> None:
-        self._spec, self._progress, self._pid, self._metrics = spec, progress, pid, metrics
+        self._spec, self._progress, self._pid = spec, progress, pid
+        _export(spec, progress, metrics)
         self._wake, self._closed, self._told = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -78,7 +80,6 @@ class Heartbeat:
     def _report(self) -> control_pb2.RankReport:
         spec, progress = self._spec, self._progress
         incarnation = spec.rank_id.incarnation
-        self._export()
         report = control_pb2.RankReport(
             model=incarnation.replica.model,
             slot=incarnation.replica.slot,
@@ -109,9 +110,20 @@ class Heartbeat:
             report.activity.kv_blocks_total = load.kv_blocks_total
         return report
 
-    def _export(self) -> None:
-        replica, rank = str(self._spec.rank_id.incarnation.replica), str(self._spec.rank_id.rank)
-        self._metrics.step.labels(replica, rank).set(self._progress.step)
-        self._metrics.bytes_loaded.labels(replica, rank).set(self._progress.bytes_loaded)
-        for phase in RankPhase:
-            self._metrics.state.labels(replica, rank, self._spec.host, phase.value).set(phase is self._progress.phase)
+
+def _export(spec: RankSpec, progress: RankProgress, metrics: RankMetrics) -> None:
+    """Asked at each scrape: true even while no report leaves, or the compute thread hangs."""
+    replica, rank = spec.rank_id.incarnation.replica, str(spec.rank_id.rank)
+    who = (str(replica), rank)
+    metrics.info.labels(replica.model, *who, spec.host, spec.device.value).set(1)
+    metrics.step.labels(*who).set_function(lambda: progress.step)
+    metrics.step_age.labels(*who).set_function(progress.step_age_s)
+    metrics.bytes_loaded.labels(*who).set_function(lambda: progress.bytes_loaded)
+    metrics.bytes_total.labels(*who).set_function(lambda: progress.bytes_total)
+    metrics.peak_host_bytes.labels(*who).set_function(lambda: progress.peak_host_bytes)
+    for phase in RankPhase:
+        metrics.state.labels(*who, spec.host, phase.value).set_function(partial(_is_in, progress, phase))
+
+
+def _is_in(progress: RankProgress, phase: RankPhase) -> bool:
+    return progress.phase is phase

@@ -21,7 +21,7 @@ from cluster.checkpoint.resolve import ResolvedModel, fetch
 from cluster.domain.clock import MonotonicClock
 from cluster.domain.errors import CheckpointError
 from cluster.domain.replica import RankPhase
-from cluster.engine import host_memory, model_card
+from cluster.engine import host_memory, model_card, rank_record
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.heartbeat import Heartbeat
 from cluster.engine.leader import EngineServicer, LeaderServer
@@ -73,8 +73,12 @@ class RankProcess:
 
     def _start(self) -> None:
         spec = self._spec
-        server = MetricsServer(self._registry, spec.bind_host, spec.metrics_port)
-        self._progress.ports["metrics"] = server.port
+        progress = self._progress
+        server = MetricsServer(
+            self._registry, spec.bind_host, spec.metrics_port, ready=lambda: progress.phase is RankPhase.READY
+        )
+        progress.ports["metrics"] = server.port
+        self._leave_record()
         self._heartbeat.start()
         self._log.info("starting", layout=str(spec.layout), collective=spec.collective, host=socket.gethostname())
         checkpoint = self._checkpoint()
@@ -90,7 +94,17 @@ class RankProcess:
     def _enter(self, phase: RankPhase, **facts: Any) -> None:
         self._progress.phase = phase
         self._log.info("phase", phase=phase.value, **facts)
+        self._leave_record()
         self._heartbeat.poke()
+
+    def _leave_record(self) -> None:
+        """For the node's own probes; a rank goes on without it."""
+        if not self._spec.node_dir:
+            return
+        try:
+            rank_record.leave(Path(self._spec.node_dir), str(self._spec.rank_id), self._progress)
+        except OSError as error:
+            self._log.warning("record_not_left", caused_by=str(error))
 
     def _checkpoint(self) -> Checkpoint:
         """The files on this node; CheckpointError when they are not those that were planned with."""
@@ -162,6 +176,9 @@ class RankProcess:
         self._progress.load = scheduler.load()
         server = LeaderServer(spec.bind_host, spec.engine_port)
         metrics = EngineMetrics(self._registry)
+        replica = spec.rank_id.incarnation.replica
+        metrics.info.labels(replica.model, str(replica)).set(1)
+        metrics.kv_blocks.set(spec.kv_blocks)
         loop = EngineLoop(scheduler, runner, self._progress, metrics, server.publish, self._clock)
         self._progress.ports["engine"] = server.start(self._servicer(checkpoint, loop, server))
         self._enter(RankPhase.READY, ports=self._progress.ports)

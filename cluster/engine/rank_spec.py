@@ -21,6 +21,7 @@ class RankSpec:
     ``revision``. ``master_*`` is the torch store of this incarnation, ``plan_*`` where the leader hands out
     step plans; both ports belong to this incarnation alone. ``engine_port`` and ``metrics_port`` are the
     first ones tried. ``weight_bytes``: what this rank will read, from the plan. ``threads``: for torch.
+    ``node_dir``: where the rank leaves its record for whoever watches its node; "" for nowhere.
     """
 
     cluster_name: str
@@ -52,6 +53,7 @@ class RankSpec:
     log_file: str
     threads: int
     weight_bytes: int
+    node_dir: str = ""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank_id.rank < self.layout.world_size, self.rank_id

@@ -58,6 +58,11 @@ class Fleet:
         return any(session.up and not session.endpoint.draining for session in self._sessions.values())
 
     @property
+    def replicas(self) -> frozenset[str]:
+        """The replicas of the endpoint table, by name."""
+        return frozenset(str(incarnation.replica) for incarnation in self._sessions)
+
+    @property
     def models(self) -> tuple[str, ...]:
         """Every model that is served or wanted, sorted."""
         wanted = self._table.models if self._table else ()

@@ -19,6 +19,7 @@ from cluster.domain.errors import (
 from cluster.domain.ids import Incarnation
 from cluster.domain.request import SequenceEnd
 from cluster.router.fleet import Fleet
+from cluster.router.goodput import Timing
 from cluster.router.journal import Journal
 from cluster.router.policy.contracts import Demand
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
@@ -89,21 +90,27 @@ class RequestRun:
         self._text = text
         self._digest = checkpoint_digest
         self._around = surroundings
-        self._arrived_s = arrived_s
+        self._timing = Timing(arrived_s)
         self._journal = Journal(request.resumed_token_ids, request.sampling.max_tokens)
         self._tries = _Tries()
         self._interruption: Exception | None = None
         self._interrupted = asyncio.Event()
         self._stream: SequenceStream | None = None
-        self._last_token_s: float | None = None
         self._wait_until_s: float | None = None
         self._cached_prompt_tokens = 0
         self._itl = surroundings.metrics.inter_token_latency.labels(model=request.model)
+        self._generated = surroundings.metrics.generation_tokens.labels(model=request.model)
 
     @property
     def started(self) -> bool:
         """Whether an engine has generated anything for this call."""
-        return self._last_token_s is not None
+        return self._timing.first_token_s is not None
+
+    @property
+    def good(self) -> bool:
+        """Whether a request that ends now has met the router's objectives."""
+        config = self._around.config
+        return self._timing.meets(config.ttft_objective_s, config.tpot_objective_s, self._around.clock.now())
 
     def interrupt(self, error: Exception) -> None:
         if self._interruption is None:
@@ -182,8 +189,9 @@ class RequestRun:
         tokens = len(request.prompt_token_ids) + len(self._journal.generated)
         entry = session.submit(submit, tokens, updates_max=self._journal.room() + UPDATES_SLACK)
         if attempt == 1:
-            waited_s = self._around.clock.now() - self._arrived_s
-            self._around.metrics.queue_seconds.labels(model=request.model).observe(waited_s)
+            metrics, waited_s = self._around.metrics, self._around.clock.now() - self._timing.arrived_s
+            metrics.queue_seconds.labels(model=request.model).observe(waited_s)
+            metrics.prompt_tokens.labels(model=request.model).inc(len(request.prompt_token_ids))
         return entry
 
     async def _follow(self, emit: Emit, stream: SequenceStream, incarnation: Incarnation) -> Ended | None:
@@ -219,15 +227,16 @@ class RequestRun:
         await emit(Progress(text, token_ids, update.logprobs[: len(token_ids)]))
 
     def _observe_tokens(self, count: int) -> None:
-        now_s = self._around.clock.now()
-        if self._last_token_s is None:
+        now_s, last_s = self._around.clock.now(), self._timing.last_token_s
+        if last_s is None:
             metric = self._around.metrics.time_to_first_token.labels(model=self._request.model)
-            metric.observe(now_s - self._arrived_s)
+            metric.observe(now_s - self._timing.arrived_s)
         elif count:
-            gap_s = (now_s - self._last_token_s) / count
+            gap_s = (now_s - last_s) / count
             for _ in range(count):
                 self._itl.observe(gap_s)
-        self._last_token_s = now_s
+        self._timing.took(count, now_s)
+        self._generated.inc(count)
 
     async def _close(self, emit: Emit, end: SequenceEnd, detail: str, incarnation: Incarnation) -> Ended | None:
         """The engine's last word, in the request's terms; None when another endpoint is to be tried."""

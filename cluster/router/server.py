@@ -58,6 +58,7 @@ class _Call:
     run: RequestRun | None = None
     answered: bool = False  # its End is on the way: whoever hangs up now has got everything
     stalled: bool = False  # its client takes no messages, perhaps no status either
+    leave: Callable[[], object] = lambda: None  # takes it off the running ones
 
 
 class InferenceServer(inference_pb2_grpc.InferenceServicer):
@@ -181,6 +182,8 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         metrics = self._around.metrics
         metrics.requests.labels(model=call.model, outcome=outcome.value).inc()
         metrics.request_duration.labels(model=call.model).observe(self._around.clock.now() - call.arrived_s)
+        if outcome is Outcome.COMPLETED and call.run is not None and call.run.good:
+            metrics.goodput_requests.labels(model=call.model).inc()
 
     async def _write(self, message: inference_pb2.GenerateResponse, call: _Call, context: _Context) -> None:
         """Hands ``message`` to the transport, which takes it when the client has read enough of the others."""
@@ -217,6 +220,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         self._calls.discard(id(call))
         if call.run is not None:
             self._runs.discard(call.run)
+        call.leave()
         if not self._calls:
             self._idle.set()
 
@@ -231,6 +235,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         text = TextStream(tokenizer.vocabulary, valid.stops, valid.sampling.min_tokens) if tokenizer else None
         call.run = RequestRun(valid, text, card.checkpoint_digest, self._around, call.arrived_s)
         self._runs.add(call.run)
+        running = self._around.metrics.running.labels(model=call.model)
+        running.inc()
+        call.leave = running.dec
         return call.run, request.return_token_ids or tokenizer is None
 
     async def _run(self, run: RequestRun, emit: Callable[[Progress], Awaitable[None]], call: _Call) -> Ended:

@@ -16,6 +16,7 @@ from pathlib import Path
 from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.router.fleet import Fleet
+from cluster.router.fleet_series import FleetSeries
 from cluster.router.forwarding import Surroundings
 from cluster.router.health import Health
 from cluster.router.listener import Listener
@@ -77,12 +78,15 @@ async def serve_router(
 
         def publish_readiness() -> None:
             health.set_ready(ready=fleet.ready and not stopping.is_set())
+            series.follow({model: fleet.ready_replicas(model) for model in fleet.models}, fleet.replicas)
 
         settings = SessionSettings(router_id, config.engine_silence_s, config.engine_step_deadline_s, tokenizers)
         rng = random.Random(router_id)  # noqa: S311 - routers break ties differently, that is all
         fleet = Fleet(settings, log, publish_readiness, rng)
         exits.push_async_callback(fleet.close)
-        around = Surroundings(fleet, config, RouterMetrics(registry), clock or MonotonicClock())
+        metrics = RouterMetrics(registry)
+        series = FleetSeries(metrics, config)
+        around = Surroundings(fleet, config, metrics, clock or MonotonicClock())
         server = InferenceServer(around, tokenizers, log)
         inference_pb2_grpc.add_InferenceServicer_to_server(server, listener.server)
         port = listener.bind(config.host, config.port)

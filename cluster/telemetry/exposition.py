@@ -1,11 +1,12 @@
-"""The small HTTP server of every process: /metrics, and /healthz, /readyz where somebody asks."""
+"""The small HTTP server of every process: /metrics, /healthz, /readyz, and what else a process has to tell."""
 
 from __future__ import annotations
 
 import errno
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry
@@ -20,6 +21,18 @@ from cluster.domain.errors import PortTakenError
 PORTS_TRIED = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An answer to a GET."""
+
+    status: int
+    body: bytes
+    content_type: str = "text/plain"
+
+
+Routes = Mapping[str, Callable[[], Page]]
+
+
 def new_registry() -> CollectorRegistry:
     """A registry of a process's own, with the usual process metrics."""
     registry = CollectorRegistry()
@@ -32,14 +45,21 @@ def new_registry() -> CollectorRegistry:
 class MetricsServer:
     """Serves ``registry`` on the first free port from ``first_port`` on (0: any), in a thread of its own.
 
-    ``ready`` answers /readyz; /healthz says only that the process lives. PortTakenError when the
-    64 ports from ``first_port`` on are all taken, another ConfigError when ``host`` is no address of ours.
+    ``ready`` answers /readyz; /healthz says only that the process lives. ``routes``: further paths, whose functions
+    are called in a thread of the request's own. PortTakenError when the 64 ports from ``first_port`` on are all
+    taken, another ConfigError when ``host`` is no address of ours.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, host: str, first_port: int, ready: Callable[[], bool] | None = None
+        self,
+        registry: CollectorRegistry,
+        host: str,
+        first_port: int,
+        ready: Callable[[], bool] | None = None,
+        routes: Routes | None = None,
     ) -> None:
-        self._server = _bind(_request_class(registry, ready or (lambda: True)), host, first_port)
+        pages = {"/healthz": _alive, "/readyz": _readiness(ready or (lambda: True)), **(routes or {})}
+        self._server = _bind(_request_class(registry, pages), host, first_port)
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="metrics", daemon=True
@@ -76,7 +96,17 @@ def _bind(request_class: type[BaseHTTPRequestHandler], host: str, first_port: in
     )
 
 
-def _request_class(registry: CollectorRegistry, ready: Callable[[], bool]) -> type[BaseHTTPRequestHandler]:
+def _alive() -> Page:
+    return Page(200, b"ok\n")
+
+
+def _readiness(ready: Callable[[], bool]) -> Callable[[], Page]:
+    return lambda: Page(200, b"ready\n") if ready() else Page(503, b"not ready\n")
+
+
+def _request_class(registry: CollectorRegistry, pages: Routes) -> type[BaseHTTPRequestHandler]:
+    known = f"try {', '.join(['/metrics', *pages])}\n".encode()
+
     class Request(BaseHTTPRequestHandler):
         timeout = 10  # a client that sends nothing is dropped
 
@@ -84,21 +114,18 @@ def _request_class(registry: CollectorRegistry, ready: Callable[[], bool]) -> ty
             path = self.path.partition("?")[0]
             if path == "/metrics":
                 encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-                self._answer(200, encode(registry), content_type)
-            elif path == "/healthz":
-                self._answer(200, b"ok\n", "text/plain")
-            elif path == "/readyz":
-                is_ready = ready()
-                self._answer(200 if is_ready else 503, b"ready\n" if is_ready else b"not ready\n", "text/plain")
+                self._answer(Page(200, encode(registry), content_type))
+            elif path in pages:
+                self._answer(pages[path]())
             else:
-                self._answer(404, b"try /metrics, /healthz or /readyz\n", "text/plain")
+                self._answer(Page(404, known))
 
-        def _answer(self, status: int, body: bytes, content_type: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
+        def _answer(self, page: Page) -> None:
+            self.send_response(page.status)
+            self.send_header("Content-Type", page.content_type)
+            self.send_header("Content-Length", str(len(page.body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(page.body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
             """Scrapes are not news."""

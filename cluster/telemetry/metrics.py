@@ -47,6 +47,39 @@ class RouterMetrics:
             f"{prefix}_endpoint_picks", "Requests sent, by replica and deciding scorer.", ["replica", "scorer"],
             registry=registry,
         )  # fmt: skip
+        self.goodput_requests = Counter(
+            f"{prefix}_goodput_requests", "Completed requests that met both objectives.", ["model"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            f"{prefix}_prompt_tokens", "Prompt tokens of requests sent to a replica, once each.", ["model"],
+            registry=registry,
+        )  # fmt: skip
+        self.generation_tokens = Counter(
+            f"{prefix}_generation_tokens", "Tokens generated for clients, once each however often they were replayed.",
+            ["model"], registry=registry,
+        )  # fmt: skip
+        self.running = Gauge(
+            f"{prefix}_requests_running", "Requests that are valid and have not ended.", ["model"], registry=registry
+        )
+        self.endpoints = Gauge(
+            f"{prefix}_endpoints", "Replicas that take new requests from this router.", ["model"], registry=registry
+        )
+        self.ttft_objective = Gauge(
+            f"{prefix}_ttft_objective_seconds", "Highest time to first token that counts as good.", registry=registry
+        )
+        self.tpot_objective = Gauge(
+            f"{prefix}_tpot_objective_seconds", "Highest mean time per later token that counts as good.",
+            registry=registry,
+        )  # fmt: skip
+
+    @property
+    def of_model(self) -> tuple[Counter | Gauge | Histogram, ...]:
+        """Those with a label ``model``: they come and go with it."""
+        return (
+            self.requests, self.time_to_first_token, self.inter_token_latency, self.request_duration,
+            self.queue_seconds, self.queued_requests, self.goodput_requests, self.prompt_tokens,
+            self.generation_tokens, self.running, self.endpoints,
+        )  # fmt: skip
 
 
 class EngineMetrics:
@@ -54,9 +87,16 @@ class EngineMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         prefix = "cluster_engine"
+        self.info = Gauge(
+            f"{prefix}_info", "1; joins the other series of this process to their replica.", ["model", "replica"],
+            registry=registry,
+        )  # fmt: skip
         self.running = Gauge(f"{prefix}_num_requests_running", "Sequences in the running batch.", registry=registry)
         self.waiting = Gauge(f"{prefix}_num_requests_waiting", "Sequences that wait to be admitted.", registry=registry)
-        self.kv_cache_usage = Gauge(f"{prefix}_kv_cache_usage_ratio", "KV blocks in use.", registry=registry)
+        self.kv_cache_usage = Gauge(
+            f"{prefix}_kv_cache_usage_ratio", "Share of the KV blocks in use.", registry=registry
+        )
+        self.kv_blocks = Gauge(f"{prefix}_kv_blocks", "KV blocks of the cache, used or not.", registry=registry)
         self.prompt_tokens = Counter(f"{prefix}_prompt_tokens", "Prompt tokens computed.", registry=registry)
         self.generation_tokens = Counter(f"{prefix}_generation_tokens", "Tokens generated.", registry=registry)
         self.preemptions = Counter(
@@ -69,17 +109,30 @@ class EngineMetrics:
 
 
 class RankMetrics:
-    """One rank's progress."""
+    """One rank's progress. The values are asked for at each scrape, so that none goes stale."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.step = Gauge("cluster_rank_step", "Steps this rank has finished.", ["replica", "rank"], registry=registry)
-        self.state = Gauge(
-            "cluster_rank_state", "1 for the state this rank is in.", ["replica", "rank", "node", "state"],
+        who = ["replica", "rank"]
+        self.info = Gauge(
+            "cluster_rank_info", "1; joins the other series of this process to their rank.",
+            ["model", *who, "node", "device"], registry=registry,
+        )  # fmt: skip
+        self.step = Gauge("cluster_rank_step", "Steps this rank has finished.", who, registry=registry)
+        self.step_age = Gauge(
+            "cluster_rank_step_age_seconds", "How long the step now running has run; 0 when idle.", who,
             registry=registry,
         )  # fmt: skip
-        self.bytes_loaded = Gauge(
-            "cluster_rank_loaded_bytes", "Bytes of the shard read so far.", ["replica", "rank"], registry=registry
+        self.state = Gauge(
+            "cluster_rank_state", "1 for the state this rank is in.", [*who, "node", "state"], registry=registry
         )
+        self.bytes_loaded = Gauge(
+            "cluster_rank_loaded_bytes", "Bytes of the shard read so far.", who, registry=registry
+        )
+        self.bytes_total = Gauge("cluster_rank_shard_bytes", "Bytes of the whole shard.", who, registry=registry)
+        self.peak_host_bytes = Gauge(
+            "cluster_rank_loading_peak_host_bytes", "Highest host memory that loading the shard has added.", who,
+            registry=registry,
+        )  # fmt: skip
 
 
 class ControllerMetrics:
@@ -87,6 +140,17 @@ class ControllerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.replicas = Gauge("cluster_replicas", "Replicas by phase.", ["model", "phase"], registry=registry)
+        self.desired_replicas = Gauge(
+            "cluster_desired_replicas", "Replicas that are asked for.", ["model"], registry=registry
+        )
+        self.failures = Gauge(
+            "cluster_replica_failures_in_a_row", "Failures of a replica since it was last ready for a while.",
+            ["model", "replica"], registry=registry,
+        )  # fmt: skip
+        self.oldest_report = Gauge(
+            "cluster_oldest_rank_report_seconds", "Age of the oldest last report of a model's ranks.", ["model"],
+            registry=registry,
+        )  # fmt: skip
         self.transitions = Counter(
             "cluster_replica_transitions", "Phase changes.", ["from", "to", "reason"], registry=registry
         )
@@ -103,3 +167,11 @@ class ControllerMetrics:
             ["call"],
             registry=registry,
         )
+
+
+class NodeMetrics:
+    """One machine of the cluster, told by its worker process."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.up = Gauge("cluster_node_up", "1 while this machine is a node of the cluster.", registry=registry)
+        self.ranks = Gauge("cluster_node_ranks", "Rank processes on this machine.", ["phase"], registry=registry)

@@ -241,6 +241,18 @@ class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DrainNodeRequest(_message.Message):
+    __slots__ = ("node", "deadline_s")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    deadline_s: float
+    def __init__(self, node: _Optional[str] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class DrainNodeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ShutdownRequest(_message.Message):
     __slots__ = ("drain_deadline_s",)
     DRAIN_DEADLINE_S_FIELD_NUMBER: _ClassVar[int]

@@ -54,6 +54,11 @@ class ControlStub:
                 request_serializer=cluster_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/cluster.v1.Control/DrainNode',
+                request_serializer=cluster_dot_v1_dot_control__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_control__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/cluster.v1.Control/Shutdown',
                 request_serializer=cluster_dot_v1_dot_control__pb2.ShutdownRequest.SerializeToString,
@@ -101,6 +106,15 @@ class ControlServicer:
 
     def Drain(self, request, context):
         """Takes one replica out of service: no new work, running streams end within the deadline, then it is replaced.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Empties a node that is about to go: nothing new is placed on it, every replica with a rank there is drained and
+        started elsewhere; answers when no rank is left there. The node stays closed for as long as it belongs to the
+        cluster; started again, it is another node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +171,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=cluster_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=cluster_dot_v1_dot_control__pb2.DrainNodeRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_control__pb2.DrainNodeResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -287,6 +306,33 @@ class Control:
             '/cluster.v1.Control/Drain',
             cluster_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             cluster_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.v1.Control/DrainNode',
+            cluster_dot_v1_dot_control__pb2.DrainNodeRequest.SerializeToString,
+            cluster_dot_v1_dot_control__pb2.DrainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -111,13 +111,14 @@ class RouterCluster:
         return await asyncio.to_thread(read)
 
     async def outcomes(self) -> dict[str, int]:
+        """How many requests ended in which way, of those ways in which some did."""
         found = re.findall(
             r'cluster_router_requests_total\{model="[^"]*",outcome="(\w+)"\} ([\d.]+)', await self.metrics()
         )
         totals: dict[str, int] = {}
         for outcome, count in found:
             totals[outcome] = totals.get(outcome, 0) + int(float(count))
-        return totals
+        return {outcome: count for outcome, count in totals.items() if count}
 
     async def stop_router(self) -> int:
         self.router.stop()

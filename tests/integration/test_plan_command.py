@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.integration
 
@@ -89,6 +90,7 @@ def test_405b_on_one_node_says_why_not(config: Path) -> None:
         (("plan", "{config}", "--device", "h1000"), "No device type is called 'h1000'"),
         (("plan", "{config}", "--dtype", "int4"), "--dtype 'int4' is not allowed"),
         (("plan", "{config}", "--max-model-len", "999999", "--device", "h100"), "more than the model's 131072"),
+        (("plan", "{config}", "--output", "toml"), "Invalid value for '--output'"),
         (("plan",), "Missing argument"),
         (("plam",), "No such command"),
     ],
@@ -106,6 +108,25 @@ def test_a_directory_with_only_its_config_is_enough(config: Path) -> None:
     answer = json.loads(done.stdout)
     assert (answer["tensor_parallel_size"], answer["pipeline_parallel_size"]) == (8, 2)
     assert {rank["read_bytes"] for rank in answer["ranks"]} == {0}
+
+
+def test_values_for_the_chart_go_to_standard_output_and_nothing_else_does(config: Path) -> None:
+    asked = ("plan", str(config), "--devices-per-node", "8", "--device", "h100", "--output", "helm")
+    done = run("-m", "cluster", *asked, "--nodes", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    values = yaml.safe_load(done.stdout)
+    assert values["models"][0]["model"] == f"/models/{config.parent.name}"
+    assert [(group["replicas"], group["devicesPerPod"]) for group in values["workers"]] == [(2, 8)]
+    none = run("-m", "cluster", *asked, "--nodes", "1")
+    assert (none.returncode, none.stdout) == (2, "")
+    assert "add 1 node" in " ".join(none.stderr.split())
+
+
+def test_json_has_two_names(config: Path) -> None:
+    asked = ("-m", "cluster", "plan", str(config), "--nodes", "2", "--device", "h100")
+    both = [run(*asked, *how) for how in (("--json",), ("--output", "json"))]
+    assert both[0].stdout == both[1].stdout
+    assert json.loads(both[0].stdout)["feasible"]
 
 
 def test_this_machine_is_the_default(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import psutil
@@ -15,6 +16,7 @@ from cluster.client.local_cluster import LocalCluster, load_local, remember
 from cluster.config.run_dir import hold_run_dir
 from cluster.config.schema import ClusterConfig, ModelConfig, RouterConfig
 from cluster.controller import controller_actor, ray_start
+from cluster.controller.node_options import NodeOptions
 from cluster.controller.ray_start import RayNode
 from cluster.domain.errors import ConfigError, NoFeasiblePlan, ReplicaError
 
@@ -41,7 +43,7 @@ class World:
         self.step("ray")
         return RayNode("127.0.0.1:6379", "token", ())
 
-    def start_controller(self, config, run_dir) -> str:
+    def start_controller(self, config, run_dir, **_) -> str:
         self.step("controller")
         return "127.0.0.1:50052"
 
@@ -118,7 +120,9 @@ def record(run_dir, pid: int, started_s: float, **changes) -> LocalCluster:
     [
         lambda run_dir: start(run_dir),
         lambda run_dir: assembly.start_head(DEMO, run_dir, 6379, 1, lambda _: None),
-        lambda run_dir: assembly.start_worker("10.0.0.1:6379", run_dir, "10.0.0.2", 1, None),
+        lambda run_dir: assembly.run_worker(
+            NodeOptions("10.0.0.1:6379", "10.0.0.2", 1), run_dir, threading.Event(), lambda _: None, lambda _: None
+        ),
     ],
     ids=["serve", "controller", "worker"],
 )
@@ -270,13 +274,12 @@ def test_a_router_is_started_again_where_clients_know_it(tmp_path, monkeypatch):
     assert asked == [(45678, {"owns_ray": True})]
 
 
-def test_models_that_fit_on_no_node_yet_are_told_and_others_are_errors(world, tmp_path):
+def test_the_configs_models_are_applied_with_what_is_wrong_said(world, tmp_path):
     head = assembly.start_head(DEMO, tmp_path, 6379, 1, lambda _: None)
     world.refuse["apply"] = NoFeasiblePlan("no room")
-    assert assembly.apply_models(head, DEMO) == "no room"
-    world.refuse["apply"] = ConfigError("broken")
-    with pytest.raises(ConfigError, match="broken"):
-        assembly.apply_models(head, DEMO)
+    with pytest.raises(NoFeasiblePlan, match="no room"):
+        assembly.apply_models(head, DEMO.models)
     del world.refuse["apply"]
-    assert assembly.apply_models(head, DEMO) == ""
-    assert assembly.apply_models(head, ClusterConfig()) == ""
+    before = world.done.count("apply")
+    assembly.apply_models(head, ())
+    assert world.done.count("apply") == before + 1, "no models is a wish too"

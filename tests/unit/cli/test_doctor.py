@@ -20,6 +20,7 @@ from cluster.cli.fitness import (
     MachineFacts,
     PackageFact,
     PortFact,
+    Role,
     Verdict,
     judge,
 )
@@ -91,6 +92,12 @@ class TestProbes:
         assert machine.package_fact("grpcio", ">=1").suits
         assert not machine.package_fact("grpcio", "<1").suits
         assert machine.package_fact("no-such-package-here", ">=1").version is None
+
+    def test_a_role_is_asked_only_for_what_it_loads(self) -> None:
+        asked = {role: {fact.name for fact in machine.probe(ClusterConfig(), {}, role).packages} for role in Role}
+        assert asked[Role.ROUTER] < asked[Role.CONTROLLER] < asked[Role.WORKER]
+        assert "torch" in asked[Role.WORKER] - asked[Role.CONTROLLER]
+        assert "ray" in asked[Role.CONTROLLER] - asked[Role.ROUTER]
 
     def test_the_op_is_found_where_setup_builds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))

@@ -117,6 +117,18 @@ class TestRefusals:
         file = write("cluster_name: a\nrouter:\n  prot: 1\n")
         assert refusal(file) == f"router.prot ({file}:3) is no setting; the nearest one is router.port."
 
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("routr: {}\n", "routr (FILE:1) is no setting; the nearest one is router.port."),
+            ("models:\n  - {}\n", "models.0 (FILE:2) is a section; write its settings below it, one by one."),
+            ("router:\n  port: {}\n", "router.port (FILE:2): input should be a valid integer."),
+        ],
+    )
+    def test_what_holds_nothing_is_checked_too(self, write, text: str, said: str) -> None:
+        file = write(text)
+        assert refusal(file) == said.replace("FILE", str(file))
+
     def test_unknown_key_of_a_model(self, write) -> None:
         file = write("models:\n  - model: a\n  - model: b\n    replica: 2\n")
         assert f"models.1.replica ({file}:4)" in refusal(file)

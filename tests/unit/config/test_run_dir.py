@@ -66,6 +66,13 @@ class TestOpen:
         assert ray_dir(long) == ray_dir(long)
         assert ray_dir(long) != ray_dir(long / "y")
 
+    def test_rays_folder_is_closed_again_where_ray_opened_it(self, short_tmp_path: Path) -> None:
+        run_dir = open_run_dir(short_tmp_path / "a")
+        folder = open_ray_dir(run_dir)
+        assert folder.is_relative_to(run_dir)
+        folder.chmod(0o777)
+        assert stat.S_IMODE(open_ray_dir(run_dir).stat().st_mode) == 0o700
+
     def test_rays_folder_is_private(self, tmp_path: Path) -> None:
         folder = open_ray_dir(open_run_dir(tmp_path / ("x" * 40)))
         try:

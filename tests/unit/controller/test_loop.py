@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from cluster.config.schema import ModelConfig
 from cluster.controller import loop as loop_module
+from cluster.controller import node_drain
 from cluster.controller.actuator import Explanation
 from cluster.controller.cluster_status import ProcessFacts
 from cluster.controller.desired import DesiredModel
@@ -33,6 +34,7 @@ class FakeActuator:
 
     def __init__(self) -> None:
         self.alive: set = set()
+        self.where: dict = {}
         self.orders: list = []
         self.destroyed: list = []
         self.swept: list = []
@@ -41,12 +43,19 @@ class FakeActuator:
         self.fail_destroy = 0
         self.sweeping: asyncio.Event | None = None
         self.fail_sweep = 0
+        self.living = {"n0": "10.0.0.1", "n1": "10.0.0.2"}
 
-    async def start(self, order, blocked) -> None:
+    async def start(self, order, talk) -> None:
+        """On the first node that is not draining; waits for one for ever."""
         self.orders.append(order)
         if self.refuse_start:
             raise ReplicaError(self.refuse_start)
-        blocked("")
+        while not (free := [node_id for node_id in self.living if node_id not in talk.draining()]):
+            talk.blocked("every node is draining")
+            await asyncio.sleep(0.005)
+        talk.blocked("")
+        talk.placed(frozenset(free[:1]))
+        self.where[order.incarnation] = free[0]
         self.alive.add(order.incarnation)
         self.ended[order.incarnation] = asyncio.get_running_loop().create_future()
 
@@ -67,6 +76,9 @@ class FakeActuator:
             self.fail_sweep -= 1
             raise ReplicaError("a node does not answer")
         self.swept.append((live, newest))
+
+    async def nodes(self):
+        return dict(self.living)
 
 
 class FakePlanner:
@@ -114,7 +126,8 @@ class Bench:
 
     def speak(self, who, phase=RankPhase.READY, **changes) -> None:
         for rank in range(2):
-            self.loop.take_report(report(who, rank, phase, **changes), (who, rank))
+            where = {"node_id": self.actuator.where.get(who, "n0"), **changes}
+            self.loop.take_report(report(who, rank, phase, **where), (who, rank))
 
     async def ready(self, who) -> None:
         await self.until(lambda: who in self.actuator.alive)
@@ -149,9 +162,9 @@ async def test_the_generation_is_durable_before_anything_acts(bench):
     seen = []
     start = bench.actuator.start
 
-    async def look(order, blocked):
+    async def look(order, talk):
         seen.append(Store(bench.tmp_path).load().slots[order.incarnation.replica].generation)
-        await start(order, blocked)
+        await start(order, talk)
 
     bench.actuator.start = look
     await bench.loop.apply((A,))
@@ -225,6 +238,77 @@ async def test_scaling_an_unknown_model_names_those_there_are(bench):
 async def test_only_a_ready_replica_can_be_drained(bench):
     with pytest.raises(ConfigError, match="unknown"):
         await bench.loop.drain(ReplicaId("m", 0), 1.0)
+
+
+async def test_a_drained_node_is_empty_when_the_answer_comes_and_its_replica_is_elsewhere(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    draining = asyncio.ensure_future(bench.loop.drain_node("10.0.0.1", 0.0))
+    await bench.ready(incarnation(slot=1))  # its slot is taken until it is gone, so another one
+    await asyncio.wait_for(draining, 5)
+    assert bench.actuator.alive == {incarnation(slot=1)}
+    assert bench.actuator.where[incarnation(slot=1)] == "n1"
+    assert bench.serving() == [(1, 1)]
+
+
+async def test_a_replica_that_loads_on_a_draining_node_is_ended_at_once(bench):
+    await bench.loop.apply((A,))
+    await bench.until(lambda: incarnation() in bench.actuator.alive)
+    bench.speak(incarnation(), RankPhase.LOADING)
+    await asyncio.wait_for(bench.loop.drain_node("10.0.0.1", 3600.0), 5)
+    assert incarnation() not in bench.actuator.alive
+
+
+async def test_with_no_room_elsewhere_status_says_that_the_node_is_draining(bench):
+    bench.actuator.living = {"n0": "10.0.0.1"}
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    await asyncio.wait_for(bench.loop.drain_node("10.0.0.1", 0.0), 5)
+    await bench.until(lambda: "draining" in bench.loop.status().models[0].blocked_reason)
+
+
+async def test_a_node_that_left_is_forgotten_and_one_that_comes_back_is_used(bench, monkeypatch):
+    monkeypatch.setattr(node_drain, "LEFT_POLL_S", 0.01)
+    bench.actuator.living = {"n0": "10.0.0.1"}
+    await bench.loop.drain_node("10.0.0.1", 0.0)
+    await bench.loop.apply((A,))
+    await bench.until(lambda: bool(bench.actuator.orders))
+    assert not bench.actuator.alive
+    bench.actuator.living = {"n9": "10.0.0.1"}
+    await bench.ready(incarnation())
+    await bench.until(lambda: not bench.loop._fleet.draining())
+
+
+async def test_an_unknown_node_is_refused_with_those_there_are(bench):
+    with pytest.raises(ConfigError, match=r"'10\.0\.0\.9'; nodes are: 10\.0\.0\.1, 10\.0\.0\.2"):
+        await bench.loop.drain_node("10.0.0.9", 0.0)
+
+
+async def test_a_node_that_does_not_get_empty_is_an_error(bench, monkeypatch):
+    monkeypatch.setattr(node_drain, "MARGIN_S", 0.1)
+    bench.actuator.fail_destroy = 1000
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    with pytest.raises(ReplicaError, match="is not empty: m/0#1"):
+        await asyncio.wait_for(bench.loop.drain_node("10.0.0.1", 0.0), 5)
+
+
+async def test_a_node_can_be_drained_while_everything_shuts_down(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    ending = asyncio.ensure_future(bench.loop.shutdown(0.0))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(bench.loop.drain_node("10.0.0.1", 0.0), 5)
+    await asyncio.wait_for(ending, 5)
+    assert not bench.actuator.alive
+
+
+async def test_the_drain_of_a_node_is_a_call(bench):
+    answer = await ControlService(bench.loop, lambda: None).DrainNode(
+        control_pb2.DrainNodeRequest(node="10.0.0.2", deadline_s=0), context=None
+    )
+    assert answer == control_pb2.DrainNodeResponse()
+    assert bench.loop._fleet.draining() == {"n1"}
 
 
 async def test_routers_hear_every_table_and_are_processes_meanwhile(bench):

@@ -9,6 +9,7 @@ import pytest
 from cluster.config.schema import ControllerConfig
 from cluster.controller import ray_start
 from cluster.controller.ray_start import RayNode
+from cluster.controller.ray_token import token_path
 from cluster.domain.errors import ConfigError
 
 SLEEP = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
@@ -38,24 +39,6 @@ def test_stop_ends_exactly_what_was_recorded(tmp_path):
             child.communicate()
 
 
-def test_a_token_is_made_once_and_private(tmp_path):
-    ray_start._make_token(tmp_path)
-    token = ray_start.token_path(tmp_path)
-    text = token.read_text()
-    ray_start._make_token(tmp_path)
-    assert token.read_text() == text
-    assert len(text) == 64
-    assert token.stat().st_mode & 0o777 == 0o600
-
-
-def test_joining_needs_the_heads_token(tmp_path, monkeypatch):
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match="--token-file"):
-        ray_start.start_worker("10.0.0.1:6379", tmp_path, host="127.0.0.1")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        ray_start.start_worker("10.0.0.1:6379", tmp_path, host="10.0.0.2", token_file=tmp_path / "none")
-
-
 @pytest.fixture
 def living_node(tmp_path):
     child = subprocess.Popen(SLEEP, stdin=subprocess.PIPE)
@@ -78,7 +61,7 @@ def test_a_second_node_under_one_run_directory_is_refused(tmp_path, living_node,
         starts[start]()
     assert ray_start.load_node(tmp_path) == living_node
     assert ray_start.is_alive(living_node)
-    assert not ray_start.token_path(tmp_path).exists()
+    assert not token_path(tmp_path).exists()
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -103,3 +86,45 @@ def test_loopback_stays_loopback(tmp_path):
 def test_rank_ports_are_a_range(ports):
     with pytest.raises(ValueError, match="rank_ports"):
         ControllerConfig(rank_ports=ports)
+
+
+def test_ranks_that_start_with_their_node_are_no_part_of_it():
+    """Of what stands for a raylet and a rank of it, only the first one's end is the node's."""
+    program = f"import subprocess, sys; print(subprocess.Popen({SLEEP!r}).pid, flush=True); sys.stdin.read()"
+    raylet = subprocess.Popen(
+        [sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        rank = psutil.Process(int(raylet.stdout.readline()))
+        node = RayNode("127.0.0.1:1", "t", ray_start._session_members(raylet.pid))
+        assert [pid for pid, _ in node.processes] == [raylet.pid]
+        rank.kill()
+        assert ray_start.is_alive(node)
+        raylet.kill()
+        raylet.wait()
+        assert not ray_start.is_alive(node)
+    finally:
+        raylet.kill()
+        raylet.communicate()
+
+
+def test_a_head_lives_while_its_gcs_and_its_raylet_do(tmp_path):
+    assert not ray_start.head_is_alive(tmp_path)
+    children = {}
+    for name in ("gcs_server", "raylet", "dashboard"):
+        (tmp_path / name).symlink_to("/bin/sleep")  # the kernel names a process after its file
+        children[name] = subprocess.Popen([tmp_path / name, "60"])
+    try:
+        started = tuple((c.pid, psutil.Process(c.pid).create_time()) for c in children.values())
+        ray_start._save(tmp_path, RayNode("127.0.0.1:1", "t", started))
+        assert ray_start.head_is_alive(tmp_path)
+        children["dashboard"].kill()
+        children["dashboard"].wait()
+        assert ray_start.head_is_alive(tmp_path)
+        children["gcs_server"].kill()
+        children["gcs_server"].wait()
+        assert not ray_start.head_is_alive(tmp_path)
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()

@@ -158,3 +158,70 @@ def test_backoff_starts_over_once_a_replica_was_stable():
     assert after_failure(many, None, SETTINGS, 100.0).failures == 7
     assert after_failure(many, 0.1, SETTINGS, 100.0).failures == 7
     assert after_failure(many, 60.0, SETTINGS, 100.0) == SlotHistory(9, 1, 100.5)
+
+
+def test_a_draining_node_drains_what_is_ready_on_it_within_what_is_left():
+    made = ready_fleet(2)
+    made.report(report(incarnation(1), 0, node_id="n1"), "s", 2.0)
+    made.report(report(incarnation(1), 1, node_id="n1"), "s", 2.0)
+    made.drain_nodes({"n0"}, "10.0.0.1", 12.0)
+    assert act((model(replicas=2),), made, 2.0) == (
+        Advance(incarnation(0), ReplicaEvent.DRAIN, "node 10.0.0.1 is draining", 10.0),
+    )
+
+
+def test_one_rank_on_a_draining_node_is_enough():
+    made = ready_fleet()
+    made.report(report(incarnation(), 1, node_id="n7"), "s", 1.0)
+    made.drain_nodes({"n7"}, "10.0.0.7", 5.0)
+    (action,) = act((model(),), made, 1.0)
+    assert (action.incarnation, action.event) == (incarnation(), ReplicaEvent.DRAIN)
+
+
+def test_what_is_not_ready_on_a_draining_node_is_stopped_placed_or_not_yet_heard_of():
+    made, who = fleet(), incarnation()
+    made.start(who, model().fingerprint, 2, "wanted", 0.0)
+    made.drain_nodes({"n0"}, "10.0.0.1", 60.0)
+    assert act((model(),), made, 1.0) == ()  # it still looks for room
+    made.note_placed(who, frozenset({"n0"}))
+    assert act((model(),), made, 1.0) == (Advance(who, ReplicaEvent.STOP, "node 10.0.0.1 is draining"),)
+    made.note_placed(who, frozenset())
+    assert act((model(),), made, 1.0) == ()
+
+
+def test_streams_of_a_slow_drain_end_with_their_node():
+    made, who = ready_fleet(), incarnation()
+    made.advance(who, ReplicaEvent.DRAIN, "scaled", 1.0, 1000.0)
+    made.drain_nodes({"n0"}, "10.0.0.1", 4.0)
+    for rank in range(2):
+        made.report(report(who, rank, activity=RankActivity(running_sequences=1)), (0, rank), 4.0)
+    assert act((model(replicas=0),), made, 3.9) == ()
+    assert act((model(replicas=0),), made, 4.0) == (Advance(who, ReplicaEvent.STOP, "node 10.0.0.1 is draining"),)
+
+
+def test_what_leaves_with_its_node_is_replaced_before_it_is_gone():
+    made = ready_fleet(2)
+    made.drain_nodes({"n0"}, "10.0.0.1", 100.0)
+    for slot in range(2):
+        made.advance(incarnation(slot), ReplicaEvent.DRAIN, "node", 2.0, 98.0)
+    actions = act((model(replicas=2),), made, 2.1)
+    assert [a.incarnation for a in actions if isinstance(a, Start)] == [incarnation(2), incarnation(3)]
+    assert [a for a in act((model(replicas=1),), made, 2.1) if isinstance(a, Start)] == [
+        Start(incarnation(2), "wanted")
+    ]
+
+
+def test_a_drain_for_another_reason_is_not_replaced_before_it_is_gone():
+    made = ready_fleet()
+    made.advance(incarnation(), ReplicaEvent.DRAIN, "an operator asked for it", 1.0, 30.0)
+    assert act((model(),), made, 1.1) == ()
+
+
+def test_the_earlier_deadline_of_a_node_counts_and_a_node_that_left_counts_no_more():
+    made = ready_fleet()
+    made.drain_nodes({"n0"}, "10.0.0.1", 50.0)
+    made.drain_nodes({"n0"}, "10.0.0.1", 90.0)
+    (action,) = act((model(),), made, 2.0)
+    assert action.drain_s == 48.0
+    made.keep_nodes({"n1"})
+    assert act((model(),), made, 1.0) == ()

@@ -16,7 +16,20 @@ from tests.unit.controller.builders import model, report
 
 TICK_S = 0.5
 SETTINGS = DEFAULTS.model_copy(update={"start_deadline_s": 20.0})
-EVENTS = ("kill", "silence", "fail", "hang", "scale_up", "scale_down", "change", "drain", "stuck", "crash", "wait")
+EVENTS = (
+    "kill",
+    "silence",
+    "fail",
+    "hang",
+    "scale_up",
+    "scale_down",
+    "change",
+    "drain",
+    "stuck",
+    "crash",
+    "wait",
+    "node",
+)
 
 
 class World:
@@ -29,6 +42,8 @@ class World:
         self.alive: dict[Incarnation, int] = {}  # incarnation -> ticks since its start
         self.faults: dict[Incarnation, str] = {}
         self.stuck = False
+        self.node_id = "n0"
+        self.where: dict[Incarnation, str] = {}
         self.fleet = Fleet(SETTINGS, {}, 0.0)
 
     @property
@@ -47,6 +62,9 @@ class World:
                 self.max_model_len += 1
             case "drain" if ready:
                 self.fleet.advance(ready[0].incarnation, ReplicaEvent.DRAIN, "operator", self.now_s, 3.0)
+            case "node":  # one that goes, and comes back as another
+                self.fleet.drain_nodes({self.node_id}, "h", self.now_s + 3.0)
+                self.node_id = f"n{int(self.node_id[1:]) + 1}"
             case "stuck":
                 self.stuck = True
             case "crash":
@@ -78,7 +96,9 @@ class World:
             else:
                 phase = RankPhase.FAILED if fault == "fail" else phases[min(age, 3)]
                 step_age_s = 100.0 if fault == "hang" else 0.0
-                self.fleet.report(report(who, rank, phase, step_age_s=step_age_s), (who, rank), self.now_s)
+                self.fleet.report(
+                    report(who, rank, phase, step_age_s=step_age_s, node_id=self.where[who]), (who, rank), self.now_s
+                )
 
     def carry_out(self, action) -> None:
         match action:
@@ -87,6 +107,8 @@ class World:
                 wanted = self.desired[0]
                 self.fleet.start(who, wanted.fingerprint, 2, reason, self.now_s)
                 self.alive[who] = 0
+                self.where[who] = self.node_id
+                self.fleet.note_placed(who, frozenset({self.node_id}))
                 self.fleet.advance(who, ReplicaEvent.PLACED, "placed", self.now_s)
             case Advance(who, event, reason, drain_s):
                 self.fleet.advance(who, event, reason, self.now_s, drain_s)
@@ -105,6 +127,7 @@ class World:
             len(views) == self.replicas
             and all(v.phase is ReplicaPhase.READY for v in views)
             and all(v.fingerprint == self.desired[0].fingerprint for v in views)
+            and not [v for v in views if self.fleet.observed().leaving(v)]
             and set(self.alive) == {v.incarnation for v in views}
         )
 

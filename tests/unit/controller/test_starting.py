@@ -60,6 +60,17 @@ def test_they_share_a_node_rather_than_wait():
     assert placed.node_ids == ("a",)
 
 
+def test_a_draining_node_takes_nothing_and_is_named():
+    nodes = inventory(node("a", 4), node("b", 4))
+    assert place_replica(TP2, nodes, {"b": 1}, {"a"}).node_ids == ("b",)
+    reason = place_replica(TP2, nodes, {}, {"a", "b"})
+    assert reason.endswith("asked for is draining, and taken for nothing new: host-a, host-b")
+    reason = place_replica(TP2, inventory(node("a", 4), node("b", 4, free=1)), {}, {"a"})
+    assert "host-b has 1 of 4 free" in reason
+    assert reason.endswith("; draining, and taken for nothing new: host-a")
+    assert "draining" not in place_replica(TP2, inventory(node("a", 1)), {}, {"z"})
+
+
 @pytest.mark.parametrize(
     ("nodes", "words"),
     [

@@ -176,3 +176,11 @@ async def test_a_deadline_after_the_first_token() -> None:
         await request.ended(deadline_s=0.02)
     assert caught.value.abort_reason is AbortReason.DEADLINE
     assert request.token_ids == [10]
+
+
+async def test_tokens_count_once_however_often_they_are_sent() -> None:
+    request = Request(Session(0, [Says([10]), Says([11, 12])]), Session(1, [Says([13, 14, 15], LENGTH)]))
+    await request.ended()
+    labels = {"model": "demo"}
+    assert request.registry.get_sample_value("cluster_router_prompt_tokens_total", labels) == 2
+    assert request.registry.get_sample_value("cluster_router_generation_tokens_total", labels) == 6

@@ -219,3 +219,34 @@ async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
     assert call.cancelled()
     assert router.server.active_requests == 0
     assert list(router.outcomes()) == [("demo", "aborted_client")]
+
+
+def value(router: Router, name: str, model: str = "demo") -> float:
+    return router.registry.get_sample_value(f"cluster_router_{name}", {"model": model}) or 0.0
+
+
+@pytest.mark.parametrize(("objective_s", "good"), [(5.0, 1), (1e-9, 0)])
+async def test_a_completed_request_counts_as_good_when_it_was_quick(
+    monkeypatch: pytest.MonkeyPatch, objective_s: float, good: int
+) -> None:
+    router = Router(ttft_objective_s=objective_s)
+    router.serve(monkeypatch)
+    monkeypatch.setattr(RequestRun, "run", run_that_emits(1))
+    await router.server.Generate(request(), Context())
+    assert router.outcomes() == {("demo", "completed"): 1}
+    assert value(router, "goodput_requests_total") == good
+
+
+async def test_a_request_runs_from_when_it_is_valid_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = Router()
+    router.serve(monkeypatch)
+    seen: list[float] = []
+
+    async def run(_self: RequestRun, _emit: Any, _deadline_s: float | None) -> Ended:
+        seen.append(value(router, "requests_running"))
+        return Ended(inference_pb2.FINISH_REASON_LENGTH, inference_pb2.Usage())
+
+    monkeypatch.setattr(RequestRun, "run", run)
+    await router.server.Generate(request(), Context())
+    await router.refused("Generate", request(model="other", token_ids=None))
+    assert (seen, value(router, "requests_running"), value(router, "requests_running", "unknown")) == ([1.0], 0.0, 0.0)

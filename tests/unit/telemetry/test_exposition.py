@@ -11,7 +11,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from cluster.domain.errors import ConfigError, PortTakenError
 from cluster.telemetry import exposition
-from cluster.telemetry.exposition import MetricsServer, new_registry
+from cluster.telemetry.exposition import MetricsServer, Page, new_registry
 
 LOOPBACK = "127.0.0.1"
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -107,3 +107,15 @@ def test_closing_frees_the_port() -> None:
     second = MetricsServer(new_registry(), LOOPBACK, first.port)
     second.close()
     assert second.port == first.port
+
+
+def test_a_process_may_have_pages_of_its_own() -> None:
+    told = iter((Page(503, b"{}", "application/json"), Page(200, b"[1]", "application/json")))
+    server = MetricsServer(new_registry(), LOOPBACK, 0, routes={"/told": lambda: next(told)})
+    try:
+        assert get(server, "/told") == (503, "{}", "application/json")
+        assert get(server, "/told?x=1") == (200, "[1]", "application/json")
+        assert get(server, "/readyz")[0] == 200
+        assert "/told" in get(server, "/elsewhere")[1]
+    finally:
+        server.close()

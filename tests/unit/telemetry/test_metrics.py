@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.telemetry.metrics import ControllerMetrics, EngineMetrics, RankMetrics, RouterMetrics
+from cluster.telemetry.metrics import ControllerMetrics, EngineMetrics, NodeMetrics, RankMetrics, RouterMetrics
 
 # Dashboards and alerts know these names: as they stand on /metrics, with their labels.
 PUBLISHED = {
@@ -18,8 +21,17 @@ PUBLISHED = {
         "cluster_router_queued_requests": {"model"},
         "cluster_router_failovers_total": {"reason"},
         "cluster_router_endpoint_picks_total": {"replica", "scorer"},
+        "cluster_router_goodput_requests_total": {"model"},
+        "cluster_router_prompt_tokens_total": {"model"},
+        "cluster_router_generation_tokens_total": {"model"},
+        "cluster_router_requests_running": {"model"},
+        "cluster_router_endpoints": {"model"},
+        "cluster_router_ttft_objective_seconds": set(),
+        "cluster_router_tpot_objective_seconds": set(),
     },
     EngineMetrics: {
+        "cluster_engine_info": {"model", "replica"},
+        "cluster_engine_kv_blocks": set(),
         "cluster_engine_num_requests_running": set(),
         "cluster_engine_num_requests_waiting": set(),
         "cluster_engine_kv_cache_usage_ratio": set(),
@@ -29,11 +41,20 @@ PUBLISHED = {
         "cluster_engine_step_seconds": {"kind"},
     },
     RankMetrics: {
+        "cluster_rank_info": {"model", "replica", "rank", "node", "device"},
         "cluster_rank_step": {"replica", "rank"},
+        "cluster_rank_step_age_seconds": {"replica", "rank"},
+        "cluster_rank_loaded_bytes": {"replica", "rank"},
+        "cluster_rank_shard_bytes": {"replica", "rank"},
+        "cluster_rank_loading_peak_host_bytes": {"replica", "rank"},
         "cluster_rank_state": {"replica", "rank", "node", "state"},
     },
+    NodeMetrics: {"cluster_node_up": set(), "cluster_node_ranks": {"phase"}},
     ControllerMetrics: {
         "cluster_replicas": {"model", "phase"},
+        "cluster_desired_replicas": {"model"},
+        "cluster_replica_failures_in_a_row": {"model", "replica"},
+        "cluster_oldest_rank_report_seconds": {"model"},
         "cluster_replica_transitions_total": {"from", "to", "reason"},
         "cluster_reconcile_seconds": set(),
         "cluster_placement_blocked": {"model", "reason"},
@@ -41,6 +62,7 @@ PUBLISHED = {
 }
 CLOSED_LABELS = {
     "model", "outcome", "reason", "replica", "scorer", "kind", "rank", "node", "state", "phase", "from", "to", "call",
+    "device",
 }  # fmt: skip
 
 
@@ -90,3 +112,24 @@ def test_all_groups_fit_on_one_registry() -> None:
     for group in PUBLISHED:
         group(registry)
     assert b"cluster_engine_num_requests_running" in generate_latest(registry)
+
+
+def test_every_router_metric_with_a_model_goes_with_the_model() -> None:
+    metrics = RouterMetrics(CollectorRegistry())
+    with_model = [m for m in vars(metrics).values() if "model" in getattr(m, "_labelnames", ())]
+    assert {m._name for m in metrics.of_model} == {m._name for m in with_model}
+
+
+SOURCES = {path: path.read_text() for path in (Path(__file__).parents[3] / "cluster").rglob("*.py")}
+FED = r"\.(inc|dec|set|observe|set_function|labels|track_inprogress|remove|remove_by_labels)\b"
+
+
+@pytest.mark.parametrize("group", PUBLISHED, ids=lambda group: group.__name__)
+def test_every_declared_metric_is_fed(group: type) -> None:
+    """Some code says ``metrics.NAME.inc()`` or the like; the declarations themselves do not count."""
+    texts = [text for path, text in SOURCES.items() if path.name != "metrics.py"]
+    attributes = [
+        name for name, value in vars(group(CollectorRegistry())).items() if isinstance(value, MetricWrapperBase)
+    ]
+    unfed = [name for name in attributes if not any(re.search(rf"metrics\.{name}{FED}", text) for text in texts)]
+    assert unfed == []

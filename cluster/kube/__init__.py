@@ -1,0 +1,1 @@
+"""What Kubernetes knows of our pods: read, never changed."""

@@ -1,0 +1,52 @@
+"""Which series a router shows: those of the models and replicas that are, zeros included, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.config.schema import RouterConfig
+from cluster.domain.request import Outcome
+from cluster.router.sequence_stream import LossReason
+from cluster.telemetry.metrics import RouterMetrics
+
+
+class FleetSeries:
+    """Keeps ``metrics`` in step with the fleet.
+
+    A counter that appears together with its first event hides that event from every rate, so all of a model's
+    counters begin with the model. They outlive its replicas and end with it; a replica's own series end with the
+    replica.
+    """
+
+    def __init__(self, metrics: RouterMetrics, config: RouterConfig) -> None:
+        self._metrics = metrics
+        self._models: set[str] = set()
+        self._replicas: set[str] = set()
+        metrics.ttft_objective.set(config.ttft_objective_s)
+        metrics.tpot_objective.set(config.tpot_objective_s)
+        for reason in LossReason:
+            metrics.failovers.labels(reason=reason.value)
+
+    def follow(self, ready: Mapping[str, int], replicas: frozenset[str]) -> None:
+        """``ready``: replicas that take new work, by every known model; ``replicas``: those in the endpoint table."""
+        metrics = self._metrics
+        for model, count in ready.items():
+            metrics.endpoints.labels(model=model).set(count)
+        for model in ready.keys() - self._models:
+            self._begin(model)
+        # What was seen once may come back with a late request: it is dropped again at the next change.
+        self._models |= ready.keys()
+        for model in self._models - ready.keys():
+            for metric in metrics.of_model:
+                metric.remove_by_labels({"model": model})
+        self._replicas |= replicas
+        for replica in self._replicas - replicas:
+            metrics.endpoint_picks.remove_by_labels({"replica": replica})
+        self._replicas = set(replicas)
+
+    def _begin(self, model: str) -> None:
+        for outcome in Outcome:
+            self._metrics.requests.labels(model=model, outcome=outcome.value)
+        for metric in self._metrics.of_model:
+            if metric is not self._metrics.requests:
+                metric.labels(model=model)

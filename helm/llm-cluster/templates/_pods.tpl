@@ -1,0 +1,239 @@
+{{/* What pods have in common. All satisfy the restricted Pod Security Standard. */}}
+
+{{- define "llm-cluster.podSpec" -}}
+serviceAccountName: {{ include "llm-cluster.serviceAccountName" (dict "root" .root "component" .account) }}
+automountServiceAccountToken: {{ .token | default false }}
+# A Service of a release called llm-cluster would put LLM_CLUSTER_ variables here, which are settings.
+enableServiceLinks: false
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile:
+    type: RuntimeDefault
+  {{- if .sysctls }}
+  sysctls:
+    - name: net.ipv4.ip_local_port_range
+      value: {{ .root.Values.network.ephemeralPorts | quote }}
+  {{- end }}
+{{- with .settings }}
+{{- range $name := list "nodeSelector" "tolerations" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
+{{- with get $.settings $name }}
+{{ $name }}:
+  {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "llm-cluster.podMeta" -}}
+labels:
+  {{- include "llm-cluster.selectorLabels" . | nindent 2 }}
+  app.kubernetes.io/part-of: llm-cluster
+  {{- with omit .settings.podLabels "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" "app.kubernetes.io/part-of" "llm-cluster/worker-group" }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with merge .checksums .settings.podAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* A change of the token restarts what uses it. */}}
+{{- define "llm-cluster.tokenChecksum" -}}
+{{- dict "auth" .Values.auth | toJson | sha256sum -}}
+{{- end -}}
+
+{{- define "llm-cluster.containerSecurity" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  runAsNonRoot: true
+  capabilities:
+    drop: [ALL]
+  seccompProfile:
+    type: RuntimeDefault
+{{- end -}}
+
+{{/* The image's entrypoint is `tini -- llm-cluster`: somebody has to reap what Ray leaves behind. Pods give arguments only. */}}
+{{- define "llm-cluster.image-lines" -}}
+image: {{ include "llm-cluster.image" . }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+{{- end -}}
+
+{{- define "llm-cluster.env" -}}
+- name: POD_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.podIP
+- name: HOME
+  value: /tmp
+{{- end -}}
+
+{{- define "llm-cluster.userEnv" -}}
+{{- with concat .root.Values.extraEnv .settings.env }}
+{{- toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* For the pods that read models. */}}
+{{- define "llm-cluster.hubEnv" -}}
+- name: HF_HUB_DISABLE_TELEMETRY
+  value: "1"
+{{- if eq .Values.modelVolume.type "hubCache" }}
+- name: HF_HOME
+  value: {{ .Values.modelVolume.mountPath }}
+{{- with .Values.hub.endpoint }}
+- name: HF_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.hub.tokenSecret }}
+{{- if .name }}
+- name: HF_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ .name }}
+      key: {{ .key }}
+{{- end }}
+{{- end }}
+{{- else }}
+- name: HF_HUB_OFFLINE
+  value: "1"
+{{- end }}
+{{- end -}}
+
+{{- define "llm-cluster.volumes" -}}
+{{- if not .persistent }}
+- name: run
+  emptyDir: {}
+{{- end }}
+- name: tmp
+  emptyDir: {}
+{{- if .shm }}
+- name: shm
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ .shm }}
+{{- end }}
+{{- if .config }}
+- name: config
+  configMap:
+    name: {{ include "llm-cluster.fullname" .root }}-config
+{{- end }}
+{{- if .shm }}
+- name: token
+  secret:
+    secretName: {{ include "llm-cluster.tokenSecret" .root }}
+    defaultMode: 0440
+    items:
+      - key: {{ .root.Values.auth.key }}
+        path: token
+{{- $models := .root.Values.modelVolume }}
+{{- if eq $models.type "pvc" }}
+- name: models
+  persistentVolumeClaim:
+    claimName: {{ $models.pvc.claimName }}
+    readOnly: true
+{{- else if eq $models.type "hostPath" }}
+- name: models
+  hostPath:
+    path: {{ $models.hostPath.path }}
+    type: Directory
+{{- end }}
+{{- end }}
+{{- with .root.Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "llm-cluster.mounts" -}}
+- name: run
+  mountPath: /var/lib/llm-cluster
+- name: tmp
+  mountPath: /tmp
+{{- if .shm }}
+- name: shm
+  mountPath: /dev/shm
+{{- end }}
+{{- if .config }}
+- name: config
+  mountPath: /etc/llm-cluster
+  readOnly: true
+{{- end }}
+{{- if .shm }}
+- name: token
+  mountPath: /var/run/secrets/llm-cluster
+  readOnly: true
+{{- $models := .root.Values.modelVolume }}
+{{- if ne $models.type "none" }}
+- name: models
+  mountPath: {{ $models.mountPath }}
+  {{- if ne $models.type "hubCache" }}
+  readOnly: true
+  {{- end }}
+  {{- if eq $models.type "pvc" }}
+  {{- with $models.pvc.subPath }}
+  subPath: {{ . }}
+  {{- end }}
+  {{- end }}
+{{- end }}
+{{- end }}
+{{- with .root.Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "llm-cluster.claim" -}}
+- metadata:
+    name: {{ .name }}
+    labels:
+      {{- include "llm-cluster.selectorLabels" . | nindent 6 }}
+  spec:
+    accessModes: [ReadWriteOnce]
+    {{- with .storageClass }}
+    storageClassName: {{ . }}
+    {{- end }}
+    resources:
+      requests:
+        storage: {{ .size }}
+{{- end -}}
+
+{{/* The claim for models of each pod, for the types that have one. */}}
+{{- define "llm-cluster.modelClaim" -}}
+{{- $models := .root.Values.modelVolume -}}
+{{- if has $models.type (list "local" "hubCache") -}}
+{{- include "llm-cluster.claim" (merge (dict "name" "models") (pick . "root" "component" "group") (get $models $models.type)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A group's affinity; with a hub cache at most one worker pod of the release on a node, so that nothing is fetched twice. */}}
+{{- define "llm-cluster.workerAffinity" -}}
+{{- $affinity := deepCopy .settings.affinity -}}
+{{- if eq .root.Values.modelVolume.type "hubCache" -}}
+{{- $labels := include "llm-cluster.selectorLabels" (dict "root" .root "component" "worker") | fromYaml -}}
+{{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels) -}}
+{{- $anti := get $affinity "podAntiAffinity" | default dict -}}
+{{- $kind := "requiredDuringSchedulingIgnoredDuringExecution" -}}
+{{- $_ := set $anti $kind (append (get $anti $kind | default list) $term) -}}
+{{- $_ := set $affinity "podAntiAffinity" $anti -}}
+{{- end -}}
+{{- toJson $affinity -}}
+{{- end -}}
+
+{{- define "llm-cluster.httpGet" -}}
+httpGet:
+  path: {{ . }}
+  port: metrics
+{{- end -}}

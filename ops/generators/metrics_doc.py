@@ -1,0 +1,136 @@
+"""docs/metrics.md: every metric, from the declarations, and every alert, from the rule files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+from cluster.controller.replica_lifecycle import ReplicaEvent
+from cluster.controller.replica_series import NO_ROOM
+from cluster.domain.replica import RankPhase, ReplicaPhase
+from cluster.domain.request import Outcome
+from cluster.router.sequence_stream import LossReason
+from cluster.router.server import UNKNOWN_MODEL
+from ops.monitoring.declared import GROUPS, Metric, declared, of_every_process
+from ops.monitoring.rules import Rule, rules
+
+PATH = "docs/metrics.md"
+HEAD = """\
+# Metrics and alerts
+
+Written by `ops/generate`. Every process serves its own on `/metrics` (port 9100 or the next free one); the controller's
+`/targets` lists all of them for Prometheus's `http_sd_configs`. `docs/operating.md` shows how to watch a cluster.
+
+Labels come from closed sets: there is never the id of a request. Series end with the model or replica they are about;
+what a router counts of a model outlives the model's replicas. Counters of a model begin at 0 with the model.
+"""
+OUTCOMES = {
+    Outcome.COMPLETED: "ended by stop or length",
+    Outcome.ABORTED_CLIENT: "its client left, cancelled, or read nothing for `client_stall_s`",
+    Outcome.ABORTED_DEADLINE: "its deadline came after the first token",
+    Outcome.REJECTED_INVALID: "a bad field, too long, or no such model",
+    Outcome.REJECTED_CAPACITY: "a queue or a limit was full",
+    Outcome.EVICTED_DEADLINE: "its deadline came before the first token",
+    Outcome.REJECTED_UNAVAILABLE: "no replica was ready, or the router drained",
+    Outcome.FAILED_REPLICA: "it outlived `max_failovers` replicas, or no other came in `failover_wait_s`",
+    Outcome.FAILED_INTERNAL: "a bug",
+}
+LOSSES = {
+    LossReason.BROKEN: "the session's stream ended or failed",
+    LossReason.SILENT: "no message for `engine_silence_s`",
+    LossReason.STUCK: "one step ran for `engine_step_deadline_s`",
+    LossReason.REMOVED: "the controller took the replica out of the table",
+    LossReason.DROPPED: "the engine ended the sequence without being asked",
+    LossReason.OVERFLOW: "more updates than a request can have",
+}
+
+
+def files() -> dict[str, str]:
+    return {PATH: page()}
+
+
+def page() -> str:
+    parts = [HEAD]
+    for group, (_, where) in GROUPS.items():
+        parts += [f"## {group.capitalize()}\n", f"{where}\n", _table(m for m in declared() if m.group == group)]
+    parts += ["## Every process\n", "From prometheus_client, about the process itself.\n", _table(of_every_process())]
+    parts += ["## Labels\n", _labels(), "## Recording rules\n", _recorded(), "## Alerts\n", ALERTS_HEAD]
+    parts += [_alert(rule) for rule in rules() if rule.is_alert]
+    return "\n".join(parts)
+
+
+ALERTS_HEAD = """\
+Each compares a recording rule with a number (`helm/llm-cluster/rules/`). `ops/monitor` proves on a live cluster that
+every one of them has data.
+"""
+
+
+def _table(metrics: Iterable[Metric]) -> str:
+    rows = [
+        (f"`{metric.name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), _meaning(metric))
+        for metric in metrics
+    ]
+    return _markdown(("name", "type", "labels", "meaning"), rows)
+
+
+def _meaning(metric: Metric) -> str:
+    if not metric.buckets:
+        return metric.meaning
+    return f"{metric.meaning} Buckets: {' '.join(f'{bound:g}' for bound in metric.buckets)}."
+
+
+def _labels() -> str:
+    rows = [
+        ("`model`", f"what clients call it; `{UNKNOWN_MODEL}` for requests that name no served model"),
+        ("`replica`", "MODEL/SLOT; a rebuilt replica keeps its name"),
+        ("`rank`", "0 is the leader"),
+        ("`node`", "the address by which the others reach the rank's machine"),
+        ("`device`", "cpu or cuda"),
+        ("`outcome`", _explained(OUTCOMES)),
+        ("`reason` of failovers", _explained(LOSSES)),
+        ("`reason` of a blocked placement", f"`{NO_ROOM}`"),
+        ("`reason` of transitions", f"{_values(ReplicaEvent)}, or what failed (start, dead, failed, silent ...)"),
+        ("`phase`, `from`, `to` of replicas", _values(ReplicaPhase)),
+        ("`state` of a rank, `phase` of a node's ranks", _values(RankPhase)),
+        ("`kind` of a step", "`prefill`, `decode`, `mixed`"),
+        ("`scorer`", "the policy's part that decided; `only` when there was no choice"),
+        ("`call`", "the controller's call to Ray"),
+    ]
+    return _markdown(("label", "values"), rows)
+
+
+def _explained(values: dict[StrEnum, str]) -> str:
+    return "; ".join(f"`{value.value}`: {meaning}" for value, meaning in values.items())
+
+
+def _values(kind: type[StrEnum]) -> str:
+    return ", ".join(f"`{value.value}`" for value in kind)
+
+
+def _recorded() -> str:
+    rows = [(f"`{rule.name}`", f"`{_one_line(rule.expr)}`") for rule in rules() if not rule.is_alert]
+    return _markdown(("name", "is"), rows)
+
+
+def _alert(rule: Rule) -> str:
+    pending = "at once" if rule.pending in ("", "0m") else f"after {rule.pending}"
+    return (
+        f"### {rule.name}\n\n{rule.labels['severity'].capitalize()}, {pending}: `{_one_line(rule.expr)}`\n\n"
+        f"{_plain(rule.annotations['description'])}\n"
+    )
+
+
+def _plain(template: str) -> str:
+    """An annotation for a reader who has no alert before them: its labels by their names."""
+    for label in ("model", "replica", "rank", "instance"):
+        template = template.replace(f"{{{{ $labels.{label} }}}}", f"a {label}" if label != "instance" else "a router")
+    return template.replace("|", "\\|")
+
+
+def _one_line(expr: str) -> str:
+    return " ".join(expr.split()).replace("( ", "(").replace(" )", ")")
+
+
+def _markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry
+
+from cluster.config.schema import RouterConfig
+from cluster.domain.request import Outcome
+from cluster.router.fleet_series import FleetSeries
+from cluster.router.sequence_stream import LossReason
+from cluster.telemetry.metrics import LATENCY_BUCKETS_S, RouterMetrics
+
+HISTOGRAMS = 4
+PLAIN_OF_MODEL = 6  # goodput, prompt and generation tokens, running, queued, endpoints
+# Of a counter and of a histogram prometheus_client shows when they began, too.
+PER_MODEL = 2 * len(Outcome) + PLAIN_OF_MODEL + 3 + HISTOGRAMS * (len(LATENCY_BUCKETS_S) + 1 + 3)
+PER_ROUTER = 2 * len(LossReason) + 2
+
+
+class Page:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = RouterMetrics(self.registry)
+        self.series = FleetSeries(self.metrics, RouterConfig(ttft_objective_s=1.5, tpot_objective_s=0.1))
+
+    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        found = (s for family in self.registry.collect() for s in family.samples)
+        return {(s.name, tuple(sorted(s.labels.items()))): s.value for s in found}
+
+    def of(self, label: str, value: str) -> list[str]:
+        return [name for name, labels in self.samples() if (label, value) in labels]
+
+
+def test_every_counter_of_a_model_begins_at_zero_with_it() -> None:
+    page = Page()
+    page.series.follow({"demo": 2}, frozenset({"demo/0", "demo/1"}))
+    found = page.samples()
+    assert found["cluster_router_endpoints", (("model", "demo"),)] == 2
+    for outcome in Outcome:
+        assert found["cluster_router_requests_total", (("model", "demo"), ("outcome", outcome.value))] == 0
+    for name in ("goodput_requests_total", "prompt_tokens_total", "generation_tokens_total", "requests_running"):
+        assert found[f"cluster_router_{name}", (("model", "demo"),)] == 0
+    assert found["cluster_router_failovers_total", (("reason", "broken"),)] == 0
+    assert found["cluster_router_ttft_objective_seconds", ()] == 1.5
+    assert found["cluster_router_tpot_objective_seconds", ()] == 0.1
+
+
+def test_counters_outlive_a_replica_and_end_with_the_model() -> None:
+    page = Page()
+    page.series.follow({"a": 1, "b": 1}, frozenset({"a/0", "b/0"}))
+    page.metrics.generation_tokens.labels(model="a").inc(7)
+    page.metrics.endpoint_picks.labels(replica="a/0", scorer="only").inc()
+    page.series.follow({"a": 0, "b": 1}, frozenset({"b/0"}))
+    assert page.samples()["cluster_router_generation_tokens_total", (("model", "a"),)] == 7
+    assert page.of("replica", "a/0") == []
+    page.series.follow({"b": 1}, frozenset({"b/0"}))
+    assert page.of("model", "a") == []
+    assert page.of("model", "b") != []
+
+
+def test_a_late_request_of_a_gone_model_leaves_nothing_behind() -> None:
+    page = Page()
+    page.series.follow({"a": 1, "b": 1}, frozenset({"a/0", "b/0"}))
+    page.series.follow({"b": 1}, frozenset({"b/0"}))
+    page.metrics.requests.labels(model="a", outcome="completed").inc()
+    page.series.follow({"b": 0}, frozenset())
+    assert page.of("model", "a") == []
+
+
+def test_series_are_bounded_by_models_and_replicas_whatever_comes_and_goes() -> None:
+    page = Page()
+    models, replicas = 5, 8
+    for generation in range(20):
+        names = [f"m{generation}-{index}" for index in range(models)]
+        slots = {f"{name}/{slot}" for name in names for slot in range(replicas)}
+        page.series.follow(dict.fromkeys(names, replicas), frozenset(slots))
+        for replica in slots:
+            page.metrics.endpoint_picks.labels(replica=replica, scorer="least_load").inc()
+        for name in names:
+            page.metrics.time_to_first_token.labels(model=name).observe(0.1)
+    assert len(page.samples()) == PER_ROUTER + models * (PER_MODEL + 2 * replicas)
