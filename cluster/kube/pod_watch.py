@@ -14,7 +14,7 @@ RETRY_S = 1.0
 RETRY_MAX_S = 60.0
 # What was seen before the API fell silent is not told for longer than this.
 STALE_S = 120.0
-CLOSE_DEADLINE_S = 5.0
+CLOSE_PAUSE_S, CLOSE_TRIES = 0.05, 200
 
 
 class PodsUnavailable(Exception):  # noqa: N818 - a state of the API, which passes
@@ -51,7 +51,7 @@ class PodSource(Protocol):
         """What happened after ``version``; ends by itself after a while. VersionGone when that is too long ago."""
 
     def close(self) -> None:
-        """Ends a watch that runs."""
+        """Ends the watch that runs, if there is one."""
 
 
 class PodWatch:
@@ -82,8 +82,11 @@ class PodWatch:
 
     def close(self) -> None:
         self._closing.set()
-        self._source.close()
-        self._thread.join(CLOSE_DEADLINE_S)
+        for _ in range(CLOSE_TRIES):
+            self._source.close()  # again, for a watch may begin just now
+            self._thread.join(CLOSE_PAUSE_S)
+            if not self._thread.is_alive():
+                return
 
     def _run(self) -> None:
         pause_s, version = RETRY_S, ""

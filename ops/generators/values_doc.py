@@ -8,7 +8,8 @@ _HEADER = """\
 # Every value of the Helm chart
 
 Written by `ops/generate` from the model of `helm/llm-cluster/values.yaml`; [kubernetes.md](kubernetes.md) says what to
-do with them. A path with `[]` is a setting of each item of a list; a given list replaces the default as a whole. What has snake_case is a setting of the product, as in the configuration file. An unknown key is an error.
+do with them. A path with `[]` is a setting of each item of a list; a given list replaces the default as a whole. What
+has snake_case is a setting of the product, as in the configuration file. An unknown key is an error.
 """
 _ALONE = "Without a section"
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -128,3 +129,17 @@ def test_a_head_lives_while_its_gcs_and_its_raylet_do(tmp_path):
         for child in children.values():
             child.kill()
             child.wait()
+
+
+def test_sigterm_stays_with_whoever_had_it():
+    """Ray takes it when it joins, and leaves it to nobody when it leaves."""
+
+    def drain(_number: int, _frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, drain)
+    try:
+        with ray_start._sigterm_kept():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is drain
+    finally:
+        signal.signal(signal.SIGTERM, before)

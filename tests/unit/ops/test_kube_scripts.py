@@ -50,7 +50,7 @@ def test_what_is_not_built_is_said_and_not_built(tmp_path: Path) -> None:
 def test_without_debian_it_says_what_to_do_instead(tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("bash", "env", "sha256sum", "cut", "uname"):
+    for name in ("bash", "env", "sed", "sha256sum", "cut", "uname"):
         (programs / name).symlink_to(shutil.which(name))
     result = run(BUILD, PATH=str(programs), XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert result.returncode == CANNOT_BE_HAD
