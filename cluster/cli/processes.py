@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,14 +21,22 @@ from cluster.config.schema import LOOPBACK, ClusterConfig
 from cluster.controller.config_follower import ConfigFollower
 from cluster.controller.node_options import NodeOptions
 from cluster.domain.errors import ReplicaError
+from cluster.telemetry.log_copy import copied_logs
 
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with the same names in snake_case.")]
 RunDir = Annotated[Path | None, typer.Option(help="State, logs, process ids.")]
+CopyLogs = Annotated[
+    bool, typer.Option("--copy-logs", help="Copy the JSON logs under the run directory to standard error too.")
+]
 CONFIG_POLL_S = 2.0
 
 
 def _folder(run_dir: Path | None) -> Path:
     return open_run_dir(run_dir or default_run_dir(os.environ))
+
+
+def _logs(folder: Path, wanted: bool) -> AbstractContextManager[None]:
+    return copied_logs(folder / "logs", sys.stderr) if wanted else nullcontext()
 
 
 def controller_command(
@@ -43,6 +53,7 @@ def controller_command(
         str, typer.Option(help="Labels of this cluster's worker pods in Kubernetes: says why they do not run.")
     ] = "",
     run_dir: RunDir = None,
+    copy_logs: CopyLogs = False,
 ) -> None:
     """Run Ray's head and the controller; models come from the config, now and when it changes, or from Apply."""
     flags = {"controller.host": host, "controller.port": port, "controller.metrics_port": metrics_port}
@@ -52,7 +63,7 @@ def controller_command(
 
     loaded, folder = load(), _folder(run_dir)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with hold_run_dir(folder), interruptions() as interrupted:
+    with hold_run_dir(folder), interruptions() as interrupted, _logs(folder, copy_logs):
         head = start_head(loaded, folder, ray_port, num_cpus, console.print, token_file, worker_pods)
         try:
             ready = {"kind": "controller", "control": head.control_address, "ray": head.ray_address}
@@ -74,11 +85,15 @@ def router_command(
     port: Annotated[int | None, typer.Option(help="gRPC port.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="First port tried for /metrics.")] = None,
     run_dir: RunDir = None,
+    copy_logs: CopyLogs = False,
 ) -> None:
     """Run one router; it serves from the last endpoint table when the controller is away."""
     flags = {"router.host": host, "router.port": port, "router.metrics_port": metrics_port}
     loaded = load_config(config, os.environ, flags).config
-    raise typer.Exit(run_router(loaded.router, controller, _folder(run_dir)))
+    folder = _folder(run_dir)
+    with _logs(folder, copy_logs):
+        code = run_router(loaded.router, controller, folder)
+    raise typer.Exit(code)
 
 
 def worker_command(
@@ -92,6 +107,7 @@ def worker_command(
         float, typer.Option(min=0, help="/startedz: started without a rank after so many seconds.")
     ] = 60.0,
     run_dir: RunDir = None,
+    copy_logs: CopyLogs = False,
 ) -> None:
     """Run this machine as a node of the cluster: the controller places ranks on it."""
     folder = _folder(run_dir)
@@ -101,5 +117,5 @@ def worker_command(
     def started(ports: dict[str, int]) -> None:
         print(json.dumps({"kind": "worker", "ray": address, "host": host, "ports": ports}), flush=True)
 
-    with hold_run_dir(folder), interruptions() as interrupted:
+    with hold_run_dir(folder), interruptions() as interrupted, _logs(folder, copy_logs):
         run_worker(options, folder, interrupted, console.print, started)

@@ -119,6 +119,8 @@ def bootstrap(root: Path, suite: str, log: Path) -> str:
     env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}  # its own tools lie beside it
     command = [str(program), "--mode=root", "--variant=minbase", *options, suite, str(root)]
     run_logged(command, log, "Debian's minimal system cannot be made", env)
+    for name in ("resolv.conf", "hostname"):  # this machine's; a container engine brings its own
+        (root / "etc" / name).unlink(missing_ok=True)
     return (root / "etc" / "debian_version").read_text().strip()
 
 

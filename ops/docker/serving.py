@@ -147,7 +147,8 @@ def check_commands(site: Site, built: Built) -> None:
         said = f"{built.stage.name}: llm-cluster {' '.join(arguments)}"
         if done.returncode != 0:
             raise ProofError(f"{said} failed ({done.returncode}):\n{done.stdout}{done.stderr}")
-        say(f"{said}: {done.stdout.strip().splitlines()[-1]}")
+        lines = [line for line in done.stdout.splitlines() if any(map(str.isalnum, line))]
+        say(f"{said}: {lines[-1]}")
 
 
 def serve_demo(site: Site, controller: Built, worker: Built, router: Built) -> dict[str, object]:

@@ -77,6 +77,13 @@ class TestParsing:
         assert (image.entrypoint, image.command) == (("p",), ("q",))
 
 
+@pytest.mark.parametrize("name", ["docker/prove", "compile-shared-memory-op"])
+def test_scripts_can_be_run(name: str) -> None:
+    script = ROOT / "ops" / name
+    assert os.access(script, os.X_OK)
+    assert "set -euo pipefail" in script.read_text()
+
+
 class TestContext:
     def test_patterns_hold_from_the_root_as_dockers_do(self, written, tmp_path: Path) -> None:
         builder = Builder(parse(written("FROM a AS one\n")), tmp_path, {})

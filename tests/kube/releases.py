@@ -17,6 +17,7 @@ CHART = Path(__file__).parents[2] / "helm" / "llm-cluster"
 RELEASE = "llm"
 # Helm's record of its releases, and what an old server makes for each ServiceAccount.
 SECRETS_OF_OTHERS = {"helm.sh/release.v1", "kubernetes.io/service-account-token"}
+RETRIED = "please try again"
 QUANTITIES = {"resources", "capacity", "sizeLimit", "requests", "limits"}
 
 
@@ -68,9 +69,10 @@ class Site:
         until(lambda: {c: len(self.pods(c)) for c in wanted} == wanted, told=self.complaints)
 
     def complaints(self) -> list[str]:
-        """Pods that the server refused its controllers."""
+        """Pods that the server refused its controllers; a token that is not there yet makes it say: try again."""
         events = self.api.get(f"/api/v1/namespaces/{self.namespace}/events")["items"]
-        return [f"{e['involvedObject'].get('name')}: {e['message']}" for e in events if e["reason"] == "FailedCreate"]
+        refused = [event for event in events if event["reason"] == "FailedCreate"]
+        return [f"{e['involvedObject'].get('name')}: {e['message']}" for e in refused if RETRIED not in e["message"]]
 
 
 def manifests(text: str) -> list[Json]:

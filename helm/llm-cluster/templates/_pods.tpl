@@ -71,6 +71,8 @@ securityContext:
 {{- define "llm-cluster.image-lines" -}}
 image: {{ include "llm-cluster.image" . }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+# Our errors are one sentence: the pod's status tells it.
+terminationMessagePolicy: FallbackToLogsOnError
 {{- end -}}
 
 {{- define "llm-cluster.env" -}}
