@@ -26,6 +26,7 @@ from cluster.checkpoint.servable import check_servable
 from cluster.client.control import ControlClient, ControllerUnreachable
 from cluster.client.local_cluster import LocalCluster, forget, load_local, remember
 from cluster.config.listening import require_free
+from cluster.config.process_identity import find_process, started_s
 from cluster.config.run_dir import hold_run_dir
 from cluster.config.schema import ClusterConfig, ControllerConfig, ModelConfig, RouterConfig
 from cluster.controller import ray_start
@@ -108,7 +109,7 @@ def start_router(
             control_address=control_address,
             router_address=f"{config.router.host}:{ports['grpc']}",
             router_pid=process.pid,
-            router_started_s=psutil.Process(process.pid).create_time(),
+            router_started_s=started_s(psutil.Process(process.pid)),
             ray_address=ray_address,
             owns_ray=owns_ray,
             router_drain_s=config.router.drain_deadline_s,
@@ -309,13 +310,7 @@ def _stop_remains(run_dir: Path, say: Say) -> None:
 
 def _router_process(cluster: LocalCluster) -> psutil.Process | None:
     """The router, unless its id belongs to another process by now."""
-    try:
-        process = psutil.Process(cluster.router_pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        return process if abs(process.create_time() - cluster.router_started_s) < 1.0 else None
-    except psutil.NoSuchProcess:
-        return None
+    return find_process(cluster.router_pid, cluster.router_started_s)
 
 
 def _end(process: psutil.Process, deadline_s: float) -> None:

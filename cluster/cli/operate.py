@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,8 @@ from cluster.domain.errors import ConfigError
 # Ray starts a controller that died within seconds.
 CONTROLLER_AWAY_S = 20.0
 RETRY_S = 1.0
+# Longer than connecting takes at most: a call that ran for so long had reached a controller.
+CONNECT_S = 25.0
 
 Controller = Annotated[str | None, typer.Option(help="HOST:PORT of a controller elsewhere.")]
 RunDir = Annotated[Path | None, typer.Option(help="Run directory of a local cluster.")]
@@ -48,23 +51,32 @@ def drain_command(
         raise ConfigError("Name either a replica (MODEL/SLOT) or a node (--node HOST) to drain.")
     with ControlClient(_address(controller, run_dir)) as control:
         if node is not None:
-            patiently(lambda: control.drain_node(node, deadline_s), MonotonicClock(), threading.Event())
+            patiently(partial(control.drain_node, node), deadline_s, MonotonicClock(), threading.Event())
             print(f"Node {node} is empty; nothing new is placed there.")
         elif replica is not None:
             control.drain(replica, deadline_s)
             print(f"{replica} drains: its streams have up to {deadline_s:.0f} s.")
 
 
-def patiently(call: Callable[[], None], clock: Clock, pause: threading.Event) -> None:
-    """Calls again while no controller answers, for ``CONTROLLER_AWAY_S``; then raises ControllerUnreachable."""
-    give_up_s = clock.now() + CONTROLLER_AWAY_S
+def patiently(call: Callable[[float], None], deadline_s: float, clock: Clock, pause: threading.Event) -> None:
+    """Calls with what is left of ``deadline_s``, and again while no controller answers.
+
+    ControllerUnreachable when one has been away for ``CONTROLLER_AWAY_S``, be it from the start or under a long call.
+    """
+    left_s, until_s = deadline_s, clock.now() + deadline_s
+    away_since_s: float | None = None
     while True:
+        began_s = clock.now()
         try:
-            call()
+            call(left_s)
         except ControllerUnreachable:
-            if clock.now() >= give_up_s:
+            now_s = clock.now()
+            if away_since_s is None or now_s - began_s > CONNECT_S:
+                away_since_s = now_s
+            if now_s - away_since_s >= CONTROLLER_AWAY_S:
                 raise
             pause.wait(RETRY_S)
+            left_s = max(0.0, until_s - clock.now())
         else:
             return
 

@@ -13,8 +13,8 @@ from cluster.domain.errors import ConfigError
 class LocalCluster:
     """What this machine started, and how to find it again.
 
-    ``router_drain_s``: what the router gives its streams once it is told to end. ``owns_ray``: Ray is ours to stop;
-    then ``rank_ports`` (first and last) tell whose segments are ours.
+    ``router_started_s``: as ``process_identity`` has it. ``router_drain_s``: what the router gives its streams once it
+    is told to end. ``owns_ray``: Ray is ours to stop; then ``rank_ports`` (first and last) tell whose segments are ours.
     """
 
     cluster_name: str

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 LOOPBACK = "127.0.0.1"
 ROUTER_PORT = 50051
 ROUTER_ADDRESS = f"{LOOPBACK}:{ROUTER_PORT}"  # where clients look when they are told nothing else
+# A day: longer than a generation of a million tokens takes.
+MAX_DRAIN_S = 86_400.0
 Port = int
 
 
@@ -68,7 +70,9 @@ class RouterConfig(_Section):
     engine_silence_s: float = Field(2.0, gt=0, description="A leader silent for so long is suspect.")
     engine_step_deadline_s: float = Field(60.0, gt=0, description="A leader whose step runs for so long is suspect.")
     client_stall_s: float = Field(60.0, gt=0, description="A client that takes no message for so long is cut off.")
-    drain_deadline_s: float = Field(30.0, ge=0, description="How long running streams may finish at the end.")
+    drain_deadline_s: float = Field(
+        30.0, ge=0, le=MAX_DRAIN_S, description="How long running streams may finish at the end."
+    )
     ttft_objective_s: float = Field(2.0, gt=0, description="Goodput: the first token comes within this.")
     tpot_objective_s: float = Field(0.2, gt=0, description="Goodput: mean time per later token, at most.")
 
@@ -91,7 +95,9 @@ class ControllerConfig(_Section):
     load_stall_s: float = Field(300.0, gt=0, description="A load that makes no progress for so long has failed.")
     restart_backoff_s: float = Field(0.5, ge=0, description="First pause after a failure; doubles up to the next.")
     restart_backoff_max_s: float = Field(60.0, ge=0, description="The longest pause after failures.")
-    drain_deadline_s: float = Field(30.0, ge=0, description="How long running streams may finish at the end.")
+    drain_deadline_s: float = Field(
+        30.0, ge=0, le=MAX_DRAIN_S, description="How long running streams may finish at the end."
+    )
 
     @field_validator("rank_ports")
     @classmethod

@@ -62,7 +62,7 @@ class Actuator(Protocol):
         """
 
     async def nodes(self) -> Mapping[str, str]:
-        """Ray's id of every node that lives -> the address by which the others reach it."""
+        """Ray's id of every node that lives -> the address by which the others reach it. ReplicaError."""
 
 
 @dataclass(frozen=True, slots=True)

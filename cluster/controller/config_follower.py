@@ -17,6 +17,7 @@ class ConfigFollower:
 
     ``load`` reads the whole configuration again, ``apply`` raises what keeps it from taking effect, ``say`` is told
     once about everything that is not as the file says. Models that do not fit yet are tried again at every step.
+    A content is read when two steps in a row find it, so that nobody acts on half a file.
     """
 
     def __init__(
@@ -28,7 +29,8 @@ class ConfigFollower:
         say: Callable[[str], None],
     ) -> None:
         self._running, self._file, self._load, self._apply, self._say = config, file, load, apply, say
-        self._digest = content_digest(file) if file else ""
+        self._digest = ""  # of what was read last: ``config`` may be older than the file is now
+        self._seen = content_digest(file) if file else ""
         self._wanted = config.models
         # A config without models says nothing about those that an operator applied.
         self._pending: tuple[ModelConfig, ...] | None = config.models or None
@@ -43,7 +45,8 @@ class ConfigFollower:
 
     def _look(self) -> None:
         digest = content_digest(self._file) if self._file else ""
-        if digest == self._digest:
+        settled, self._seen = digest == self._seen, digest
+        if digest == self._digest or not settled:  # it may still be being written
             return
         self._digest = digest
         try:

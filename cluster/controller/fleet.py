@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,7 @@ class Fleet:
         self._stale: dict[Incarnation, StaleIncarnation] = {}
         self._streams: dict[RankId, object] = {}
         self._draining: dict[str, DrainingNode] = {}
-        self._born_s = now_s
+        self._end_by_s = math.inf
         self._adopt_until_s = now_s + adopt_for_s
         self._on_transition = on_transition
 
@@ -116,7 +117,7 @@ class Fleet:
         life = view.life.after(event, reason, now_s)
         view = replace(view, life=life, blocked="" if event is ReplicaEvent.PLACED else view.blocked)
         if event is ReplicaEvent.DRAIN:
-            view = replace(view, drain_until_s=now_s + drain_s)
+            view = replace(view, drain_until_s=min(now_s + drain_s, self._end_by_s))
         if event is ReplicaEvent.READY:
             view = replace(view, ready_at_s=now_s)
         if event is ReplicaEvent.FAIL:
@@ -125,6 +126,13 @@ class Fleet:
         self._views[incarnation.replica] = view
         self._on_transition(Transition(incarnation, before, life.phase, event, reason, life.story))
 
+    def end_by(self, until_s: float) -> None:
+        """What drains, and what will, has ended by then, whatever it was promised; asked again, the earlier counts."""
+        self._end_by_s = min(self._end_by_s, until_s)
+        for replica, view in self._views.items():
+            if view.drain_until_s is not None:
+                self._views[replica] = replace(view, drain_until_s=min(view.drain_until_s, self._end_by_s))
+
     def note_blocked(self, incarnation: Incarnation, reason: str) -> None:
         """Why a pending replica waits; empty when it waits no more."""
         view = self.view(incarnation)
@@ -132,9 +140,9 @@ class Fleet:
             self._views[incarnation.replica] = replace(view, blocked=reason)
 
     def note_placed(self, incarnation: Incarnation, node_ids: frozenset[str]) -> None:
-        """Where a pending replica is about to get its devices; nowhere when it lets go of them."""
+        """Where a replica is about to get its devices; nowhere when it lets go of them. Ended meanwhile, too."""
         view = self.view(incarnation)
-        if view is not None and not view.life.ended:
+        if view is not None:
             self._views[incarnation.replica] = replace(view, placed_on=node_ids)
 
     # ---- nodes that are about to go ----

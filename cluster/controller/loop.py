@@ -313,6 +313,7 @@ class ControllerLoop:
         """Drains and removes everything; returns when nothing is left, ReplicaError when that takes too long."""
         self._stopping = True  # an apply that is still planning will find this and change nothing
         now_s = self._parts.clock.now()
+        self._fleet.end_by(now_s + drain_deadline_s)
         for view in self._fleet.observed().replicas:
             if view.phase is ReplicaPhase.READY:
                 self._fleet.advance(view.incarnation, ReplicaEvent.DRAIN, "shutdown", now_s, drain_deadline_s)

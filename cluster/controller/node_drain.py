@@ -13,7 +13,7 @@ from cluster.telemetry.logs import Logger
 
 # After the drain's own deadline: killing, giving back, sweeping.
 MARGIN_S = 90.0
-WAIT_POLL_S = 0.05
+WAIT_POLL_S = 0.2
 # Only while a node is draining: otherwise nobody is asked.
 LEFT_POLL_S = 5.0
 _TOLD = 8
@@ -56,11 +56,15 @@ class NodeDrains:
         self._log.info("node_drained", node=host, after_s=round(self._clock.now() - began_s, 3))
 
     async def _until_empty(self, host: str, node_ids: frozenset[str], give_up_s: float) -> None:
-        while left := self._fleet.observed().on_nodes(node_ids):
+        while (left := self._fleet.observed().on_nodes(node_ids)) or self._adopting():
             if self._clock.now() > give_up_s:
                 names = _list(str(view.incarnation) for view in left)
                 raise ReplicaError(f"Node {host} is not empty: {names} did not go; see the controller's log.")
             await asyncio.sleep(WAIT_POLL_S)
+
+    def _adopting(self) -> bool:
+        """Whether ranks of an earlier controller may be there that nobody has heard of yet."""
+        return self._clock.now() < self._fleet.observed().adopt_until_s
 
     async def _forget_those_that_leave(self) -> None:
         try:

@@ -87,6 +87,11 @@ class ReplicaView:
         return self.placed_on | {rank.report.node_id for rank in self.ranks if rank is not None}
 
     @property
+    def half_known(self) -> bool:
+        """Whether ranks of an earlier controller's replica are still to report: it may serve, anywhere."""
+        return self.adopted and None in self.ranks
+
+    @property
     def incarnation(self) -> Incarnation:
         return self.life.incarnation
 
@@ -151,8 +156,8 @@ class Observed:
     draining: Mapping[str, DrainingNode] = field(default_factory=dict)
 
     def on_nodes(self, node_ids: Collection[str]) -> tuple[ReplicaView, ...]:
-        """Replicas of which something is, or is not known to be gone, on one of the nodes."""
-        return tuple(view for view in self.replicas if not view.node_ids.isdisjoint(node_ids))
+        """Replicas of which something is or may be on one of the nodes."""
+        return tuple(v for v in self.replicas if v.half_known or not v.node_ids.isdisjoint(node_ids))
 
     def leaving(self, view: ReplicaView) -> tuple[DrainingNode, ...]:
         """Those of its nodes that are draining, the most urgent first."""

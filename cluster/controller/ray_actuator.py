@@ -261,7 +261,10 @@ class RayActuator:
             raise ReplicaError(f"the sweep did not end: {_first_line(error)}") from error
 
     async def nodes(self) -> Mapping[str, str]:
-        return dict(await asyncio.to_thread(self._observer.live_nodes))
+        try:
+            return dict(await asyncio.to_thread(self._observer.live_nodes))
+        except ray.exceptions.RayError as error:
+            raise ReplicaError(f"Ray does not say which nodes live: {_first_line(error)}; try again.") from error
 
     async def _sweep_nodes(self, order: SweepOrder) -> list[Swept]:
         """On our own node directly, on the others by a task pinned to each; a node that is gone has nothing left."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from cluster.config.process_identity import find_process, started_s
 from cluster.config.run_dir import open_ray_dir, ray_dir
 from cluster.config.schema import LOOPBACK
 from cluster.controller.node_sweep import sweep_node
@@ -89,8 +90,11 @@ def start_worker(
 
 
 def require_reachable(address: str) -> None:
-    """ConfigError for a head that no other node can join."""
-    if address.startswith((f"{LOOPBACK}:", "localhost:")):
+    """ConfigError for an address that is none, or of a head that no other node can join."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"{address!r} is no HOST:PORT; give the address of the head's Ray, such as 10.0.0.1:6379.")
+    if host in (LOOPBACK, "localhost"):
         raise ConfigError(
             f"The head at {address} listens on loopback only, where no other node reaches it; start it with --host "
             "and the address that other nodes know it by."
@@ -125,7 +129,7 @@ def _require_no_node(run_dir: Path) -> None:
 
 def is_alive(node: RayNode) -> bool:
     """Whether every process of the node still runs."""
-    return all(_find(pid, started) is not None for pid, started in node.processes)
+    return all(find_process(pid, started) is not None for pid, started in node.processes)
 
 
 def head_is_alive(run_dir: Path) -> bool:
@@ -133,7 +137,7 @@ def head_is_alive(run_dir: Path) -> bool:
     node = load_node(run_dir)
     names = set()
     for pid, started in node.processes if node is not None else ():
-        process = _find(pid, started)
+        process = find_process(pid, started)
         try:
             names.add(process.name() if process is not None else "")
         except psutil.NoSuchProcess:
@@ -347,24 +351,14 @@ def _session_members(session: int) -> tuple[tuple[int, float], ...]:
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found[process.pid] = (process.ppid(), process.create_time())
+                found[process.pid] = (process.ppid(), started_s(process))
         except (OSError, psutil.Error):
             continue
     return tuple((pid, started) for pid, (parent, started) in found.items() if parent not in found)
 
 
-def _find(pid: int, started: float) -> psutil.Process | None:
-    """The process, unless its id belongs to another one by now."""
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return None
-    return process if same else None
-
-
 def _with_descendants(node: RayNode) -> list[psutil.Process]:
-    roots = [process for pid, started in node.processes if (process := _find(pid, started))]
+    roots = [process for pid, started in node.processes if (process := find_process(pid, started))]
     found: dict[int, psutil.Process] = {process.pid: process for process in roots}
     for root in roots:
         try:

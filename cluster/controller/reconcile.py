@@ -33,7 +33,7 @@ def reconcile(desired: Desired, observed: Observed, settings: ControllerConfig, 
     names = dict.fromkeys([m.name for m in desired] + [r.replica.model for r in observed.replicas])
     for name in names:
         model = find_model(desired, name)
-        replicas = tuple(r for r in observed.of_model(name) if r.incarnation not in moving)
+        replicas = tuple(r for r in observed.of_model(name) if r.incarnation not in moving and not r.half_known)
         actions.extend(_shrink(model, replicas, settings))
         if model is not None and now_s >= observed.adopt_until_s:
             actions.extend(_grow(model, observed, now_s))
@@ -83,7 +83,7 @@ def _leave(replica: ReplicaView, observed: Observed, now_s: float) -> Advance | 
     reason, left_s = f"node {nodes[0].host} is draining", max(0.0, nodes[0].until_s - now_s)
     if replica.phase is ReplicaPhase.READY:
         return Advance(replica.incarnation, ReplicaEvent.DRAIN, reason, left_s)
-    if replica.phase in _STARTING or left_s == 0:
+    if left_s == 0 or (replica.phase in _STARTING and not replica.half_known):
         return Advance(replica.incarnation, ReplicaEvent.STOP, reason)
     return None
 

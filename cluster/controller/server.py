@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from cluster.config.schema import MAX_DRAIN_S
 from cluster.controller.cluster_status import ProcessFacts
 from cluster.controller.loop import ControllerLoop
 from cluster.controller.messages import plan_summary, report_from_message
@@ -21,7 +22,6 @@ from cluster.wire.deployment import deployment_from_message
 from cluster.wire.status import to_rpc_status
 
 MAX_REPLICAS = 10_000
-MAX_DEADLINE_S = 3600.0
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -139,6 +139,6 @@ def _replicas(count: int) -> int:
 
 
 def _deadline(seconds: float, name: str) -> float:
-    if not 0 <= seconds <= MAX_DEADLINE_S:
-        raise ConfigError(f"{name} is {seconds}; give 0 to {MAX_DEADLINE_S:.0f} seconds.")
+    if not 0 <= seconds <= MAX_DRAIN_S:
+        raise ConfigError(f"{name} is {seconds}; give 0 to {MAX_DRAIN_S:.0f} seconds.")
     return seconds

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import psutil
 
+from cluster.config.process_identity import find_process, started_s
 from cluster.domain.replica import RankPhase
 from cluster.engine.progress import RankProgress
-
-# Of one process, read twice.
-_SAME_START_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class RankRecord:
-    """One rank process: where it is in its life, and its ports by name. ``started_s``: psutil's, against reused ids."""
+    """One rank process: where it is in its life, and its ports by name. ``started_s``: tells reused ids apart."""
 
     rank: str
     pid: int
@@ -37,7 +35,7 @@ def leave(node_dir: Path, rank: str, progress: RankProgress) -> None:
     record = {
         "rank": rank,
         "pid": pid,
-        "started_s": psutil.Process(pid).create_time(),
+        "started_s": started_s(psutil.Process(pid)),
         "phase": progress.phase.value,
         "ports": dict(progress.ports),
     }
@@ -51,7 +49,7 @@ def living(node_dir: Path) -> tuple[RankRecord, ...]:
     found = []
     for file in sorted(_folder(node_dir).glob("*.json")):
         record = _read(file)
-        if record is not None and _runs(record):
+        if record is not None and find_process(record.pid, record.started_s) is not None:
             found.append(record)
         else:
             file.unlink(missing_ok=True)
@@ -70,12 +68,3 @@ def _read(file: Path) -> RankRecord | None:
         return RankRecord(str(stored["rank"]), int(stored["pid"]), float(stored["started_s"]), phase, ports)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # no file is replaced half-way, so this is nobody's
-
-
-def _runs(record: RankRecord) -> bool:
-    try:
-        process = psutil.Process(record.pid)
-        same = abs(process.create_time() - record.started_s) < _SAME_START_S
-        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

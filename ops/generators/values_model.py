@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
-from cluster.config.schema import ControllerConfig, ModelConfig, RouterConfig
-from ops.generators.values_pods import Controller, KubernetesObject, Quantity, Router, Section, WorkerGroup
+from cluster.config.schema import MAX_DRAIN_S, ControllerConfig, ModelConfig, RouterConfig
+from ops.generators.values_pods import Cidr, Controller, KubernetesObject, Port, Quantity, Router, Section, WorkerGroup
 
 # The chart knows them: it writes them on command lines, in Services and in NetworkPolicies.
 SET_BY_THE_CHART = {
@@ -31,7 +31,12 @@ def _settings(name: str, of: type[BaseModel], ours: frozenset[str]) -> type[Base
     """The settings of a section of the configuration file that a user of the chart may set; all may be left out."""
     config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
     fields: dict[str, Any] = {key: (info.annotation, info) for key, info in of.model_fields.items() if key not in ours}
-    derived = Field(None, ge=0, description="How long running streams may finish at the end; default: what drain says.")
+    derived = Field(
+        None,
+        ge=0,
+        le=MAX_DRAIN_S,
+        description="How long running streams may finish at the end; default: what drain says.",
+    )
     fields["drain_deadline_s"] = (float | None, derived)
     return create_model(name, __config__=config, __doc__=of.__doc__, **fields)
 
@@ -78,7 +83,7 @@ class Auth(Section):
     """The token with which Ray's nodes know each other. One of the two is needed."""
 
     existing_secret: str = Field("", description="Name of a Secret that holds the token (recommended).")
-    key: str = Field("token", min_length=1, description="Key of the token inside the Secret.")
+    key: str = Field("token", pattern="^[-._a-zA-Z0-9]+$", description="Key of the token inside the Secret.")
     token: str = Field(
         "",
         pattern="^(.{16,})?$",
@@ -106,7 +111,11 @@ class HubCacheVolume(Section):
     """A cache of the model hub in each worker pod, one pod to a node, and in the controller, which reads models too."""
 
     storage_class: str = Field("", description="Storage class of the caches; empty: the cluster's default.")
-    size: Quantity = Field("1Ti", description="Size of each cache.")
+    size: Quantity = Field("1Ti", description="Size of each worker pod's cache.")
+    controller_size: Quantity = Field(
+        "10Gi",
+        description="Size of the controller's, which fetches all files but the weights, and of those the headers.",
+    )
 
 
 class HostPathVolume(Section):
@@ -114,14 +123,20 @@ class HostPathVolume(Section):
 
     path: str = Field("", pattern="^(/.*)?$", description="The folder, the same on every node.")
     acknowledge_not_restricted: bool = Field(
-        False, description="Say true: these pods do not satisfy the restricted Pod Security Standard."
+        False,
+        description="Say true: these pods do not satisfy the restricted Pod Security Standard. Lets extraVolumes be of "
+        "any kind too.",
     )
 
 
 class ModelVolume(Section):
     """Where the models' files are."""
 
-    type: Literal["none", "pvc", "local", "hubCache", "hostPath"] = Field("none", description="Which kind of volume.")
+    type: Literal["none", "pvc", "local", "hubCache", "hostPath"] = Field(
+        "none",
+        description="Which kind of volume; for a change from or to local or hubCache delete the StatefulSets first "
+        "(kubectl delete statefulset --cascade=orphan), since their claims cannot be changed.",
+    )
     mount_path: str = Field("/models", pattern="^/[^/].*$", description="Where pods see it; models' paths start so.")
     pvc: PvcVolume = Field(PvcVolume(), description="For type pvc: a claim that exists, mounted read-only by all pods.")
     local: LocalVolume = Field(
@@ -137,7 +152,7 @@ class SecretKey(Section):
     """A key inside a Secret that exists."""
 
     name: str = Field("", description="Name of the Secret; empty: none.")
-    key: str = Field("token", min_length=1, description="Key inside it.")
+    key: str = Field("token", pattern="^[-._a-zA-Z0-9]+$", description="Key inside it.")
 
 
 class Hub(Section):
@@ -151,12 +166,12 @@ class Drain(Section):
     """How long a pod that is to end lets running generations finish.
 
     The longest allowed generation sets it: over all models the largest max_model_len times secondsPerToken. The
-    result is router.drain_deadline_s and controller.drain_deadline_s, unless config sets them; with some seconds
-    added it is the pods' terminationGracePeriodSeconds.
+    result, a day at most, is router.drain_deadline_s and controller.drain_deadline_s, unless config sets them; with
+    some seconds added it is the pods' terminationGracePeriodSeconds.
     """
 
     seconds_per_token: Annotated[float, Field(gt=0, le=10)] = Field(0.05, description="Slowest pace of a generation.")
-    longest_generation_seconds: Annotated[int, Field(ge=0)] = Field(
+    longest_generation_seconds: Annotated[int, Field(ge=0, le=int(MAX_DRAIN_S))] = Field(
         600, description="Counts for a model without max_model_len."
     )
 
@@ -177,6 +192,8 @@ PROMETHEUS_PODS: KubernetesObject = {
     "namespaceSelector": {},
     "podSelector": {"matchLabels": {"app.kubernetes.io/name": "prometheus"}},
 }
+# Where NodeLocal DNSCache listens on every node.
+DNS_ON_NODES: KubernetesObject = {"ipBlock": {"cidr": "169.254.20.10/32"}}
 DNS_PODS: KubernetesObject = {"namespaceSelector": {}, "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}}}
 
 
@@ -190,9 +207,14 @@ class NetworkPolicy(Section):
     prometheus: tuple[KubernetesObject, ...] = Field(
         (PROMETHEUS_PODS,), description="Who may reach /metrics: NetworkPolicyPeers; none: nobody."
     )
-    dns: tuple[KubernetesObject, ...] = Field((DNS_PODS,), description="The DNS servers: NetworkPolicyPeers.")
-    kubernetes_api_cidr: str = Field("0.0.0.0/0", description="Addresses of the Kubernetes API, for the controller.")
-    hub_cidr: str = Field("0.0.0.0/0", description="Addresses of the model hub, with modelVolume.type hubCache.")
+    dns: tuple[KubernetesObject, ...] = Field(
+        (DNS_PODS, DNS_ON_NODES), description="The DNS servers: NetworkPolicyPeers; NodeLocal DNSCache's address too."
+    )
+    kubernetes_api_cidr: Cidr = Field("0.0.0.0/0", description="Addresses of the Kubernetes API, for the controller.")
+    kubernetes_api_ports: Annotated[tuple[Port, ...], Field(min_length=1)] = Field(
+        (443, 6443), description="Ports of the Kubernetes API, of its Service and of its servers."
+    )
+    hub_cidr: Cidr = Field("0.0.0.0/0", description="Addresses of the model hub, with modelVolume.type hubCache.")
 
 
 class Rbac(Section):

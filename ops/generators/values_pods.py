@@ -8,11 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 KubernetesObject = dict[str, Any]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$")]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?$")]
+Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
 Percent = Annotated[int, Field(ge=1, le=100)]
 Count = Annotated[int, Field(ge=0, le=10_000)]
 # "1" or "25%", as Kubernetes takes them.
-CountOrPercent = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^[0-9]{1,3}%$")]
+CountOrPercent = Count | Annotated[str, Field(pattern=r"^[0-9]{1,3}%$")]
 # Names of pods are made of a full name of at most 30 characters, a dash and this.
 GroupName = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,18}[a-z0-9])?$")]
 
@@ -50,6 +52,7 @@ class Persistence(Section):
     enabled: bool = Field(False, description="Keep it on a volume of its own, so that it outlives the pod.")
     size: Quantity = Field("1Gi", description="Size of the volume.")
     storage_class: str = Field("", description="Storage class of the volume; empty: the cluster's default.")
+    existing_claim: str = Field("", description="A claim that exists, instead of one that the StatefulSet makes.")
 
 
 class PodDisruptionBudget(Section):
@@ -89,8 +92,15 @@ class RouterService(Section):
     """The Service that clients reach."""
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field("ClusterIP", description="Type of the Service.")
-    port: Annotated[int, Field(ge=1, le=65535)] = Field(50051, description="gRPC port of the Service.")
+    port: Port = Field(50051, description="gRPC port of the Service.")
     annotations: dict[str, str] = Field({}, description="Annotations of the Service.")
+    external_traffic_policy: Literal["", "Cluster", "Local"] = Field(
+        "", description="For NodePort and LoadBalancer; Local keeps clients' addresses, for networkPolicy.clients."
+    )
+    load_balancer_class: str = Field("", description="For LoadBalancer: who makes it; empty: the cluster's default.")
+    load_balancer_source_ranges: tuple[Cidr, ...] = Field(
+        (), description="For LoadBalancer: addresses that it lets in; none: all."
+    )
 
 
 class Router(PodSettings):
@@ -117,18 +127,30 @@ class WorkerGroup(PodSettings):
     device_kind: Literal["gpu", "cpu"] = Field(
         "cpu", description="What a device is; a CPU device is one slot for a rank."
     )
-    gpu_resource: str = Field("nvidia.com/gpu", min_length=1, description="Resource that stands for one GPU.")
+    gpu_resource: str = Field(
+        "nvidia.com/gpu",
+        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$",
+        description="Resource that stands for one GPU.",
+    )
     cpu_per_device: Annotated[float, Field(gt=0)] = Field(1.0, description="CPU cores requested for each device.")
     memory: Quantity = Field("8Gi", description="Memory of a pod, requested and limit; it holds shmSize too.")
     shm_size: Quantity = Field("2Gi", description="Size of /dev/shm, through which ranks of a pod and NCCL talk.")
-    model_bytes: Annotated[int, Field(ge=0)] = Field(
+    resources: Resources = Field(
+        Resources(),
+        description="Laid over what follows from the settings above: rdma/hca, ephemeral-storage, cpu limits.",
+    )
+    model_bytes: Annotated[int, Field(ge=0, le=10**15)] = Field(
         0, description="Bytes that a pod reads or downloads before it serves; sizes the startup probe."
     )
-    read_bytes_per_second: Annotated[int, Field(ge=1)] = Field(
+    read_bytes_per_second: Annotated[int, Field(ge=1_000_000)] = Field(
         200_000_000, description="Slowest rate at which a pod reads them; with hubCache the download's."
     )
-    startup_seconds: Annotated[int, Field(ge=10)] = Field(
+    startup_seconds: Annotated[int, Field(ge=10, le=1_000_000)] = Field(
         600, description="What joining and warming up may take besides reading."
+    )
+    update_strategy: Literal["RollingUpdate", "OnDelete"] = Field(
+        "RollingUpdate",
+        description="How changed pods are replaced: one after the other, or each when somebody deletes it.",
     )
     pod_disruption_budget: PodDisruptionBudget = Field(
         PodDisruptionBudget(), description="Of the group: how many may be drained at once."

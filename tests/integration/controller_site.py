@@ -15,6 +15,7 @@ import grpc
 import psutil
 import pytest
 
+from cluster.config.process_identity import find_process
 from cluster.config.schema import ClusterConfig, ControllerConfig
 from cluster.controller import ray_start
 from cluster.controller.rank_marker import RANK_VARIABLE, RUN_VARIABLE
@@ -126,8 +127,4 @@ def running_site(num_cpus: int, host: str = "127.0.0.1") -> Iterator[Site]:
 
 
 def still_runs(pid: int, started: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return find_process(pid, started) is not None

@@ -13,6 +13,7 @@ import pytest
 from cluster import assembly
 from cluster.client.control import ControllerUnreachable
 from cluster.client.local_cluster import LocalCluster, load_local, remember
+from cluster.config.process_identity import started_s
 from cluster.config.run_dir import hold_run_dir
 from cluster.config.schema import ClusterConfig, ModelConfig, RouterConfig
 from cluster.controller import controller_actor, ray_start
@@ -97,15 +98,15 @@ def start(run_dir, address=None, config=DEMO, token_file=None):
 def living():
     """A process that stands for one that was started, and its start time."""
     child = subprocess.Popen(SLEEP, stdin=subprocess.PIPE)
-    yield child.pid, psutil.Process(child.pid).create_time()
+    yield child.pid, started_s(psutil.Process(child.pid))
     child.kill()
     child.communicate()
 
 
-def record(run_dir, pid: int, started_s: float, **changes) -> LocalCluster:
+def record(run_dir, pid: int, started: float, **changes) -> LocalCluster:
     facts = {
         "cluster_name": "c", "rank_ports": [20000, 23999], "control_address": "127.0.0.1:1",
-        "router_address": "127.0.0.1:2", "router_pid": pid, "router_started_s": started_s, "ray_address": "127.0.0.1:3",
+        "router_address": "127.0.0.1:2", "router_pid": pid, "router_started_s": started, "ray_address": "127.0.0.1:3",
         "owns_ray": True, **changes,
     }  # fmt: skip
     remember(run_dir, LocalCluster(**facts))

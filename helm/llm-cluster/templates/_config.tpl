@@ -7,7 +7,7 @@
 {{- end }}
 {{- end -}}
 
-{{/* Seconds that the longest allowed generation takes. */}}
+{{/* Seconds that the longest allowed generation takes; no drain may be given more than a day. */}}
 {{- define "llm-cluster.longestGeneration" -}}
 {{- $drain := .Values.drain -}}
 {{- $longest := 0 -}}
@@ -18,7 +18,7 @@
 {{- else -}}
 {{- $longest = $drain.longestGenerationSeconds | int64 -}}
 {{- end -}}
-{{- $longest -}}
+{{- min $longest 86400 -}}
 {{- end -}}
 
 {{/* Seconds that a process of a kind ("router", "controller") may drain. */}}

@@ -1,27 +1,27 @@
 {{/* Names, labels, images. Part of a pod's name is the full name, so it has at most 30 characters. */}}
 
 {{- define "llm-cluster.name" -}}
-{{- .Values.nameOverride | default .Chart.Name | trunc 30 | trimSuffix "-" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 30 | trimAll "-" -}}
 {{- end -}}
 
 {{- define "llm-cluster.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride -}}
 {{- else if contains (include "llm-cluster.name" .) .Release.Name -}}
-{{- .Release.Name | replace "." "-" | trunc 30 | trimSuffix "-" -}}
+{{- .Release.Name | replace "." "-" | trunc 30 | trimAll "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "llm-cluster.name" .) | replace "." "-" | trunc 30 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "llm-cluster.name" .) | replace "." "-" | trunc 30 | trimAll "-" -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "llm-cluster.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "llm-cluster.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "llm-cluster.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- with .component }}
-app.kubernetes.io/component: {{ . }}
+app.kubernetes.io/component: {{ . | quote }}
 {{- end }}
 {{- with .group }}
-llm-cluster/worker-group: {{ . }}
+llm-cluster/worker-group: {{ . | quote }}
 {{- end }}
 {{- end -}}
 
@@ -38,8 +38,8 @@ llm-cluster/worker-group: {{ . }}
 {{ include "llm-cluster.selectorLabels" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: llm-cluster
-app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service | quote }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 {{- end -}}
 
 {{- define "llm-cluster.image" -}}

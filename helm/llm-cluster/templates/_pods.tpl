@@ -1,14 +1,14 @@
 {{/* What pods have in common. All satisfy the restricted Pod Security Standard. */}}
 
 {{- define "llm-cluster.podSpec" -}}
-serviceAccountName: {{ include "llm-cluster.serviceAccountName" (dict "root" .root "component" .account) }}
+serviceAccountName: {{ include "llm-cluster.serviceAccountName" (dict "root" .root "component" .account) | quote }}
 automountServiceAccountToken: {{ .token | default false }}
 # A Service of a release called llm-cluster would put LLM_CLUSTER_ variables here, which are settings.
 enableServiceLinks: false
 {{- with .root.Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 securityContext:
@@ -28,7 +28,7 @@ securityContext:
 {{- range $name := list "nodeSelector" "tolerations" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
 {{- with get $.settings $name }}
 {{ $name }}:
-  {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
+  {{- if kindIs "string" . }} {{ . | quote }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -42,10 +42,10 @@ affinity:
 labels:
   {{- include "llm-cluster.selectorLabels" . | nindent 2 }}
   app.kubernetes.io/part-of: llm-cluster
-  {{- with omit .settings.podLabels "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" "app.kubernetes.io/part-of" "llm-cluster/worker-group" }}
+  {{- with omit (.settings.podLabels | default dict) "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component" "app.kubernetes.io/part-of" "llm-cluster/worker-group" }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{- with merge .checksums .settings.podAnnotations }}
+{{- with merge .checksums (.settings.podAnnotations | default dict) }}
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -69,7 +69,7 @@ securityContext:
 
 {{/* The image's entrypoint is `tini -- llm-cluster`: somebody has to reap what Ray leaves behind. Pods give arguments only. */}}
 {{- define "llm-cluster.image-lines" -}}
-image: {{ include "llm-cluster.image" . }}
+image: {{ include "llm-cluster.image" . | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 # Our errors are one sentence: the pod's status tells it.
 terminationMessagePolicy: FallbackToLogsOnError
@@ -84,10 +84,22 @@ terminationMessagePolicy: FallbackToLogsOnError
   value: /tmp
 {{- end -}}
 
-{{- define "llm-cluster.userEnv" -}}
-{{- with concat .root.Values.extraEnv .settings.env }}
-{{- toYaml . }}
-{{- end }}
+{{/*
+A container's variables: those of the chart ("chart", as YAML), then extraEnv, then the component's own. Of a name that comes
+twice the last one holds: Kubernetes does not want a name twice.
+*/}}
+{{- define "llm-cluster.environment" -}}
+{{- $user := concat (.root.Values.extraEnv | default list) (.settings.env | default list) -}}
+{{- $all := concat (.chart | fromYamlArray) $user -}}
+{{- $kept := list -}}
+{{- range $index, $variable := $all -}}
+{{- $later := false -}}
+{{- range slice $all (add $index 1 | int) -}}
+{{- if eq .name $variable.name -}}{{- $later = true -}}{{- end -}}
+{{- end -}}
+{{- if not $later -}}{{- $kept = append $kept $variable -}}{{- end -}}
+{{- end -}}
+{{- toYaml $kept -}}
 {{- end -}}
 
 {{/* For the pods that read models. */}}
@@ -96,7 +108,7 @@ terminationMessagePolicy: FallbackToLogsOnError
   value: "1"
 {{- if eq .Values.modelVolume.type "hubCache" }}
 - name: HF_HOME
-  value: {{ .Values.modelVolume.mountPath }}
+  value: {{ .Values.modelVolume.mountPath | quote }}
 {{- with .Values.hub.endpoint }}
 - name: HF_ENDPOINT
   value: {{ . | quote }}
@@ -106,8 +118,8 @@ terminationMessagePolicy: FallbackToLogsOnError
 - name: HF_TOKEN
   valueFrom:
     secretKeyRef:
-      name: {{ .name }}
-      key: {{ .key }}
+      name: {{ .name | quote }}
+      key: {{ .key | quote }}
 {{- end }}
 {{- end }}
 {{- else }}
@@ -116,8 +128,26 @@ terminationMessagePolicy: FallbackToLogsOnError
 {{- end }}
 {{- end -}}
 
+{{- define "llm-cluster.interfaceEnv" -}}
+{{- $network := .Values.network -}}
+{{- if $network.interface -}}
+{{- range list "NCCL_SOCKET_IFNAME" "GLOO_SOCKET_IFNAME" "TP_SOCKET_IFNAME" }}
+- name: {{ . }}
+  value: {{ $network.interface | quote }}
+{{- end }}
+{{- end }}
+{{- with $network.ncclDebug }}
+- name: NCCL_DEBUG
+  value: {{ . }}
+{{- end }}
+{{- end -}}
+
 {{- define "llm-cluster.volumes" -}}
-{{- if not .persistent }}
+{{- if .claim }}
+- name: run
+  persistentVolumeClaim:
+    claimName: {{ .claim | quote }}
+{{- else if not .persistent }}
 - name: run
   emptyDir: {}
 {{- end }}
@@ -127,7 +157,7 @@ terminationMessagePolicy: FallbackToLogsOnError
 - name: shm
   emptyDir:
     medium: Memory
-    sizeLimit: {{ .shm }}
+    sizeLimit: {{ .shm | quote }}
 {{- end }}
 {{- if .config }}
 - name: config
@@ -137,21 +167,21 @@ terminationMessagePolicy: FallbackToLogsOnError
 {{- if .shm }}
 - name: token
   secret:
-    secretName: {{ include "llm-cluster.tokenSecret" .root }}
+    secretName: {{ include "llm-cluster.tokenSecret" .root | quote }}
     defaultMode: 0440
     items:
-      - key: {{ .root.Values.auth.key }}
+      - key: {{ .root.Values.auth.key | quote }}
         path: token
 {{- $models := .root.Values.modelVolume }}
 {{- if eq $models.type "pvc" }}
 - name: models
   persistentVolumeClaim:
-    claimName: {{ $models.pvc.claimName }}
+    claimName: {{ $models.pvc.claimName | quote }}
     readOnly: true
 {{- else if eq $models.type "hostPath" }}
 - name: models
   hostPath:
-    path: {{ $models.hostPath.path }}
+    path: {{ $models.hostPath.path | quote }}
     type: Directory
 {{- end }}
 {{- end }}
@@ -181,13 +211,13 @@ terminationMessagePolicy: FallbackToLogsOnError
 {{- $models := .root.Values.modelVolume }}
 {{- if ne $models.type "none" }}
 - name: models
-  mountPath: {{ $models.mountPath }}
+  mountPath: {{ $models.mountPath | quote }}
   {{- if ne $models.type "hubCache" }}
   readOnly: true
   {{- end }}
   {{- if eq $models.type "pvc" }}
   {{- with $models.pvc.subPath }}
-  subPath: {{ . }}
+  subPath: {{ . | quote }}
   {{- end }}
   {{- end }}
 {{- end }}
@@ -205,18 +235,20 @@ terminationMessagePolicy: FallbackToLogsOnError
   spec:
     accessModes: [ReadWriteOnce]
     {{- with .storageClass }}
-    storageClassName: {{ . }}
+    storageClassName: {{ . | quote }}
     {{- end }}
     resources:
       requests:
-        storage: {{ .size }}
+        storage: {{ .size | quote }}
 {{- end -}}
 
 {{/* The claim for models of each pod, for the types that have one. */}}
 {{- define "llm-cluster.modelClaim" -}}
 {{- $models := .root.Values.modelVolume -}}
 {{- if has $models.type (list "local" "hubCache") -}}
-{{- include "llm-cluster.claim" (merge (dict "name" "models") (pick . "root" "component" "group") (get $models $models.type)) -}}
+{{- $claim := get $models $models.type -}}
+{{- if eq .component "controller" -}}{{- $claim = merge (dict "size" ($claim.controllerSize | default $claim.size)) $claim -}}{{- end -}}
+{{- include "llm-cluster.claim" (merge (dict "name" "models") (pick . "root" "component" "group") $claim) -}}
 {{- end -}}
 {{- end -}}
 

@@ -80,12 +80,25 @@ def test_a_local_cluster_is_found_by_its_run_directory(control, tmp_path):
 
 def test_a_controller_that_is_being_started_again_is_waited_for():
     clock, control = ManualClock(), Control(away=3)
-    operate.patiently(lambda: control.drain_node("n", 1.0), clock, Pause(clock))
-    assert control.asked == [("drain_node", "n", 1.0)]
+    operate.patiently(lambda left_s: control.drain_node("n", left_s), 10.0, clock, Pause(clock))
+    assert control.asked == [("drain_node", "n", 10.0 - 3 * operate.RETRY_S)]
 
 
 def test_but_not_for_ever():
     clock, control = ManualClock(), Control(away=10_000)
     with pytest.raises(ControllerUnreachable):
-        operate.patiently(lambda: control.drain_node("n", 1.0), clock, Pause(clock))
+        operate.patiently(lambda left_s: control.drain_node("n", left_s), 600.0, clock, Pause(clock))
     assert clock.now() == operate.CONTROLLER_AWAY_S
+
+
+def test_one_that_dies_under_a_long_drain_is_waited_for_and_what_is_left_counts():
+    clock, asked = ManualClock(), []
+
+    def drain(left_s: float) -> None:
+        asked.append(left_s)
+        if len(asked) < 3:
+            clock.advance(100.0)
+            raise ControllerUnreachable("it died")
+
+    operate.patiently(drain, 150.0, clock, Pause(clock))
+    assert asked == [150.0, 49.0, 0.0]

@@ -39,6 +39,12 @@ class Site:
         return ConfigFollower(config or self.load(), self.file, self.load, self.apply, self.said.append)
 
 
+def look(follower: ConfigFollower) -> None:
+    """Until it has read a new content: two steps have to find the same."""
+    follower.step()
+    follower.step()
+
+
 @pytest.fixture
 def site(tmp_path) -> Site:
     return Site(tmp_path)
@@ -59,7 +65,7 @@ def test_a_touched_file_changes_nothing(site):
     follower = site.follower()
     follower.step()
     site.file.write_text(site.file.read_text() + "# a comment\n")
-    follower.step()
+    look(follower)
     assert site.applied == [(1,)]
     assert len(site.said) == 1
 
@@ -69,10 +75,9 @@ def test_what_was_applied_by_hand_stays_until_the_file_names_models(site):
     follower = site.follower()
     follower.step()
     assert site.applied == []
-    site.write(ClusterConfig(models=(A,)))
-    follower.step()
-    site.write(ClusterConfig())
-    follower.step()
+    for meaning in (ClusterConfig(models=(A,)), ClusterConfig()):
+        site.write(meaning)
+        look(follower)
     assert site.applied == [(1,), ()]
 
 
@@ -96,7 +101,7 @@ def test_a_bad_config_is_refused_in_one_line_and_the_old_one_stays(site):
     assert site.applied == [(1,)]
     assert site.said[1:] == ["The changed config is refused, nothing is changed: modles is no setting"]
     site.write(ClusterConfig(models=(A2,)))
-    follower.step()
+    look(follower)
     assert site.applied == [(1,), (2,)]
 
 
@@ -109,7 +114,7 @@ def test_models_that_the_controller_refuses_are_not_tried_again(site):
         follower.step()
     assert site.said[1:] == ["The changed config is refused, nothing is changed: no such directory"]
     site.refuse = None
-    follower.step()
+    look(follower)
     assert site.applied == [(1,)]
 
 
@@ -132,7 +137,7 @@ def test_other_settings_need_a_restart_and_models_change_all_the_same(site):
     follower = site.follower()
     follower.step()
     site.write(ClusterConfig(models=(A2,), controller=ControllerConfig(port=7)))
-    follower.step()
+    look(follower)
     assert site.said[1] == "Changed in the config, needs a restart: controller.port."
     assert site.applied == [(1,), (2,)]
 
@@ -143,3 +148,20 @@ def test_without_a_file_there_is_nothing_to_follow(site):
     follower.step()
     follower.step()
     assert site.applied == [(1,)]
+
+
+def test_a_file_that_changed_before_it_was_followed_counts_too(site):
+    loaded = site.load()
+    site.write(ClusterConfig(models=(A2,)))  # while Ray's head was starting
+    look(site.follower(loaded))
+    assert site.applied == [(2,)]
+
+
+def test_half_a_file_is_nobodys_wish(site):
+    follower = site.follower()
+    follower.step()
+    site.write(ClusterConfig())  # an editor has emptied it and not yet written
+    follower.step()
+    site.write(ClusterConfig(models=(A2,)))
+    look(follower)
+    assert site.applied == [(1,), (2,)]

@@ -303,6 +303,33 @@ async def test_a_node_can_be_drained_while_everything_shuts_down(bench):
     assert not bench.actuator.alive
 
 
+async def test_a_shutdown_does_not_wait_for_what_a_drain_has_promised(bench, monkeypatch):
+    monkeypatch.setattr(loop_module, "SHUTDOWN_MARGIN_S", 2.0)
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    draining = asyncio.ensure_future(bench.loop.drain_node("10.0.0.1", 3600.0))
+    await bench.until(lambda: bench.loop.status().replicas[0].phase == "DRAINING")
+    await asyncio.wait_for(bench.loop.shutdown(0.0), 5)
+    await asyncio.wait_for(draining, 5)
+    assert not bench.actuator.alive
+
+
+async def test_a_restarted_controller_calls_no_node_empty_before_its_ranks_may_have_reported(bench):
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    await bench.end()
+    bench.begin()
+    draining = asyncio.ensure_future(bench.loop.drain_node("10.0.0.1", 3600.0))
+    await asyncio.sleep(2 * node_drain.WAIT_POLL_S)
+    assert not draining.done()
+    bench.loop.take_report(report(incarnation(), 0), 0)
+    await asyncio.sleep(2 * node_drain.WAIT_POLL_S)
+    assert incarnation() in bench.actuator.alive, "its second rank has not reported: it may serve"
+    bench.loop.take_report(report(incarnation(), 1), 1)
+    await bench.until(lambda: "DRAINING" in [r.phase for r in bench.loop.status().replicas])
+    draining.cancel()
+
+
 async def test_the_drain_of_a_node_is_a_call(bench):
     answer = await ControlService(bench.loop, lambda: None).DrainNode(
         control_pb2.DrainNodeRequest(node="10.0.0.2", deadline_s=0), context=None

@@ -9,12 +9,14 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cluster.config.process_identity import started_s
 from cluster.controller.node_health import NodeHealth, NodeView
 from cluster.domain.clock import ManualClock
 from cluster.domain.replica import RankPhase
 from cluster.engine import rank_record
 from cluster.engine.progress import RankProgress
 from cluster.telemetry.metrics import NodeMetrics
+from tests.unit.config.test_process_identity import set_clock
 
 READY, LOADING = RankPhase.READY, RankPhase.LOADING
 
@@ -125,7 +127,7 @@ def test_what_the_dead_left_is_nobodys_and_goes(tmp_path, progress):
     child.wait()
     folder = tmp_path / "ranks"
     folder.mkdir()
-    mine = psutil.Process().create_time()
+    mine = started_s(psutil.Process())
     stored = {"rank": "r", "phase": "READY", "ports": {}}
     (folder / "1.json").write_text(json.dumps({**stored, "pid": child.pid, "started_s": mine}))
     (folder / "2.json").write_text(json.dumps({**stored, "pid": os.getpid(), "started_s": mine - 100}))
@@ -134,6 +136,13 @@ def test_what_the_dead_left_is_nobodys_and_goes(tmp_path, progress):
     assert rank_record.living(tmp_path) == ()
     assert list(folder.iterdir()) == []
     rank_record.leave(tmp_path, "m/0#1.0", progress)
+    assert len(rank_record.living(tmp_path)) == 1
+
+
+def test_a_rank_lives_on_when_the_clock_is_set(tmp_path, progress, monkeypatch):
+    booted = psutil.boot_time()
+    rank_record.leave(tmp_path, "m/0#1.0", progress)
+    set_clock(monkeypatch, booted + 30)
     assert len(rank_record.living(tmp_path)) == 1
 
 

@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 
+from cluster.config.process_identity import started_s
 from cluster.config.schema import ControllerConfig
 from cluster.controller import ray_start
 from cluster.controller.ray_start import RayNode
@@ -24,7 +25,7 @@ def test_nothing_was_started_nothing_is_stopped(tmp_path):
 def test_stop_ends_exactly_what_was_recorded(tmp_path):
     ours, other = (subprocess.Popen(SLEEP, stdin=subprocess.PIPE) for _ in range(2))
     try:
-        started = psutil.Process(ours.pid).create_time()
+        started = started_s(psutil.Process(ours.pid))
         recycled = (other.pid, started - 1000.0)  # the id of a process that ended long ago
         node = RayNode("127.0.0.1:1", "t", ((ours.pid, started), recycled))
         ray_start._save(tmp_path, node)
@@ -43,7 +44,7 @@ def test_stop_ends_exactly_what_was_recorded(tmp_path):
 @pytest.fixture
 def living_node(tmp_path):
     child = subprocess.Popen(SLEEP, stdin=subprocess.PIPE)
-    node = RayNode("127.0.0.1:1", "t", ((child.pid, psutil.Process(child.pid).create_time()),))
+    node = RayNode("127.0.0.1:1", "t", ((child.pid, started_s(psutil.Process(child.pid))),))
     ray_start._save(tmp_path, node)
     yield node
     child.kill()
@@ -116,7 +117,7 @@ def test_a_head_lives_while_its_gcs_and_its_raylet_do(tmp_path):
         (tmp_path / name).symlink_to("/bin/sleep")  # the kernel names a process after its file
         children[name] = subprocess.Popen([tmp_path / name, "60"])
     try:
-        started = tuple((c.pid, psutil.Process(c.pid).create_time()) for c in children.values())
+        started = tuple((c.pid, started_s(psutil.Process(c.pid))) for c in children.values())
         ray_start._save(tmp_path, RayNode("127.0.0.1:1", "t", started))
         assert ray_start.head_is_alive(tmp_path)
         children["dashboard"].kill()

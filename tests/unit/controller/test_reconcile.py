@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from cluster.config.schema import ControllerConfig
 from cluster.controller.actions import Advance, Fence, Remove, Start
+from cluster.controller.fleet import Fleet, SlotRecord
 from cluster.controller.observed import Observed, RankActivity, SlotHistory
 from cluster.controller.reconcile import after_failure, backoff_s, reconcile
 from cluster.controller.replica_lifecycle import ReplicaEvent
@@ -225,3 +226,39 @@ def test_the_earlier_deadline_of_a_node_counts_and_a_node_that_left_counts_no_mo
     assert action.drain_s == 48.0
     made.keep_nodes({"n1"})
     assert act((model(),), made, 1.0) == ()
+
+
+def adopted_half() -> Fleet:
+    """A replica of an earlier controller of which one rank of two has reported, READY."""
+    who = incarnation()
+    made = fleet(adopt_for_s=3.0, slots={who.replica: SlotRecord(1, model().fingerprint, 2)})
+    made.report(report(who, 0), "s0", 1.0)
+    return made
+
+
+def test_what_may_be_serving_is_not_stopped_before_all_its_ranks_have_reported():
+    made, who = adopted_half(), incarnation()
+    made.drain_nodes({"n0"}, "10.0.0.1", 60.0)
+    assert act((model(),), made, 1.1) == ()
+    assert act((), made, 1.1) == ()
+    assert made.observed().on_nodes({"n9"}), "its other rank may be anywhere"
+    made.report(report(who, 1, node_id="n1"), "s1", 1.2)
+    assert [a.event for a in act((model(),), made, 1.2)] == [ReplicaEvent.READY]
+    made.advance(who, ReplicaEvent.READY, "ready", 1.2)
+    assert act((model(),), made, 1.2) == (Advance(who, ReplicaEvent.DRAIN, "node 10.0.0.1 is draining", 60.0 - 1.2),)
+    assert not made.observed().on_nodes({"n9"})
+
+
+def test_a_node_whose_deadline_is_over_waits_for_no_report():
+    made = adopted_half()
+    made.drain_nodes({"n0"}, "10.0.0.1", 1.0)
+    assert [a.event for a in act((model(),), made, 1.1)] == [ReplicaEvent.STOP]
+
+
+def test_an_end_hurries_what_drains_and_what_will():
+    made = ready_fleet(2)
+    made.advance(incarnation(0), ReplicaEvent.DRAIN, "node", 1.0, 3600.0)
+    made.end_by(5.0)
+    made.end_by(9.0)
+    made.advance(incarnation(1), ReplicaEvent.DRAIN, "scaled to 0", 2.0, 3600.0)
+    assert [view.drain_until_s for view in made.observed().replicas] == [5.0, 5.0]
