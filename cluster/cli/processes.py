@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -63,19 +66,30 @@ def controller_command(
 
     loaded, folder = load(), _folder(run_dir)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with hold_run_dir(folder), interruptions() as interrupted, _logs(folder, copy_logs):
+    held, logs, beside = hold_run_dir(folder), _logs(folder, copy_logs), ThreadPoolExecutor(1, "config")
+    with held, interruptions() as interrupted, logs, beside:
         head = start_head(loaded, folder, ray_port, num_cpus, console.print, token_file, worker_pods)
         try:
             ready = {"kind": "controller", "control": head.control_address, "ray": head.ray_address}
             print(json.dumps({**ready, "token_file": head.token_file}), flush=True)
             follower = ConfigFollower(loaded, config, load, partial(apply_models, head), console.print)
-            follower.step()
-            while not interrupted.wait(CONFIG_POLL_S):
-                if not head_is_alive(folder):
-                    raise ReplicaError("A process of this Ray head has ended; its logs are in Ray's folder.")
-                follower.step()
+            supervise(folder, follower.step, beside, interrupted)
         finally:
             stop_head(head, folder, loaded.controller.drain_deadline_s, console.print)
+
+
+def supervise(folder: Path, step: Callable[[], None], beside: Executor, interrupted: threading.Event) -> None:
+    """Steps again and again until interrupted; ReplicaError when the head under ``folder`` dies.
+
+    A step may plan for minutes: who ends the cluster does not wait for it, the end of the controller ends it.
+    """
+    running = beside.submit(step)
+    while not interrupted.wait(CONFIG_POLL_S):
+        if not head_is_alive(folder):
+            raise ReplicaError("A process of this Ray head has ended; its logs are in Ray's folder.")
+        if running.done():
+            running.result()
+            running = beside.submit(step)
 
 
 def router_command(

@@ -14,7 +14,7 @@ class LocalCluster:
     """What this machine started, and how to find it again.
 
     ``router_started_s``: as ``process_identity`` has it. ``router_drain_s``: what the router gives its streams once it
-    is told to end. ``owns_ray``: Ray is ours to stop; then ``rank_ports`` (first and last) tell whose segments are ours.
+    is told to end. ``owns_ray``: Ray is ours to stop; then ``rank_ports`` (first and last) say whose segments are ours.
     """
 
     cluster_name: str

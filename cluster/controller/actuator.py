@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class Talk:
 
     blocked: Callable[[str], None]
     placed: Callable[[frozenset[str]], None]
-    draining: Callable[[], frozenset[str]]
+    draining: Callable[[], Collection[str]]
 
 
 class Actuator(Protocol):

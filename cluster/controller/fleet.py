@@ -158,8 +158,9 @@ class Fleet:
         """Forgets the draining nodes that have left the cluster: whoever comes back is another node."""
         self._draining = {node_id: node for node_id, node in self._draining.items() if node_id in living}
 
-    def draining(self) -> frozenset[str]:
-        return frozenset(self._draining)
+    def draining(self) -> dict[str, str]:
+        """Address of every draining node by its id."""
+        return {node_id: node.host for node_id, node in self._draining.items()}
 
     def removing(self, incarnation: Incarnation) -> None:
         view = self.view(incarnation)

@@ -14,7 +14,7 @@ from cluster.controller.cluster_status import ProcessFacts, cluster_status
 from cluster.controller.desired import Desired, DesiredModel, asks_the_same, find_model, require_names_differ
 from cluster.controller.endpoints import first_epoch, next_table
 from cluster.controller.fleet import Fleet, SlotRecord, Transition
-from cluster.controller.node_drain import NodeDrains
+from cluster.controller.node_drain import Errands, NodeDrains
 from cluster.controller.observed import Report
 from cluster.controller.ports import PortRange
 from cluster.controller.reconcile import reconcile
@@ -68,10 +68,11 @@ class ControllerLoop:
         adopt_s = ADOPT_S if state.slots and state.desired else 0.0
         now_s = parts.clock.now()
         self._fleet = Fleet(parts.settings, state.slots, now_s, adopt_s, self._on_transition)
-        self._node_drains = NodeDrains(self._fleet, parts.actuator, parts.clock, parts.log, self._wake_up, self._spawn)
         self._table = EndpointTable(first_epoch(state.life), state_id=state.state_id)
         self._table_changed = asyncio.Event()
         self._wake = asyncio.Event()
+        errands = Errands(self._wake.set, self._spawn, self._save)
+        self._node_drains = NodeDrains(self._fleet, parts.actuator, parts.clock, parts.log, errands)
         self._tasks: set[asyncio.Task[None]] = set()
         self._routers: dict[object, ProcessFacts] = {}
         self._changing = asyncio.Lock()
@@ -86,6 +87,7 @@ class ControllerLoop:
 
     async def run(self) -> None:
         """Until cancelled."""
+        self._node_drains.resume(self._state.draining)
         while True:
             began_s = self._parts.clock.now()
             self._wake.clear()  # before the pass: what happens during it asks for another one
@@ -208,9 +210,6 @@ class ControllerLoop:
         self._fleet.removed(incarnation, self._parts.clock.now(), gone=gone)
         self._wake.set()
 
-    def _wake_up(self) -> None:
-        self._wake.set()
-
     def _advance(self, incarnation: Incarnation, event: ReplicaEvent, reason: str) -> None:
         self._fleet.advance(incarnation, event, reason, self._parts.clock.now())
         self._wake.set()
@@ -295,7 +294,7 @@ class ControllerLoop:
         view = next((v for v in self._fleet.observed().replicas if v.replica == replica), None)
         if view is None or view.phase is not ReplicaPhase.READY:
             phase = view.phase.value if view else "unknown"
-            raise ConfigError(f"Replica {replica} is {phase}; only a READY replica can be drained.")
+            raise ConfigError(f"Replica {replica} is {phase}; only a READY one can be drained (llm-cluster status).")
         now_s = self._parts.clock.now()
         self._fleet.advance(view.incarnation, ReplicaEvent.DRAIN, "an operator asked for it", now_s, deadline_s)
         self._publish()
@@ -330,7 +329,7 @@ class ControllerLoop:
         """As desired from now on; a full disk must not keep a cluster from being stopped."""
         self._want((), "shutdown")
         try:
-            await self._save(lambda state: replace(state, desired=()))
+            await self._save(lambda state: replace(state, desired=(), draining={}))
         except OSError as error:
             self._parts.log.warning("state_not_saved", caused_by=str(error))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, replace
 
+from cluster.config.schema import MAX_DRAIN_S
 from cluster.controller.actuator import Actuator
 from cluster.controller.fleet import Fleet
+from cluster.controller.store import StoredState
 from cluster.domain.clock import Clock
 from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
 from cluster.telemetry.logs import Logger
@@ -19,21 +22,28 @@ LEFT_POLL_S = 5.0
 _TOLD = 8
 
 
-class NodeDrains:
-    """Belongs to the controller's event loop, like ``fleet``. ``wake`` asks for a pass, ``spawn`` starts a task."""
+@dataclass(frozen=True, slots=True)
+class Errands:
+    """What the loop does for it: ``wake`` asks for a pass, ``spawn`` starts a task, ``save`` changes what is stored."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        actuator: Actuator,
-        clock: Clock,
-        log: Logger,
-        wake: Callable[[], None],
-        spawn: Callable[[Coroutine[None, None, None]], None],
-    ) -> None:
+    wake: Callable[[], None]
+    spawn: Callable[[Coroutine[None, None, None]], None]
+    save: Callable[[Callable[[StoredState], StoredState]], Awaitable[None]]
+
+
+class NodeDrains:
+    """Belongs to the controller's event loop, like ``fleet``."""
+
+    def __init__(self, fleet: Fleet, actuator: Actuator, clock: Clock, log: Logger, errands: Errands) -> None:
         self._fleet, self._actuator, self._clock, self._log = fleet, actuator, clock, log
-        self._wake, self._spawn = wake, spawn
+        self._errands = errands
         self._watching = False
+
+    def resume(self, draining: Mapping[str, str]) -> None:
+        """Keeps closed what an earlier controller had closed. Its deadlines are gone: whoever waits asks again."""
+        for node_id, host in draining.items():
+            self._fleet.drain_nodes({node_id}, host, self._clock.now() + MAX_DRAIN_S)
+        self._watch()
 
     async def drain(self, host: str, deadline_s: float) -> None:
         """Returns when no rank is left on the node at ``host``, which stays closed.
@@ -48,10 +58,9 @@ class NodeDrains:
             raise ConfigError(f"No node of the cluster has the address {host!r}; nodes are: {_list(nodes.values())}.")
         self._fleet.drain_nodes(found, host, began_s + deadline_s)
         self._log.info("node_draining", node=host, deadline_s=deadline_s, caused_by="an operator asked for it")
-        self._wake()
-        if not self._watching:
-            self._watching = True
-            self._spawn(self._forget_those_that_leave())
+        self._errands.wake()
+        self._watch()
+        await self._save()
         await self._until_empty(host, found, began_s + deadline_s + MARGIN_S)
         self._log.info("node_drained", node=host, after_s=round(self._clock.now() - began_s, 3))
 
@@ -66,16 +75,30 @@ class NodeDrains:
         """Whether ranks of an earlier controller may be there that nobody has heard of yet."""
         return self._clock.now() < self._fleet.observed().adopt_until_s
 
+    def _watch(self) -> None:
+        if self._fleet.draining() and not self._watching:
+            self._watching = True
+            self._errands.spawn(self._forget_those_that_leave())
+
     async def _forget_those_that_leave(self) -> None:
         try:
-            while self._fleet.draining():
+            while before := self._fleet.draining():
                 await asyncio.sleep(LEFT_POLL_S)
                 try:
                     self._fleet.keep_nodes(await self._actuator.nodes())
                 except ClusterError as error:
                     self._log.warning("nodes_unknown", caused_by=str(error))
+                if self._fleet.draining() != before:
+                    await self._save()
         finally:
             self._watching = False
+
+    async def _save(self) -> None:
+        """A full disk must not keep a node from being emptied."""
+        try:
+            await self._errands.save(lambda state: replace(state, draining=self._fleet.draining()))
+        except OSError as error:
+            self._log.warning("state_not_saved", caused_by=str(error))
 
 
 def _list(names: Iterable[str]) -> str:

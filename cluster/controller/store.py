@@ -1,4 +1,4 @@
-"""What must survive the controller: desired models, generations, its number of lives, ports used. One JSON file."""
+"""What must survive the controller: desired models, generations, nodes that drain, ports used. One JSON file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1
 class StoredState:
     """``life``: how often a controller has started on this state. ``control_port``: 0 until one was bound.
 
-    ``state_id`` names this state: made with its file, kept as long as that.
+    ``state_id`` names this state: made with its file, kept as long as that. ``draining``: address of a node by its id.
     """
 
     life: int = 0
@@ -31,6 +31,7 @@ class StoredState:
     port_cursor: int = 0
     control_port: int = 0
     state_id: str = ""
+    draining: Mapping[str, str] = field(default_factory=dict)
 
 
 class Store:
@@ -80,6 +81,7 @@ def _to_json(state: StoredState) -> dict[str, Any]:
         "life": state.life,
         "control_port": state.control_port,
         "port_cursor": state.port_cursor,
+        "draining": dict(state.draining),
         "models": [model_to_json(model) for model in state.desired],
         "slots": {
             str(replica): {
@@ -102,4 +104,5 @@ def _from_json(stored: Mapping[str, Any]) -> StoredState:
         slots={ReplicaId.parse(name): SlotRecord(**record) for name, record in stored["slots"].items()},
         port_cursor=int(stored["port_cursor"]),
         control_port=int(stored["control_port"]),
+        draining={str(node_id): str(host) for node_id, host in stored.get("draining", {}).items()},
     )

@@ -35,6 +35,7 @@ def files() -> dict[str, str]:
         f"{CHART}/values.yaml": values_yaml(),
         f"{CHART}/values.schema.json": json.dumps(values_schema(), indent=2) + "\n",
         f"{CHART}/files/worker-group.json": json.dumps(_group_defaults(), indent=2) + "\n",
+        f"{CHART}/files/needed.json": json.dumps(list(needed_paths(Values(), "")), indent=2) + "\n",
     }
 
 
@@ -74,6 +75,18 @@ def _plain(node: Any, definitions: dict[str, Any]) -> Any:
 def _group_defaults() -> dict[str, Any]:
     """Of a worker group: Helm does not merge the items of a list, so the templates do."""
     return WorkerGroup(name="defaults").model_dump(mode="json", by_alias=True, exclude={"name"})
+
+
+def needed_paths(section: Section, prefix: str) -> Iterator[str]:
+    """What must not be null: sections, and values whose default says something. A null elsewhere means empty."""
+    for name, info in _fields(type(section)):
+        value, path = getattr(section, name), f"{prefix}{info.alias or name}"
+        if isinstance(value, BaseModel):
+            yield path
+            if isinstance(value, Section):
+                yield from needed_paths(value, f"{path}.")
+        elif value:
+            yield path
 
 
 # ---- the table ----

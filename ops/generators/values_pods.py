@@ -49,7 +49,11 @@ class Resources(Section):
 class Persistence(Section):
     """Where the controller's durable state lies."""
 
-    enabled: bool = Field(False, description="Keep it on a volume of its own, so that it outlives the pod.")
+    enabled: bool = Field(
+        False,
+        description="Keep it on a volume of its own, so that it outlives the pod; to change this later without an "
+        "existingClaim, delete the StatefulSet first (kubectl delete statefulset --cascade=orphan).",
+    )
     size: Quantity = Field("1Gi", description="Size of the volume.")
     storage_class: str = Field("", description="Storage class of the volume; empty: the cluster's default.")
     existing_claim: str = Field("", description="A claim that exists, instead of one that the StatefulSet makes.")
@@ -73,6 +77,10 @@ class Controller(PodSettings):
     )
     shm_size: Quantity = Field("256Mi", description="Size of /dev/shm, where Ray's object store of 100 MB lies.")
     persistence: Persistence = Field(Persistence(), description="Where the controller's durable state lies.")
+    pod_disruption_budget: PodDisruptionBudget = Field(
+        PodDisruptionBudget(enabled=False, max_unavailable=0),
+        description="Of the controller: keeps a drain of nodes from taking it, and every replica with it, away.",
+    )
 
 
 class Autoscaling(Section):
@@ -97,7 +105,9 @@ class RouterService(Section):
     external_traffic_policy: Literal["", "Cluster", "Local"] = Field(
         "", description="For NodePort and LoadBalancer; Local keeps clients' addresses, for networkPolicy.clients."
     )
-    load_balancer_class: str = Field("", description="For LoadBalancer: who makes it; empty: the cluster's default.")
+    load_balancer_class: str = Field(
+        "", description="For LoadBalancer, from Kubernetes 1.22 on: who makes it; empty: the cluster's default."
+    )
     load_balancer_source_ranges: tuple[Cidr, ...] = Field(
         (), description="For LoadBalancer: addresses that it lets in; none: all."
     )

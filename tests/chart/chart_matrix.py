@@ -102,19 +102,48 @@ CASES: dict[str, Values] = {
     },
     "placed": {"controller": PLACED, "router": PLACED, "workers": [{"name": "workers", **PLACED}]},
     "persistent": {"controller": {"persistence": {"enabled": True, "storageClass": "fast"}}},
+    "persistent on a given claim": {"controller": {"persistence": {"enabled": True, "existingClaim": "state"}}},
+    "fast network": {
+        "workers": [
+            {
+                **GPUS,
+                "updateStrategy": "OnDelete",
+                "resources": {
+                    "requests": {"ephemeral-storage": "50Gi"},
+                    "limits": {"rdma/hca": 1, "cpu": "96", "ephemeral-storage": "100Gi"},
+                },
+            }
+        ]
+    },
     "autoscaled": {"router": {"autoscaling": {"enabled": True}}},
     "no budgets": {
         "router": {"podDisruptionBudget": {"enabled": False}},
         "workers": [{"name": "workers", "podDisruptionBudget": {"enabled": False}}],
     },
+    "controller stays": {"controller": {"podDisruptionBudget": {"enabled": True}}},
     "budget in percent": {"router": {"podDisruptionBudget": {"maxUnavailable": "25%"}}},
-    "load balancer": {"router": {"service": {"type": "LoadBalancer", "port": 443, "annotations": {"a": "b"}}}},
+    "load balancer": {
+        "router": {
+            "service": {
+                "type": "LoadBalancer",
+                "port": 443,
+                "annotations": {"a": "b"},
+                "externalTrafficPolicy": "Local",
+                "loadBalancerClass": "example.com/internal",
+                "loadBalancerSourceRanges": ["192.0.2.0/24"],
+            }
+        }
+    },
+    "node port": {"router": {"service": {"type": "NodePort"}}},
     "no router": {"router": {"replicas": 0}},
     "pvc": {"models": [{"model": "/models/a"}], "modelVolume": {"type": "pvc", "pvc": {"claimName": "models"}}},
     "local": {"models": [{"model": "/models/a"}], "modelVolume": {"type": "local", "local": {"storageClass": "disks"}}},
     "hub": {
         "models": [{"model": "org/name", "revision": "main"}],
-        "modelVolume": {"type": "hubCache", "hubCache": {"storageClass": "disks", "size": "2Ti"}},
+        "modelVolume": {
+            "type": "hubCache",
+            "hubCache": {"storageClass": "disks", "size": "2Ti", "controllerSize": "20Gi"},
+        },
         "hub": {"tokenSecret": {"name": "hub"}, "endpoint": "https://hub.example.com"},
         "workers": [{"name": "workers", "affinity": PLACED["affinity"]}],
     },

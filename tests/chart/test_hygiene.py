@@ -17,7 +17,7 @@ GIVEN = {
     "Secret": {"ray-token", "other", "hub", "registry"},
     "ConfigMap": {"given"},
     "ServiceAccount": {"c", "w", "r", "readers"},
-    "PersistentVolumeClaim": {"models"},
+    "PersistentVolumeClaim": {"models", "state"},
 }
 
 
@@ -74,14 +74,14 @@ def test_every_selector_selects_exactly_its_own_pods():
         for service in of_kind(objects, "Service"):
             selector = {"matchLabels": service["spec"]["selector"]}
             (selected,) = [what for what, labels in made.items() if matches(selector, labels)]
-            assert selected.split("/")[1] == service["metadata"]["name"]
+            assert selected.split("/")[1] == service["metadata"]["name"].removesuffix("-metrics")
 
 
 def test_services_and_probes_lead_to_ports_that_exist():
     for case, objects in rendered().items():
         made = {what.split("/")[1]: pod for what, pod in pods(objects)}
         for service in of_kind(objects, "Service"):
-            (container,) = containers(made[service["metadata"]["name"]])
+            (container,) = containers(made[service["metadata"]["name"].removesuffix("-metrics")])
             ports = {port["name"]: port["containerPort"] for port in container["ports"]}
             assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(ports), case
         for pod in made.values():
@@ -223,7 +223,7 @@ def test_an_autoscaler_owns_the_number_of_routers():
 
 
 def test_the_notes_name_what_exists():
-    for case in ("defaults", "no models", "host path", "no policies", "no test"):
+    for case in ("defaults", "no models", "host path", "no policies", "no test", "no replica"):
         objects, notes = render(values_of(case)), render_text(values_of(case))["NOTES.txt"]
         assert "demo-llm-cluster-controller-0" in notes
         assert "demo-llm-cluster-router" in named(objects, "Service")

@@ -75,6 +75,29 @@ def test_a_hub_cache_adds_the_hub_and_nothing_else():
     assert edges_of(render(values)) == expected(EDGES, HUB_EDGES)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("", 443), ("https://hub.example.com", 443), ("http://hub.example.com/x", 80), ("http://hub:8080", 8080)],
+)
+def test_the_hub_is_reached_where_it_listens(endpoint: str, port: int):
+    values = merged(values_of("hub"), PINNED, TWO_DEVICES, {"hub": {"endpoint": endpoint}})
+    found = edges_of(render(values))
+    assert found["worker", "hub"] == found["controller", "hub"] == {f"TCP {port}"}
+
+
+def test_the_api_is_reached_where_it_listens():
+    values = merged(AUTH, PINNED, {"networkPolicy": {"kubernetesApiPorts": [443, 16443]}})
+    assert edges_of(render(values))["controller", "api"] == {"TCP 443", "TCP 16443"}
+
+
+def test_names_are_asked_of_the_nodes_own_cache_too():
+    objects = render(merged(AUTH, PINNED))
+    cache, metadata = Party("cache", address="169.254.20.10"), Party("metadata", address="169.254.169.254")
+    for party in parties(objects):
+        assert {shown(*port) for port in allowed(objects, party, cache)} == NAMES
+        assert allowed(objects, party, metadata) == frozenset()
+
+
 def test_without_rbac_nobody_reaches_the_api():
     values = merged(AUTH, PINNED, TWO_DEVICES, {"rbac": {"create": False}})
     without = {pair: ports for pair, ports in EDGES.items() if pair[1] != "api"}

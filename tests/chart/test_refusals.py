@@ -50,6 +50,16 @@ def model(**settings: object) -> dict:
         ({"config": {"controller": {"rank_ports": [30000, 20000]}}}, "rank_ports are a first and a larger last port"),
         (model(served_model_name="a b"), r"models\[0\] would be served as \"a b\"; give it a served_model_name"),
         ({"router": {"autoscaling": {"enabled": True, "minReplicas": 9}}}, "minReplicas is larger than maxReplicas"),
+        (
+            {"router": {"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}},
+            "set router.resources.requests.cpu",
+        ),
+        (
+            {"network": {"ephemeralPorts": "32768 60999"}},
+            "network.ephemeralPorts reaches into the ports 50051 to 50062",
+        ),
+        ({"config": {"controller": {"rank_ports": [50000, 50100]}}}, "rank_ports reaches into the ports 50051"),
+        ({"workers": [{"name": "router-metrics"}]}, "router-metrics is taken already"),
     ],
     ids=str,
 )

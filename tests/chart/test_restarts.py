@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chart_harness import AUTH, component, config_file, merged, one, pods, render
+from chart_harness import AUTH, component, config_file, merged, of_kind, one, pods, render
 from chart_matrix import CASES, values_of
 from yaml import safe_load
 
@@ -87,6 +87,7 @@ def test_a_model_that_changes_changes_the_file():
         ({"models": [{"model": "demo"}]}, 600, 600),
         ({"models": [{"model": "demo", "max_model_len": 131072}]}, 6554, 6554),
         ({"models": [{"model": "demo", "max_model_len": 1}]}, 1, 1),
+        ({"models": [{"model": "demo", "max_model_len": 10_000_000}]}, 86_400, 86_400),
         ({"models": [{"model": "demo", "max_model_len": 9}, {"model": "demo", "served_model_name": "b"}]}, 600, 600),
         ({"drain": {"longestGenerationSeconds": 1800}}, 1800, 1800),
         ({"drain": {"secondsPerToken": 0.5}, "models": [{"model": "demo", "max_model_len": 1000}]}, 500, 500),
@@ -123,3 +124,21 @@ def test_the_grace_period_outlasts_the_drain(case: str):
             assert hook == ["/bin/sleep", "5"]
             seconds += 5
         assert pod["spec"]["terminationGracePeriodSeconds"] > seconds + 10
+
+
+FIXED = ("serviceName", "selector", "volumeClaimTemplates", "podManagementPolicy")
+# What makes or names claims, which a StatefulSet keeps for life, as the values' descriptions say; and other names.
+NEW_SETS = {"names", "persistent", "local", "hub"}
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - NEW_SETS))
+def test_an_upgrade_to_these_values_is_possible(case: str):
+    """The API refuses a change of any other field of a StatefulSet than its template, replicas and strategy."""
+
+    def fixed(values: dict) -> dict[str, Any]:
+        sets = of_kind(render(values), "StatefulSet")
+        return {found["metadata"]["name"]: [found["spec"].get(name) for name in FIXED] for found in sets}
+
+    before, after = fixed(AUTH), fixed(values_of(case))
+    assert [name for name in before if name in after and before[name] != after[name]] == []
+    assert "demo-llm-cluster-controller" in after

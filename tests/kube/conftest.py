@@ -56,8 +56,9 @@ def site(api: KubeApi, kubeconfig: Path, namespaces: list[str]) -> Iterator[Site
     namespaces.append(namespace)
     try:
         with Site(api, kubeconfig, namespace) as site:
-            # Pods can be made once the namespace has its service account.
-            until(lambda: api.call("GET", f"/api/v1/namespaces/{namespace}/serviceaccounts/default").status == 200)
+            # What controllers put into every new namespace; pods can be made once it has its service account.
+            for path in ("serviceaccounts/default", "configmaps/kube-root-ca.crt"):
+                until(lambda path=path: api.call("GET", f"/api/v1/namespaces/{namespace}/{path}").status == 200)
             yield site
     finally:
         api.ok("DELETE", f"/api/v1/namespaces/{namespace}")

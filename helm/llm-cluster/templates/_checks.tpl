@@ -1,12 +1,48 @@
 {{/* What rendering refuses, each in one sentence that names the way out. */}}
 
 {{- define "llm-cluster.check" -}}
+{{- include "llm-cluster.checkNeeded" . -}}
 {{- include "llm-cluster.checkAuth" . -}}
 {{- include "llm-cluster.checkGroups" . -}}
 {{- include "llm-cluster.checkVolume" . -}}
+{{- include "llm-cluster.checkRestricted" . -}}
 {{- if .Values.checks.modelPaths -}}{{- include "llm-cluster.checkPaths" . -}}{{- end -}}
 {{- if .Values.checks.devices -}}{{- include "llm-cluster.checkDevices" . -}}{{- end -}}
 {{- include "llm-cluster.checkNames" . -}}
+{{- end -}}
+
+{{/* A null takes a default away; what the templates cannot do without is listed by the generator of the values. */}}
+{{- define "llm-cluster.checkNeeded" -}}
+{{- $values := .Values -}}
+{{- range $path := .Files.Get "files/needed.json" | fromJsonArray -}}
+{{- $at := $values -}}
+{{- range splitList "." $path -}}
+{{- $at = index $at . -}}
+{{- end -}}
+{{- if kindIs "invalid" $at -}}
+{{- printf "%s is null; leave it out to have its default, or give it a value." $path | fail -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The restricted Pod Security Standard, for what users add to pods. */}}
+{{- define "llm-cluster.checkRestricted" -}}
+{{- $allowed := list "name" "configMap" "csi" "downwardAPI" "emptyDir" "ephemeral" "persistentVolumeClaim" "projected" "secret" -}}
+{{- range $index, $volume := .Values.extraVolumes -}}
+{{- range $kind, $_ := $volume -}}
+{{- if not (or (has $kind $allowed) $.Values.modelVolume.hostPath.acknowledgeNotRestricted) -}}
+{{- printf "extraVolumes[%d] is a %s, which the restricted Pod Security Standard forbids; use a persistentVolumeClaim, or say modelVolume.hostPath.acknowledgeNotRestricted: true." $index $kind | fail -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $pods := list .Values.controller .Values.router -}}
+{{- range concat $pods (.Values.workers | default list) -}}
+{{- range $name, $profile := .podAnnotations -}}
+{{- if and (hasPrefix "container.apparmor.security.beta.kubernetes.io/" $name) (eq $profile "unconfined") -}}
+{{- printf "podAnnotations say %s: unconfined, which the restricted Pod Security Standard forbids; name a profile, or leave it out." $name | fail -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "llm-cluster.checkAuth" -}}
@@ -18,7 +54,7 @@
 {{- end -}}
 
 {{- define "llm-cluster.checkGroups" -}}
-{{- $names := list "controller" "router" "token" "config" "test" -}}
+{{- $names := list "controller" "router" "router-metrics" "token" "config" "test" -}}
 {{- range $index, $group := .Values.workers -}}
 {{- if has $group.name $names -}}
 {{- printf "workers[%d].name: %s is taken already; give the group another name." $index $group.name | fail -}}
@@ -26,6 +62,10 @@
 {{- $names = append $names $group.name -}}
 {{- end -}}
 {{- $router := .Values.router.autoscaling -}}
+{{- $resources := .Values.router.resources -}}
+{{- if and $router.enabled (not (or ($resources.requests | default dict).cpu ($resources.limits | default dict).cpu)) -}}
+{{- fail "router.autoscaling goes by the CPU that routers request; set router.resources.requests.cpu." -}}
+{{- end -}}
 {{- if and $router.enabled (gt (int64 $router.minReplicas) (int64 $router.maxReplicas)) -}}
 {{- fail "router.autoscaling.minReplicas is larger than maxReplicas; lower it." -}}
 {{- end -}}
@@ -42,6 +82,12 @@
 {{- range list (list "config.controller.rank_ports" $ranks.first $ranks.last) (list "network.ephemeralPorts" $first $last) -}}
 {{- if and (le (index . 1 | int64) 19999) (ge (index . 2 | int64) 6379) -}}
 {{- printf "%s reaches into the ports up to 19999, which Ray's workers use; begin at 20000 or later." (index . 0) | fail -}}
+{{- end -}}
+{{- end -}}
+{{- $engine := include "llm-cluster.lastEnginePort" . | int64 -}}
+{{- range list (list "config.controller.rank_ports" $ranks.first $ranks.last) (list "network.ephemeralPorts" $first $last) -}}
+{{- if and (le (index . 1 | int64) $engine) (ge (index . 2 | int64) 50051) -}}
+{{- printf "%s reaches into the ports 50051 to %d, where controller, routers and leaders listen; move it." (index . 0) $engine | fail -}}
 {{- end -}}
 {{- end -}}
 {{- if and (le $first (int64 $ranks.last)) (ge $last (int64 $ranks.first)) -}}
@@ -66,7 +112,7 @@
 
 {{- define "llm-cluster.checkPaths" -}}
 {{- $volume := .Values.modelVolume -}}
-{{- $own := gt (len .Values.extraVolumeMounts) 0 -}}
+{{- $own := not (empty .Values.extraVolumeMounts) -}}
 {{- range $index, $model := .Values.models -}}
 {{- $at := printf "models[%d].model is %s" $index $model.model -}}
 {{- if eq $model.model "demo" -}}

@@ -46,6 +46,18 @@
 {{- dict "first" (index $ports 0 | int64) "last" (index $ports 1 | int64) | toJson -}}
 {{- end -}}
 
+{{/* Where the hub listens: hub.endpoint's port. */}}
+{{- define "llm-cluster.hubPort" -}}
+{{- $url := urlParse (.Values.hub.endpoint | default "https://huggingface.co") -}}
+{{- $port := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}
+{{- $port | default (ternary "80" "443" (eq $url.scheme "http")) -}}
+{{- end -}}
+
+{{/* The last port of Engine in the largest pod. */}}
+{{- define "llm-cluster.lastEnginePort" -}}
+{{- add 50059 (include "llm-cluster.rankPortCount" (include "llm-cluster.mostDevices" .)) -}}
+{{- end -}}
+
 {{/* The worker groups with their defaults, as {"groups": [...]}: Helm does not merge the items of a list. */}}
 {{- define "llm-cluster.workerGroups" -}}
 {{- $root := . -}}

@@ -74,6 +74,15 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- .served_model_name | default (.model | trimSuffix "/" | splitList "/" | last) -}}
 {{- end -}}
 
+{{/* The models that have replicas, as a list. */}}
+{{- define "llm-cluster.servedModels" -}}
+{{- $served := list -}}
+{{- range .Values.models -}}
+{{- if not (and (hasKey . "replicas") (eq (int64 .replicas) 0)) -}}{{- $served = append $served . -}}{{- end -}}
+{{- end -}}
+{{- toJson $served -}}
+{{- end -}}
+
 {{/*
 Versions of the API. The server says what it has; a client that renders without one knows its number only, and claims
 every version of the API that there ever was.

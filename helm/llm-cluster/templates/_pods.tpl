@@ -53,7 +53,9 @@ annotations:
 
 {{/* A change of the token restarts what uses it. */}}
 {{- define "llm-cluster.tokenChecksum" -}}
-{{- dict "auth" .Values.auth | toJson | sha256sum -}}
+{{- $auth := .Values.auth -}}
+{{- $of := list .Release.Namespace .Release.Name ($auth.existingSecret | default "") $auth.key ($auth.token | default "") -}}
+{{- toJson $of | sha256sum -}}
 {{- end -}}
 
 {{- define "llm-cluster.containerSecurity" -}}
@@ -73,6 +75,19 @@ image: {{ include "llm-cluster.image" . | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 # Our errors are one sentence: the pod's status tells it.
 terminationMessagePolicy: FallbackToLogsOnError
+{{- end -}}
+
+{{/* Requests and limits. Quantities become text: a server-side apply takes no numbers for them. */}}
+{{- define "llm-cluster.resources" -}}
+{{- $all := dict -}}
+{{- range $part := list "requests" "limits" -}}
+{{- $quantities := dict -}}
+{{- range $name, $quantity := get $ $part -}}
+{{- $_ := set $quantities $name (ternary $quantity (toJson $quantity) (kindIs "string" $quantity)) -}}
+{{- end -}}
+{{- with $quantities -}}{{- $_ := set $all $part . -}}{{- end -}}
+{{- end -}}
+{{- toYaml $all -}}
 {{- end -}}
 
 {{- define "llm-cluster.env" -}}

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from cluster.config.schema import ModelConfig
+from cluster.config.schema import MAX_DRAIN_S, ModelConfig
 from cluster.controller import loop as loop_module
 from cluster.controller import node_drain
 from cluster.controller.actuator import Explanation
@@ -42,7 +42,7 @@ class FakeActuator:
         self.refuse_start = ""
         self.fail_destroy = 0
         self.sweeping: asyncio.Event | None = None
-        self.fail_sweep = 0
+        self.fail_sweep = self.fail_nodes = 0
         self.living = {"n0": "10.0.0.1", "n1": "10.0.0.2"}
 
     async def start(self, order, talk) -> None:
@@ -78,6 +78,9 @@ class FakeActuator:
         self.swept.append((live, newest))
 
     async def nodes(self):
+        if self.fail_nodes:
+            self.fail_nodes -= 1
+            raise ReplicaError("Ray is away")
         return dict(self.living)
 
 
@@ -312,6 +315,7 @@ async def test_a_shutdown_does_not_wait_for_what_a_drain_has_promised(bench, mon
     await asyncio.wait_for(bench.loop.shutdown(0.0), 5)
     await asyncio.wait_for(draining, 5)
     assert not bench.actuator.alive
+    assert Store(bench.tmp_path).load().draining == {}, "what comes next begins anew"
 
 
 async def test_a_restarted_controller_calls_no_node_empty_before_its_ranks_may_have_reported(bench):
@@ -335,7 +339,51 @@ async def test_the_drain_of_a_node_is_a_call(bench):
         control_pb2.DrainNodeRequest(node="10.0.0.2", deadline_s=0), context=None
     )
     assert answer == control_pb2.DrainNodeResponse()
-    assert bench.loop._fleet.draining() == {"n1"}
+    assert bench.loop._fleet.draining() == {"n1": "10.0.0.2"}
+
+
+class Context:
+    async def abort_with_status(self, status) -> None:
+        raise ConfigError(status.details)
+
+
+@pytest.mark.parametrize("deadline_s", [6554.0, MAX_DRAIN_S, MAX_DRAIN_S + 1])
+async def test_a_drain_may_take_as_long_as_a_long_generation_but_no_longer_than_a_day(bench, deadline_s):
+    call = ControlService(bench.loop, lambda: None).DrainNode(
+        control_pb2.DrainNodeRequest(node="10.0.0.2", deadline_s=deadline_s), Context()
+    )
+    if deadline_s <= MAX_DRAIN_S:
+        assert await call == control_pb2.DrainNodeResponse()
+    else:
+        with pytest.raises(ConfigError, match=r"deadline_s is 86401\.0; give 0 to 86400 seconds"):
+            await call
+
+
+async def test_a_drained_node_stays_closed_when_the_controller_is_restarted(bench, monkeypatch):
+    monkeypatch.setattr(node_drain, "LEFT_POLL_S", 0.01)
+    await bench.loop.drain_node("10.0.0.1", 0.0)
+    await bench.end()
+    bench.begin()
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation())
+    assert bench.actuator.where[incarnation()] == "n1"
+    bench.actuator.living = {"n1": "10.0.0.2"}
+    await bench.until(lambda: Store(bench.tmp_path).load().draining == {})
+
+
+async def test_a_full_disk_does_not_keep_a_node_from_being_emptied(bench, monkeypatch):
+    FullDisk(monkeypatch, bench.store).left = 1
+    await asyncio.wait_for(bench.loop.drain_node("10.0.0.1", 0.0), 5)
+    assert bench.loop._fleet.draining() == {"n0": "10.0.0.1"}
+
+
+async def test_nodes_that_cannot_be_asked_for_a_while_are_asked_again(bench, monkeypatch):
+    monkeypatch.setattr(node_drain, "LEFT_POLL_S", 0.01)
+    await bench.loop.drain_node("10.0.0.1", 0.0)
+    bench.actuator.fail_nodes = 3
+    bench.actuator.living = {}
+    await bench.until(lambda: not bench.loop._fleet.draining())
+    assert bench.actuator.fail_nodes == 0
 
 
 async def test_routers_hear_every_table_and_are_processes_meanwhile(bench):

@@ -139,3 +139,10 @@ def test_nobody_at_an_address_is_nobody(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     assert cluster_id(f"127.0.0.1:{port}", TOKEN) is None
+
+
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:ray", "head:0", "head:65536"])
+def test_an_address_that_is_none_is_refused_before_anything(site, address):
+    with pytest.raises(ConfigError, match="no HOST:PORT"):
+        site.run(address=address)
+    assert site.done == []

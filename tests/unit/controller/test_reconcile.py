@@ -233,6 +233,7 @@ def adopted_half() -> Fleet:
     who = incarnation()
     made = fleet(adopt_for_s=3.0, slots={who.replica: SlotRecord(1, model().fingerprint, 2)})
     made.report(report(who, 0), "s0", 1.0)
+    made.advance(who, ReplicaEvent.LOADING, "loading", 1.0)
     return made
 
 
