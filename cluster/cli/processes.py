@@ -120,12 +120,15 @@ def worker_command(
     idle_after_s: Annotated[
         float, typer.Option(min=0, help="/startedz: started without a rank after so many seconds.")
     ] = 60.0,
+    controller: Annotated[
+        str, typer.Option(help="HOST:PORT of the controller: shows this worker in its status and /targets.")
+    ] = "",
     run_dir: RunDir = None,
     copy_logs: CopyLogs = False,
 ) -> None:
     """Run this machine as a node of the cluster: the controller places ranks on it."""
     folder = _folder(run_dir)
-    options = NodeOptions(address, host, num_cpus, num_gpus, token_file, metrics_port, idle_after_s)
+    options = NodeOptions(address, host, num_cpus, num_gpus, token_file, metrics_port, idle_after_s, controller)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def started(ports: dict[str, int]) -> None:

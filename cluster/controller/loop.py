@@ -10,6 +10,7 @@ from functools import partial
 from cluster.config.schema import ControllerConfig, ModelConfig
 from cluster.controller.actions import Advance, Fence, Remove, Start
 from cluster.controller.actuator import Actuator, Explanation, ModelPlanner, StartOrder, Talk
+from cluster.controller.attendance import Attendance
 from cluster.controller.cluster_status import ProcessFacts, cluster_status
 from cluster.controller.desired import Desired, DesiredModel, asks_the_same, find_model, require_names_differ
 from cluster.controller.endpoints import first_epoch, next_table
@@ -33,7 +34,6 @@ from cluster.v1 import control_pb2
 ADOPT_S = 3.0
 # After the drain's own deadline: killing, giving back, sweeping.
 SHUTDOWN_MARGIN_S = 90.0
-MAX_ROUTERS = 10_000
 # A node that does not answer is swept later, with pauses that double.
 SWEEP_RETRY_S = 5.0
 SWEEP_RETRY_MAX_S = 60.0
@@ -74,7 +74,7 @@ class ControllerLoop:
         errands = Errands(self._wake.set, self._spawn, self._save)
         self._node_drains = NodeDrains(self._fleet, parts.actuator, parts.clock, parts.log, errands)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._routers: dict[object, ProcessFacts] = {}
+        self.attendance = Attendance()
         self._changing = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._series = ReplicaSeries(parts.metrics)
@@ -340,7 +340,7 @@ class ControllerLoop:
             self._table.epoch,
             self._desired,
             self._fleet.observed(),
-            [*processes, *self._routers.values()],
+            [*processes, *self.attendance.processes],
             self._parts.clock.now(),
         )
 
@@ -384,16 +384,10 @@ class ControllerLoop:
 
         A restarted controller says nothing before it has found the replicas that live: routers keep what they have.
         """
-        if len(self._routers) >= MAX_ROUTERS:
-            raise ReplicaError(f"{MAX_ROUTERS} routers watch already; stop some.")
-        key = object()
-        self._routers[key] = router
         sent: EndpointTable | None = None
-        try:
+        with self.attendance.present(router):
             while True:
                 while not self._settled or self._table is sent:
                     await self._table_changed.wait()
                 sent = self._table
                 yield sent
-        finally:
-            del self._routers[key]

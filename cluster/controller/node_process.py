@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+from cluster.client.presence import Presence
 from cluster.controller import ray_start
 from cluster.controller.node_health import NodeHealth
 from cluster.controller.node_options import NodeOptions
@@ -16,6 +18,7 @@ from cluster.domain.clock import Clock
 from cluster.domain.errors import ReplicaError
 from cluster.telemetry.exposition import MetricsServer, new_registry
 from cluster.telemetry.metrics import NodeMetrics
+from cluster.v1 import control_pb2
 
 LOOK_S = 1.0
 # A head may still be starting when its nodes are; theirs is the shorter way.
@@ -38,7 +41,8 @@ class NodeProcess:
         ConfigError when it cannot join, ReplicaError when the node ends by itself or its head is another one.
         """
         ray_start.require_reachable(self._options.address)
-        with self._listening() as port:
+        with ExitStack() as stack:
+            port = stack.enter_context(self._listening())
             token = take_token(self._options.token_file, self._run_dir, self._options.address)
             head = self._wait_for_head(token, interrupted)
             if head is None:
@@ -52,6 +56,7 @@ class NodeProcess:
                 num_gpus=options.num_gpus,
             )
             try:
+                stack.enter_context(self._announced(port))
                 started({"metrics": port})
                 while not interrupted.wait(LOOK_S):
                     self._health.look()
@@ -69,6 +74,17 @@ class NodeProcess:
             yield server.port
         finally:
             server.close()
+
+    @contextmanager
+    def _announced(self, port: int) -> Iterator[None]:
+        """In the controller's status and targets, where its address was given."""
+        options = self._options
+        if not options.controller:
+            yield
+            return
+        facts = control_pb2.ProcessStatus(kind="worker", pid=os.getpid(), node=options.host, ports={"metrics": port})
+        with closing(Presence(options.controller, facts)):
+            yield
 
     def _is_joined(self) -> bool:
         node = self._node

@@ -22,6 +22,7 @@ from cluster.wire.deployment import deployment_from_message
 from cluster.wire.status import to_rpc_status
 
 MAX_REPLICAS = 10_000
+WORKER = "worker"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -108,6 +109,18 @@ class ControlService(control_pb2_grpc.ControlServicer):
             async with aclosing(self._loop.watch_endpoints(router)) as tables:
                 async for table in tables:
                     yield endpoint_table_to_message(table)
+        except ClusterError as error:
+            await self._refuse(context, error)
+
+    async def Attend(
+        self, request: control_pb2.ProcessStatus, context: Context
+    ) -> AsyncIterator[control_pb2.AttendResponse]:
+        try:
+            if request.kind != WORKER:
+                raise ConfigError(f"kind is {request.kind!r}; only a {WORKER} attends, routers and ranks have streams.")
+            with self._loop.attendance.present(ProcessFacts(WORKER, request.pid, request.node, dict(request.ports))):
+                yield control_pb2.AttendResponse()
+                await asyncio.Event().wait()  # until the stream ends, which cancels this
         except ClusterError as error:
             await self._refuse(context, error)
 

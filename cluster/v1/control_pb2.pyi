@@ -312,6 +312,10 @@ class Endpoint(_message.Message):
     draining: bool
     def __init__(self, model: _Optional[str] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., checkpoint_digest: _Optional[str] = ..., block_size: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
+class AttendResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ExplainPlacementRequest(_message.Message):
     __slots__ = ("deployment",)
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]

@@ -69,6 +69,11 @@ class ControlStub:
                 request_serializer=cluster_dot_v1_dot_control__pb2.WatchEndpointsRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_control__pb2.EndpointTable.FromString,
                 _registered_method=True)
+        self.Attend = channel.unary_stream(
+                '/cluster.v1.Control/Attend',
+                request_serializer=cluster_dot_v1_dot_control__pb2.ProcessStatus.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_control__pb2.AttendResponse.FromString,
+                _registered_method=True)
         self.ExplainPlacement = channel.unary_unary(
                 '/cluster.v1.Control/ExplainPlacement',
                 request_serializer=cluster_dot_v1_dot_control__pb2.ExplainPlacementRequest.SerializeToString,
@@ -135,6 +140,14 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attend(self, request, context):
+        """While the stream is open, a process that is neither router nor rank (a worker) counts as one of the cluster.
+        One message says that it was accepted; no other follows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExplainPlacement(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -186,6 +199,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.WatchEndpoints,
                     request_deserializer=cluster_dot_v1_dot_control__pb2.WatchEndpointsRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_control__pb2.EndpointTable.SerializeToString,
+            ),
+            'Attend': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attend,
+                    request_deserializer=cluster_dot_v1_dot_control__pb2.ProcessStatus.FromString,
+                    response_serializer=cluster_dot_v1_dot_control__pb2.AttendResponse.SerializeToString,
             ),
             'ExplainPlacement': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainPlacement,
@@ -387,6 +405,33 @@ class Control:
             '/cluster.v1.Control/WatchEndpoints',
             cluster_dot_v1_dot_control__pb2.WatchEndpointsRequest.SerializeToString,
             cluster_dot_v1_dot_control__pb2.EndpointTable.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cluster.v1.Control/Attend',
+            cluster_dot_v1_dot_control__pb2.ProcessStatus.SerializeToString,
+            cluster_dot_v1_dot_control__pb2.AttendResponse.FromString,
             options,
             channel_credentials,
             insecure,

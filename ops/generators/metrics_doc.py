@@ -19,7 +19,8 @@ HEAD = """\
 # Metrics and alerts
 
 Written by `ops/generate`. Every process serves its own on `/metrics` (port 9100 or the next free one); the controller's
-`/targets` lists all but workers for Prometheus's `http_sd_configs`. `docs/operating.md` shows how to watch a cluster.
+`/targets` lists them for Prometheus's `http_sd_configs` (workers that were given `--controller`). `docs/operating.md`
+shows how to watch a cluster.
 
 Labels come from closed sets: there is never the id of a request. Series end with the model or replica they are about;
 what a router counts of a model outlives the model's replicas. Counters of a model begin at 0 with the model.

@@ -31,6 +31,7 @@ from host_namespaces import run
 
 Json = dict[str, Any]
 ROOT = Path(__file__).parents[2]
+CHECKOUT = (".venv", "cluster", "llm_cluster.egg-info")  # what an installed package is made of
 SUBNET, NODE = "10.78.0", 254
 CLONE_NEWNET = 0x40000000
 INIT = "/opt/tini"  # where a pod sees the image's process 1
@@ -58,6 +59,10 @@ def init_program() -> Path:
     if found.returncode != 0:
         raise FileNotFoundError(found.stderr.strip())
     return Path(found.stdout.strip())
+
+
+def read_only(path: str | Path) -> list[str]:
+    return [f"mkdir -p $R{path}; mount --bind {path} $R{path}; mount -o remount,bind,ro $R{path}"]
 
 
 class Node:
@@ -254,10 +259,7 @@ class Pod:
             f"for d in {' '.join(DEVICES)}; do touch $R/dev/$d; mount --bind /dev/$d $R/dev/$d; done",
             "ln -s /proc/self/fd $R/dev/fd; mkdir -m 1777 $R/dev/shm",
         ]
-        lines += [
-            f"mkdir -p $R{path}; mount --bind {path} $R{path}; mount -o remount,bind,ro $R{path}"
-            for path in ("/usr", sys.base_prefix, ROOT)
-        ]
+        lines += read_only("/usr")
         for volume in self.spec["volumes"]:
             lines += self._volume(volume)
         for mount in container["volumeMounts"]:
@@ -265,6 +267,9 @@ class Pod:
             lines.append(f"mkdir -p {target}; mount --bind {source} {target}")
             if mount.get("readOnly"):
                 lines.append(f"mount -o remount,bind,ro {target}")
+        # After the volumes, one of which may hide the folder of a checkout (/tmp); its parts, since it may be private.
+        for path in (Path(sys.base_prefix), *(ROOT / part for part in CHECKOUT)):
+            lines += read_only(path)
         if container["securityContext"]["readOnlyRootFilesystem"]:
             lines.append("mount -o remount,ro $R")
         command = [*container.get("command", image()[1]), *container.get("args", [])]

@@ -55,7 +55,7 @@ def start_head(hosts: Hosts, config: Path) -> dict[str, object]:
 def start_worker(hosts: Hosts, index: int, host: str, run_dir: str, *options: str) -> dict[str, object]:
     return hosts.start(
         index, "worker", "--address", f"{NAME}:6379", "--host", host, "--num-cpus", "1", "--token-file",
-        str(hosts.folder / "secret"), "--run-dir", run_dir, *options,
+        str(hosts.folder / "secret"), "--run-dir", run_dir, "--controller", CONTROL, *options,
     )  # fmt: skip
 
 
@@ -83,7 +83,10 @@ def test_a_drained_node_finishes_its_streams_and_its_replicas_go_elsewhere(hosts
     metrics = hosts.get(2, f"{page}/metrics")[1]
     assert 'cluster_node_ranks{phase="READY"} 1.0' in metrics
     assert "cluster_node_up 1.0" in metrics
-    rank = next(p for p in hosts.status()["processes"] if p["kind"] == "rank")
+    processes = hosts.status()["processes"]
+    (told,) = (p for p in processes if p["kind"] == "worker")
+    assert (told["node"], told["ports"]) == (WORKER, {"metrics": port})
+    rank = next(p for p in processes if p["kind"] == "rank")
     assert hosts.get(2, f"http://{WORKER}:{rank['ports']['metrics']}/readyz") == (200, "ready")
 
     # The file changes: one more replica, which goes to the node that has just joined.
