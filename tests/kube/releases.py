@@ -90,6 +90,8 @@ def component_of(rendered: Json) -> str:
 def intent(found: Json) -> Json:
     """What somebody asked for: without status, and without what the server numbers and stamps."""
     kept = copy.deepcopy({key: value for key, value in found.items() if key != "status"})
+    if found["kind"] == "ServiceAccount":
+        kept.pop("secrets", None)  # an old server adds its token when it comes to it
     meta = kept["metadata"]
     # Where the oldest version of an autoscaler keeps what newer ones call its status.
     marks = {
