@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the roots and logs, and say where they are")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args()
+    if not options.folder.is_dir():
+        parser.error(f"--folder {options.folder} is no folder; make it first, or leave the option out.")
     if reason := why_not(shutil.disk_usage(options.folder).free):
         print(f"prove: {reason}", file=sys.stderr)
         sys.exit(EXIT_SKIPPED)

@@ -145,6 +145,13 @@ class TestWhyNot:
         assert "unshare" in prove_images.why_not(10**12)
 
 
+def test_a_folder_that_is_not_there_is_a_sentence(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["prove", "--folder", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        prove_images.main()
+    assert "is no folder; make it first" in capsys.readouterr().err
+
+
 @pytest.mark.long
 @pytest.mark.integration
 @pytest.mark.timeout(2400)
