@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import grpc
 
@@ -34,10 +35,8 @@ class Presence:
     def _attend(self) -> None:
         attend = control_pb2_grpc.ControlStub(self._channel).Attend
         while not self._ended.is_set():
-            try:
+            with suppress(grpc.RpcError, ValueError):  # it is away; the channel was closed
                 for _ in attend(self._process):
                     continue
-            except (grpc.RpcError, ValueError):  # ValueError: the channel was closed before the call
-                pass
             if self._ended.wait(self._retry_s):
                 return
