@@ -10,16 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.checkpoint.fields import Fields
+from cluster.checkpoint.generic import generic_values, refuse_unserved
+from cluster.checkpoint.headers import TensorHeader
 from cluster.checkpoint.openelm import openelm_layers
+from cluster.checkpoint.rope_scaling import rope_by_length, scaled_context
 from cluster.domain.errors import CheckpointError, UnsupportedModelError
 from cluster.domain.model_spec import Dtype, ModelSpec
 
-SERVED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-
-# Rope types that change every position's frequencies once any sequence of a batch has passed a length: served up to it.
-_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
-# Rope types whose factor is already part of max_position_embeddings.
-_ROPE_IN_CONTEXT = frozenset({"default", "llama3", "longrope", "su", "mrope"})
 _DTYPES = {f"{prefix}{dtype.value}": dtype for dtype in Dtype for prefix in ("", "torch.")}
 
 
@@ -28,19 +25,24 @@ def model_spec(
     generation_config: Mapping[str, Any] | None = None,
     *,
     stored_dtype: Dtype | None = None,
+    tensors: Mapping[str, TensorHeader] | None = None,
 ) -> ModelSpec:
     """The architecture that ``config`` describes.
 
-    ``stored_dtype`` is the weights' own type, used when the config names none. UnsupportedModelError for
-    an architecture without a rule here, CheckpointError for a config that contradicts itself.
+    ``stored_dtype`` is the weights' own type, used when the config names none. ``tensors``: the checkpoint's headers,
+    by which an architecture without a rule here is told. UnsupportedModelError for one that is known not to work, or
+    that has neither a rule nor headers; CheckpointError for a config that contradicts itself.
     """
     architecture = _architecture(config)
-    if config.get("quantization_config"):
-        raise UnsupportedModelError("Quantised checkpoints are not served; use the float16, bfloat16 or float32 one.")
+    refuse_unserved(architecture, str(config.get("model_type", "")), config)
     fields = Fields(config)
-    values = _FAMILIES[architecture](fields)
+    rule = _FAMILIES.get(architecture)
+    values = rule(fields) if rule else generic_values(architecture, fields, tensors)
+    if values.pop("by_headers", False):
+        values["stored_tensors"] = generic_values(architecture, fields, tensors)["stored_tensors"]
     values.setdefault("max_position_embeddings", fields.whole("max_position_embeddings", 2048))
-    scaled = _scaled_context(fields, values["max_position_embeddings"], served=architecture in SERVED_ARCHITECTURES)
+    values["scaled_context"] = scaled_context(config, values["max_position_embeddings"])
+    values["rope_by_length"] = rope_by_length(config, values["max_position_embeddings"])
     if values["num_heads"] % values["num_kv_heads"]:
         raise CheckpointError(
             f"config.json has {values['num_heads']} attention heads and {values['num_kv_heads']} key/value heads; "
@@ -51,31 +53,15 @@ def model_spec(
         model_type=str(config.get("model_type", "")),
         dtype=_dtype(config, stored_dtype),
         end_token_ids=_end_token_ids(config, generation_config, values.pop("eos_default")),
-        scaled_context=scaled,
         **values,
     )
-
-
-def require_served(spec: ModelSpec) -> None:
-    """UnsupportedModelError when ``spec`` can be planned but not served."""
-    if spec.architecture not in SERVED_ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{spec.architecture} can be planned but is not served yet; served are {', '.join(SERVED_ARCHITECTURES)}."
-        )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
-        name = _ALIASES.get(names[0], names[0])
-    else:
-        name = _BY_MODEL_TYPE.get(str(config.get("model_type")), "")
-    if name not in _FAMILIES:
-        found = names[0] if isinstance(names, list) and names else f"model_type {config.get('model_type')!r}"
-        raise UnsupportedModelError(
-            f"The architecture {found} is not supported; served are {', '.join(SERVED_ARCHITECTURES)}."
-        )
-    return name
+        return _ALIASES.get(names[0], names[0])
+    return _BY_MODEL_TYPE.get(str(config.get("model_type")), "")
 
 
 def _dtype(config: Mapping[str, Any], stored: Dtype | None) -> Dtype:
@@ -97,26 +83,6 @@ def _end_token_ids(
     if not all(type(token) is int and token >= 0 for token in ids):
         raise CheckpointError(f"eos_token_id is {value!r}; it must be a token id or a list of them.")
     return tuple(ids)
-
-
-def _scaled_context(fields: Fields, context: int, *, served: bool) -> int | None:
-    """Linear, dynamic and yarn scaling stretch the context by their factor, yarn from the original length.
-
-    A model that is served with frequencies by length keeps to the length below which they never change: beyond it
-    a sequence's tokens would depend on what shares its batch.
-    """
-    rope = fields.rope()
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    factor = rope.get("factor", 1.0)
-    if served and kind in _ROPE_BY_LENGTH:
-        original = rope.get("original_max_position_embeddings", fields.get("original_max_position_embeddings"))
-        return min(original, context) if type(original) is int and original > 0 else context
-    if kind in _ROPE_IN_CONTEXT or not isinstance(factor, (int, float)) or factor <= 0:
-        return None
-    if kind == "yarn":
-        original = rope.get("original_max_position_embeddings", context)
-        return int(original * factor) if isinstance(original, int) else None
-    return int(context * factor)
 
 
 def _llama_like(fields: Fields, **defaults: Any) -> dict[str, Any]:
@@ -220,19 +186,19 @@ def _phi3_small(fields: Fields) -> dict[str, Any]:
 
 
 def _falcon(fields: Fields) -> dict[str, Any]:
-    hidden, heads = fields.whole("hidden_size", 4544), fields.whole("num_attention_heads", 71)
-    new = fields.flag("new_decoder_architecture", False)
-    if not new and not fields.flag("parallel_attn", True):
-        raise UnsupportedModelError("Falcon without parallel attention is not supported; use falcon-7b or later.")
+    new = fields.flag("new_decoder_architecture", fields.get("model_type") == "RefinedWeb")
+    # Published first under the model types RefinedWeb and RefinedWebModel, with other names.
+    hidden, heads = fields.whole("hidden_size", 4544), fields.whole("num_attention_heads", fields.whole("n_head", 71))
     multi_query = fields.flag("multi_query", True)
-    kv_heads = fields.whole("num_kv_heads", heads) if new else 1 if multi_query else heads
+    kv_heads = fields.whole("num_kv_heads", fields.whole("n_head_kv", heads)) if new else 1 if multi_query else heads
     bias = fields.flag("bias", False)
     return {
         "hidden_size": hidden,
-        "num_layers": fields.whole("num_hidden_layers", 32),
+        "num_layers": fields.whole("num_hidden_layers", fields.whole("n_layer", 32)),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": fields.head_dim(hidden, heads, None),
+        "by_headers": not new and not fields.flag("parallel_attn", True),
         "ffn_size": fields.whole("ffn_hidden_size", 4 * hidden, absent_is_none=True),
         "vocab_size": fields.whole("vocab_size", 65024),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", True),
@@ -245,11 +211,31 @@ def _falcon(fields: Fields) -> dict[str, Any]:
     }
 
 
+def _gpt_neox(fields: Fields) -> dict[str, Any]:
+    hidden, heads = fields.whole("hidden_size", 6144), fields.whole("num_attention_heads", 64)
+    bias = fields.flag("attention_bias", True)
+    return {
+        "hidden_size": hidden,
+        "num_layers": fields.whole("num_hidden_layers", 44),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": fields.head_dim(hidden, heads, None),
+        "ffn_size": fields.whole("intermediate_size", 24576),
+        "vocab_size": fields.whole("vocab_size", 50432),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
+        "attention_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": True,
+        "norm_bias": True,
+        "eos_default": 2,
+    }
+
+
 def _mpt(fields: Fields) -> dict[str, Any]:
     hidden, heads = fields.whole("d_model", 2048), fields.whole("n_heads", 16)
     attention = fields.get("attn_config") or {}
-    if not fields.flag("no_bias", True) or attention.get("attn_type", "multihead_attention") != "multihead_attention":
-        raise UnsupportedModelError("MPT is supported without biases and with multi-head attention only.")
+    if attention.get("attn_type", "multihead_attention") != "multihead_attention":
+        raise UnsupportedModelError("MPT is supported with multi-head attention only, as in transformers.")
     return {
         "hidden_size": hidden,
         "num_layers": fields.whole("n_layers", 24),
@@ -292,6 +278,7 @@ _FAMILIES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "Phi3ForCausalLM": _phi3,
     "Phi3SmallForCausalLM": _phi3_small,
     "FalconForCausalLM": _falcon,
+    "GPTNeoXForCausalLM": _gpt_neox,
     "MptForCausalLM": _mpt,
     "OpenELMForCausalLM": _openelm,
 }
@@ -310,6 +297,7 @@ _BY_MODEL_TYPE = {
     "phi3": "Phi3ForCausalLM",
     "phi3small": "Phi3SmallForCausalLM",
     "falcon": "FalconForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
     "mpt": "MptForCausalLM",
     "openelm": "OpenELMForCausalLM",
 }

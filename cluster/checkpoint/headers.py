@@ -6,9 +6,10 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.checkpoint.manifest import FileDigests
 from cluster.domain.errors import CheckpointError
 
 # The format's own bound on the header's JSON.
@@ -23,7 +24,11 @@ _ITEM_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """Where one tensor lies: ``nbytes`` bytes at byte ``offset`` of ``file``, row-major, little-endian."""
+    """Where one tensor lies: ``nbytes`` bytes at byte ``offset`` of ``file``, row-major, little-endian.
+
+    ``digests``: of that file, when a manifest gives them. ``dummy_key``: the tensor is in no file, its values are made
+    from this number (``checkpoint.dummy``).
+    """
 
     name: str
     dtype: str  # as safetensors writes it: F32, BF16, F16, ...
@@ -31,6 +36,8 @@ class TensorHeader:
     file: Path
     offset: int
     nbytes: int
+    digests: FileDigests | None = field(default=None, compare=False, repr=False)
+    dummy_key: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.checkpoint.headers import FileHeader, parse_header
 from cluster.checkpoint.layout import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, TOKENIZER_FILES
+from cluster.checkpoint.manifest import MANIFEST_FILE
 from cluster.domain.errors import CheckpointError, ConfigError
 
 # A download that another process of this node holds for longer than this is stuck.
@@ -23,7 +24,7 @@ LOCK_DEADLINE_S = 6 * 3600.0
 FIRST_REQUEST_BYTES = 128 * 1024
 HEADER_DEADLINE_S = 30.0
 MAX_HEADER_REQUESTS = 8
-_SMALL_FILES = frozenset({CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, *TOKENIZER_FILES})
+_SMALL_FILES = frozenset({CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, *TOKENIZER_FILES})
 
 
 class HubError(CheckpointError):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint.headers import FileHeader, TensorHeader, read_header
+from cluster.checkpoint.manifest import read_manifest, require_sizes
 from cluster.domain.errors import CheckpointError, UnsupportedModelError
 
 CONFIG_FILE = "config.json"
@@ -27,6 +28,14 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+# Model types whose published checkpoints name Python code of their own (auto_map), which transformers or our own tree
+# has by now. The code in the checkpoint is passed over.
+WITHOUT_OWN_CODE = frozenset({
+    "RefinedWeb", "RefinedWebModel", "apertus", "dbrx", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "falcon", "glm", "glm4", "glm4_moe", "gpt_bigcode", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "minicpm3", "minimax_m2", "mpt", "olmo", "openelm", "persimmon", "phi", "phi3", "phimoe",
+    "solar_open", "stablelm", "starcoder2",
+})  # fmt: skip
 # A JSON file of a checkpoint that is larger than this is something else.
 _MAX_JSON_BYTES = 256 * 2**20
 
@@ -37,7 +46,9 @@ class Checkpoint:
 
     ``digest`` is the sha256 over config.json, generation_config.json, the tokenizer files and, for every
     shard, its name, header and size. It tells two checkpoints apart that differ in shape, configuration
-    or text; it does not read the weights, so it costs milliseconds and does not detect flipped bits in them.
+    or text; it does not read the weights, so it costs milliseconds and does not detect flipped bits in them. That is
+    what the manifest is for, whose digests the tensors' headers carry; it is no part of ``digest``, so that a manifest
+    can be added to a checkpoint that is being served.
     """
 
     path: Path
@@ -55,21 +66,26 @@ class Checkpoint:
         return {name: tensor.nbytes for name, tensor in self.tensors.items()}
 
 
-def read_checkpoint(path: Path, elsewhere: Mapping[str, FileHeader] | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path, elsewhere: Mapping[str, FileHeader] | None = None, *, manifest: bool = True
+) -> Checkpoint:
     """The checkpoint in directory ``path``; CheckpointError or UnsupportedModelError with the fix otherwise.
 
     ``elsewhere``: headers by file name of weights that are not in ``path``. The digest is the same as where they are.
+    ``manifest``: whether to heed one that is there.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; give the directory that holds {CONFIG_FILE}.")
     config = read_config(path)
-    _refuse_custom_code(path, config)
+    refuse_custom_code(path, config)
     generation_config = _optional_json(path / GENERATION_CONFIG_FILE)
     there = {file.name for file in path.iterdir() if file.is_file()} if elsewhere is None else frozenset(elsewhere)
     files = _weight_files(path, there)
     headers = tuple(read_header(file) if elsewhere is None else elsewhere[file.name] for file in files)
     tensors = _tensors_by_name(path, headers)
-    tokenizer_files = tuple(path / name for name in TOKENIZER_FILES if (path / name).is_file())
+    if manifest:
+        tensors = _with_digests(path, headers, tensors)
+    tokenizer_files = find_tokenizer_files(path)
     return Checkpoint(
         path=path,
         config=config,
@@ -78,8 +94,13 @@ def read_checkpoint(path: Path, elsewhere: Mapping[str, FileHeader] | None = Non
         files=tuple(header.file for header in headers),
         total_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         tokenizer_files=tokenizer_files,
-        digest=_digest(path, tokenizer_files, headers),
+        digest=digest_of(path, tokenizer_files, headers),
     )
+
+
+def find_tokenizer_files(path: Path) -> tuple[Path, ...]:
+    """Those of ``TOKENIZER_FILES`` that directory ``path`` has."""
+    return tuple(path / name for name in TOKENIZER_FILES if (path / name).is_file())
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -95,8 +116,12 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
     return _optional_json(path / GENERATION_CONFIG_FILE)
 
 
-def _refuse_custom_code(path: Path, config: dict[str, Any]) -> None:
-    if "auto_map" in config:
+def refuse_custom_code(path: Path, config: dict[str, Any]) -> None:
+    """UnsupportedModelError when ``config`` names Python code of its own for a model type that we do not know.
+
+    Checkpoints of families that came to transformers later, or are in our tree, keep naming it: it is passed over.
+    """
+    if "auto_map" in config and config.get("model_type") not in WITHOUT_OWN_CODE:
         raise UnsupportedModelError(
             f"{path / CONFIG_FILE} asks for its own code (auto_map), which is never run here; "
             "use a checkpoint of an architecture that transformers itself knows."
@@ -173,7 +198,18 @@ def _tensors_by_name(path: Path, headers: tuple[FileHeader, ...]) -> dict[str, T
     return {name: by_file[file][name] for name, file in weight_map.items()}
 
 
-def _digest(path: Path, tokenizer_files: tuple[Path, ...], headers: tuple[FileHeader, ...]) -> str:
+def _with_digests(
+    path: Path, headers: tuple[FileHeader, ...], tensors: dict[str, TensorHeader]
+) -> dict[str, TensorHeader]:
+    digests = read_manifest(path)
+    if digests is None:
+        return tensors
+    require_sizes(path, digests, {header.file.name: header.size for header in headers})
+    return {name: replace(tensor, digests=digests[tensor.file.name]) for name, tensor in tensors.items()}
+
+
+def digest_of(path: Path, tokenizer_files: tuple[Path, ...], headers: tuple[FileHeader, ...], extra: str = "") -> str:
+    """The digest that ``Checkpoint`` describes. ``extra``: what else tells this checkpoint from others."""
     digest = hashlib.sha256()
     for file in (path / CONFIG_FILE, path / GENERATION_CONFIG_FILE, *tokenizer_files):
         if file.is_file():
@@ -183,4 +219,5 @@ def _digest(path: Path, tokenizer_files: tuple[Path, ...], headers: tuple[FileHe
     for header in headers:
         digest.update(f"{header.file.name}\0{header.size}\0{len(header.raw)}\0".encode())
         digest.update(header.raw)
+    digest.update(extra.encode())
     return digest.hexdigest()

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.checkpoint.config_json import model_spec, require_served
-from cluster.checkpoint.fields import Fields
+from cluster.checkpoint.config_json import model_spec
 from cluster.checkpoint.layout import Checkpoint
+from cluster.checkpoint.rope_scaling import rope_type, ropes
 from cluster.checkpoint.tokenizer_files import check_template, check_tokenizer
 from cluster.checkpoint.validate import check_tensors, stored_dtype
 from cluster.domain.errors import CheckpointError
@@ -19,8 +19,8 @@ from cluster.domain.model_spec import ModelSpec
 ROPE_TYPES = frozenset({"default", "linear", "dynamic", "llama3", "longrope", "proportional", "yarn"})
 ACTIVATIONS = frozenset({
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
-    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2",
-    "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2",
+    "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu",
 })  # fmt: skip
 # Field of generation_config.json -> least and greatest value, both allowed.
 _SAMPLING_BOUNDS = {
@@ -31,8 +31,12 @@ _SAMPLING_BOUNDS = {
 
 def check_servable(checkpoint: Checkpoint) -> ModelSpec:
     """The model's shape, when this checkpoint can be served; CheckpointError or UnsupportedModelError with the fix."""
-    spec = model_spec(checkpoint.config, checkpoint.generation_config, stored_dtype=stored_dtype(checkpoint))
-    require_served(spec)
+    spec = model_spec(
+        checkpoint.config,
+        checkpoint.generation_config,
+        stored_dtype=stored_dtype(checkpoint),
+        tensors=checkpoint.tensors,
+    )
     check_tensors(checkpoint, spec)
     check_functions(checkpoint.config)
     check_default_sampling(checkpoint.generation_config or {})
@@ -50,11 +54,11 @@ def check_servable(checkpoint: Checkpoint) -> ModelSpec:
 
 def check_functions(config: Mapping[str, Any]) -> None:
     """CheckpointError for a rope type or an activation that transformers does not know."""
-    rope = Fields(config).rope()
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        known = ", ".join(sorted(ROPE_TYPES))
-        raise CheckpointError(f"config.json asks for the rope type {kind!r}; known are {known}.")
+    for rope in ropes(config):
+        kind = rope_type(config, rope)
+        if kind not in ROPE_TYPES:
+            known = ", ".join(sorted(ROPE_TYPES))
+            raise CheckpointError(f"config.json asks for the rope type {kind!r}; known are {known}.")
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))

@@ -46,7 +46,13 @@ def check_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 f"{header.file}: {header.name} is stored as {header.dtype}; served are float32, bfloat16 and float16."
             )
     layers = _layers_present(checkpoint, spec)
-    if layers > spec.num_layers:
+    if layers < spec.num_layers:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {layers} decoder layers, but config.json implies {spec.num_layers}; "
+            "a shard or its index is incomplete."
+        )
+    # Of an architecture without rules, layers beyond are known: heads that predict several tokens, never read.
+    if layers > spec.num_layers and not spec.stored_tensors:
         raise CheckpointError(
             f"{checkpoint.path} holds {layers} decoder layers, but config.json implies {spec.num_layers}; "
             "check num_hidden_layers."

@@ -74,6 +74,7 @@ class MachineFacts:
     packages: tuple[PackageFact, ...]
     compiler: str | None
     shared_memory_op: str | None
+    cpu_kernels: str | None
     shm_free_bytes: int | None
     ports: tuple[PortFact, ...]
     gpus: tuple[str, ...] | None
@@ -93,6 +94,7 @@ def judge(facts: MachineFacts) -> tuple[Check, ...]:
         _memory(facts.memory_bytes),
         _compiler(facts.compiler),
         _shared_memory_op(facts),
+        _cpu_kernels(facts),
         _shm(facts.shm_free_bytes),
         _open_files(facts.open_files_limit),
         _run_dir(facts),
@@ -158,6 +160,16 @@ def _shared_memory_op(facts: MachineFacts) -> Check:
         return Check(name, Verdict.OK, "not built; GPUs use NCCL")
     fix = "Run ops/setup: it compiles it once; until then CPU ranks use gloo, up to 100 times slower per call."
     return Check(name, Verdict.WARN, "not built", fix)
+
+
+def _cpu_kernels(facts: MachineFacts) -> Check:
+    name = "CPU kernels"
+    if facts.cpu_kernels:
+        return Check(name, Verdict.OK, facts.cpu_kernels)
+    if facts.gpus:
+        return Check(name, Verdict.OK, "not built; GPUs need none")
+    fix = "Run ops/setup: it compiles them in seconds; until then CPU ranks use slower operations of torch."
+    return Check(name, Verdict.WARN, "not built for this processor", fix)
 
 
 def _shm(free: int | None) -> Check:

@@ -20,7 +20,7 @@ from cluster.config.listening import can_listen
 from cluster.config.run_dir import check_private, default_run_dir
 from cluster.config.schema import ClusterConfig
 from cluster.domain.errors import ConfigError
-from cluster.engine import shm_kernel
+from cluster.engine import cpu_kernels, shm_kernel
 
 DISTRIBUTION = "llm-cluster"
 # What a process of each role loads: an image of that role has no more (dependency groups of the same names).
@@ -40,6 +40,7 @@ def probe(config: ClusterConfig, env: Mapping[str, str], role: Role = Role.WORKE
         packages=tuple(package_fact(name, wanted) for name, wanted in _wanted_packages(role).items()),
         compiler=_compiler(env),
         shared_memory_op=_shared_memory_op(),
+        cpu_kernels=_cpu_kernels(),
         shm_free_bytes=_free_bytes(Path("/dev/shm")),  # noqa: S108 - asked about, not written to
         ports=_ports(config),
         gpus=_gpus(),
@@ -76,6 +77,11 @@ def _compiler(env: Mapping[str, str]) -> str | None:
 
 def _shared_memory_op() -> str | None:
     return str(shm_kernel.kernel_file()) if shm_kernel.is_built() else None
+
+
+def _cpu_kernels() -> str | None:
+    path = cpu_kernels.best_file()
+    return None if path is None else str(path)
 
 
 def _free_bytes(folder: Path) -> int | None:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "router": ("cluster.cli.processes:router_command", "Run one router."),
     "worker": ("cluster.cli.processes:worker_command", "Run this machine as a node of the cluster."),
     "doctor": ("cluster.cli.doctor:doctor_command", "Check whether this machine is fit to serve."),
+    "manifest": ("cluster.cli.manifest:manifest_command", "Write or compare digests of a model's weights."),
     "plan": ("cluster.cli.plan:plan_command", "Show how a model would be laid out on a set of machines."),
 }
 

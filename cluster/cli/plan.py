@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.checkpoint.config_json import model_spec
 from cluster.checkpoint.layout import CONFIG_FILE, Checkpoint, read_checkpoint, read_config, read_generation_config
 from cluster.checkpoint.resolve import ResolvedModel, demo_path, fetch_config, resolve
+from cluster.checkpoint.rope_scaling import stretched, stretched_config
 from cluster.checkpoint.validate import check_tensors, stored_dtype
 from cluster.config.schema import ModelConfig
 from cluster.domain.errors import ConfigError, NoFeasiblePlan
@@ -53,6 +54,11 @@ def plan_command(
     max_model_len: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
+    rope_scaling: Annotated[
+        str | None,
+        typer.Option(help="Stretch the context: TYPE:FACTOR (linear:2) or a JSON object.", rich_help_panel=_LIMITS),
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, rich_help_panel=_LIMITS)] = None,
     device_memory_utilization: Annotated[float | None, typer.Option(rich_help_panel=_LIMITS)] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
     output: Annotated[Output, typer.Option(help="For people, programs, or values of the Helm chart.")] = Output.TEXT,
@@ -68,9 +74,11 @@ def plan_command(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        rope_scaling=rope_scaling,
+        block_size=block_size,
         device_memory_utilization=device_memory_utilization,
     )
-    spec, checkpoint, source = _read_model(model, revision)
+    spec, checkpoint, source = _read_model(model, revision, config.rope_scaling)
     inventory = _inventory(nodes, devices_per_node, device)
     stored = checkpoint.nbytes_by_name if checkpoint else None
     try:
@@ -96,24 +104,32 @@ def _model_config(**values: Any) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"{option} {first['input']!r} is not allowed: {first['msg']}.") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{option} {first['input']!r} is not allowed: {reason}.") from None
 
 
-def _read_model(model: str, revision: str | None) -> tuple[ModelSpec, Checkpoint | None, Source]:
+def _read_model(
+    model: str, revision: str | None, rope_scaling: str | None
+) -> tuple[ModelSpec, Checkpoint | None, Source]:
     """The model's shape; its checkpoint too when the weights are here; where others find it."""
     path, resolved = Path(model).expanduser(), None
     if not path.is_file():
         resolved = resolve(model, revision)
         path = fetch_config(resolved)
     if path.is_dir() and any(path.glob("*.safetensors")):
-        checkpoint = read_checkpoint(path)
-        spec = model_spec(checkpoint.config, checkpoint.generation_config, stored_dtype=stored_dtype(checkpoint))
+        checkpoint = stretched(read_checkpoint(path), rope_scaling)
+        spec = model_spec(
+            checkpoint.config,
+            checkpoint.generation_config,
+            stored_dtype=stored_dtype(checkpoint),
+            tensors=checkpoint.tensors,
+        )
         check_tensors(checkpoint, spec)
         return spec, checkpoint, _source(resolved, path, checkpoint.total_bytes)
     directory = path if path.is_dir() else path.parent
     if path.is_file() and path.suffix != ".json":
         raise ConfigError(f"{model} is no {CONFIG_FILE}; give a directory in Hugging Face layout or its config.json.")
-    spec = model_spec(read_config(path), read_generation_config(directory))
+    spec = model_spec(stretched_config(read_config(path), rope_scaling), read_generation_config(directory))
     return spec, None, _source(resolved, directory, 0)
 
 

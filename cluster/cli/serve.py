@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cluster.assembly import restart_router, router_is_alive, start_cluster, stop_cluster
+from cluster.cli import options
 from cluster.cli.status import render_status, wide_console
 from cluster.client import Client
 from cluster.client.control import ControlClient, ControllerUnreachable
@@ -35,7 +36,7 @@ ROUTER_STABLE_S = 60.0
 ROUTER_PAUSE_MAX_S = 30.0
 ROUTER_DEATHS_TOLERATED = 10
 DRAIN_S = 30.0  # of a cluster elsewhere, whose settings are not here
-_PARALLEL, _ENGINE, _PROCESS = "Layout", "Engine", "Processes"
+_PROCESS = "Processes"
 
 
 def serve_command(
@@ -46,24 +47,25 @@ def serve_command(
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="A copy of that Ray cluster's token file.")] = None,
     cluster_name: Annotated[str | None, typer.Option(help="Tells clusters on one Ray apart.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, rich_help_panel=_PARALLEL)] = None,
-    tensor_parallel_size: Annotated[
-        int | None, typer.Option("--tensor-parallel-size", "-tp", min=1, rich_help_panel=_PARALLEL)
-    ] = None,
-    pipeline_parallel_size: Annotated[
-        int | None, typer.Option("--pipeline-parallel-size", "-pp", min=1, rich_help_panel=_PARALLEL)
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=_ENGINE)
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_ENGINE)] = None,
-    max_model_len: Annotated[int | None, typer.Option(min=2, rich_help_panel=_ENGINE)] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, rich_help_panel=_ENGINE)] = None,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, rich_help_panel=_ENGINE)] = None,
-    kv_cache_bytes: Annotated[int | None, typer.Option(min=1, rich_help_panel=_ENGINE)] = None,
-    device_memory_utilization: Annotated[float | None, typer.Option(rich_help_panel=_ENGINE)] = None,
-    served_model_name: Annotated[str | None, typer.Option(help="What clients call it.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
+    replicas: options.Replicas = None,
+    tensor_parallel_size: options.TensorParallelSize = None,
+    pipeline_parallel_size: options.PipelineParallelSize = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    max_num_waiting: options.MaxNumWaiting = None,
+    max_waiting_prompt_tokens: options.MaxWaitingPromptTokens = None,
+    enable_prefix_caching: options.EnablePrefixCaching = None,
+    rope_scaling: options.RopeScaling = None,
+    load_format: options.LoadFormat = None,
+    seed: options.Seed = None,
+    block_size: options.BlockSize = None,
+    kv_cache_bytes: options.KvCacheBytes = None,
+    device_memory_utilization: options.DeviceMemoryUtilization = None,
+    served_model_name: options.ServedModelName = None,
+    revision: options.Revision = None,
     host: Annotated[str | None, typer.Option(help="Bind the router to it.", rich_help_panel=_PROCESS)] = None,
     port: Annotated[int | None, typer.Option(help="The router's gRPC port.", rich_help_panel=_PROCESS)] = None,
     control_port: Annotated[int | None, typer.Option(help="The controller's port.", rich_help_panel=_PROCESS)] = None,
@@ -81,7 +83,10 @@ def serve_command(
         "replicas": replicas, "tensor_parallel_size": tensor_parallel_size,
         "pipeline_parallel_size": pipeline_parallel_size, "dtype": dtype, "device": device,
         "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens, "kv_cache_bytes": kv_cache_bytes,
+        "max_num_batched_tokens": max_num_batched_tokens, "max_num_waiting": max_num_waiting,
+        "max_waiting_prompt_tokens": max_waiting_prompt_tokens, "enable_prefix_caching": enable_prefix_caching,
+        "rope_scaling": rope_scaling, "load_format": load_format, "seed": seed, "block_size": block_size,
+        "kv_cache_bytes": kv_cache_bytes,
         "device_memory_utilization": device_memory_utilization, "served_model_name": served_model_name,
         "revision": revision,
     }  # fmt: skip
@@ -90,7 +95,14 @@ def serve_command(
         "cluster_name": cluster_name,
         "controller.host": control_host, "controller.port": control_port, "controller.metrics_port": metrics_port,
     }  # fmt: skip
-    loaded = load_config(config, os.environ, {**_model_flags(models or [], shared), **processes}).config
+    _load_and_serve(config, {**_model_flags(models or [], shared), **processes}, run_dir, address, token_file, detach)
+
+
+def _load_and_serve(
+    file: Path | None, flags: dict[str, Any], run_dir: Path | None, address: str | None, token_file: Path | None,
+    detach: bool,
+) -> None:  # fmt: skip
+    loaded = load_config(file, os.environ, flags).config
     if not loaded.models:
         raise ConfigError("Nothing to serve; name a model, for example 'llm-cluster serve demo'.")
     folder = open_run_dir(

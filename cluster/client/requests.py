@@ -53,6 +53,7 @@ def build_request(
     logprobs: int = 0,
     priority: int = 0,
     generated_token_ids: Sequence[int] = (),
+    cache_salt: str = "",
 ) -> inference_pb2.GenerateRequest:
     """The message for one request, with an id, and a seed wherever sampling is asked for.
 
@@ -66,6 +67,7 @@ def build_request(
         priority=priority,
         return_token_ids=True,
         generated_token_ids=generated_token_ids,
+        cache_salt=cache_salt,
     )
     _set_prompt(request, prompt)
     if options:

@@ -57,6 +57,7 @@ class Client:
         request_id: str = "",
         logprobs: int = 0,
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         generated_token_ids: Sequence[int] = (),
         **options: Unpack[Options],
@@ -64,7 +65,7 @@ class Client:
         """Chunks as they come, then one Completion with the whole."""
         request = build_request(
             prompt, options, model=model, request_id=request_id, logprobs=logprobs, priority=priority,
-            generated_token_ids=generated_token_ids,
+            generated_token_ids=generated_token_ids, cache_salt=cache_salt,
         )  # fmt: skip
         transcript = Transcript(request, self._addresses, self._resumes_max)
         until_s = None if timeout_s is None else self._clock.now() + timeout_s
@@ -96,14 +97,15 @@ class Client:
         request_id: str = "",
         logprobs: int = 0,
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         **options: Unpack[Options],
     ) -> Completion:
         """The whole answer at once, with the same resumption as ``generate``."""
         last: Chunk | Completion | None = None
         for event in self.generate(
-            prompt, model=model, request_id=request_id, logprobs=logprobs, priority=priority, timeout_s=timeout_s,
-            **options,
+            prompt, model=model, request_id=request_id, logprobs=logprobs, priority=priority, cache_salt=cache_salt,
+            timeout_s=timeout_s, **options,
         ):  # fmt: skip
             last = event
         assert isinstance(last, Completion), "a stream ends with its Completion"

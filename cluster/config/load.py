@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cluster.config.schema import ClusterConfig
+from cluster.config.schema import MAPPINGS, ClusterConfig
 from cluster.config.yaml_lines import Located, read_yaml
 from cluster.domain.errors import ConfigError
 
@@ -118,7 +118,9 @@ def _collect(layer: _Layer, path: _Path, located: Located) -> None:
     value = located.value
     if _schema_at(path) is None:
         _check_known(path, located.source)  # even where it holds nothing
-    if isinstance(value, dict) and (value or _schema_at(path) != "value"):
+    if isinstance(value, dict) and path[-1] in MAPPINGS and _schema_at(path) == "value":
+        layer.leaves[path] = Located(_plain(located), located.source)
+    elif isinstance(value, dict) and (value or _schema_at(path) != "value"):
         for name, item in value.items():
             _collect(layer, (*path, name), item)
     elif isinstance(value, list) and (not value or any(isinstance(item.value, dict) for item in value)):
@@ -138,6 +140,8 @@ def _holds_sections(path: _Path) -> bool:
 
 
 def _plain(located: Located) -> object:
+    if isinstance(located.value, dict):
+        return {key: _plain(item) for key, item in located.value.items()}
     return [_plain(item) for item in located.value] if isinstance(located.value, list) else located.value
 
 

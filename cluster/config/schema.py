@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from cluster.domain.rope_scaling import canonical_rope_scaling
 
 LOOPBACK = "127.0.0.1"
 ROUTER_PORT = 50051
@@ -12,6 +15,8 @@ ROUTER_ADDRESS = f"{LOOPBACK}:{ROUTER_PORT}"  # where clients look when they are
 # A day: longer than a generation of a million tokens takes.
 MAX_DRAIN_S = 86_400.0
 Port = int
+# Settings that may be written as a mapping, and are one value all the same.
+MAPPINGS = frozenset({"rope_scaling"})
 
 
 class _Section(BaseModel):
@@ -39,6 +44,24 @@ class ModelConfig(_Section):
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
     max_num_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step.")
     max_num_waiting: int = Field(256, ge=1, description="Bound of the engine's waiting queue, in requests.")
+    max_waiting_prompt_tokens: int = Field(
+        1_048_576, ge=1, description="Bound of the engine's waiting queue, in tokens of their prompts."
+    )
+    prefill_slowdown: float = Field(
+        1.7, gt=1, description="A step with running streams may take so many times its own time for a prompt beside."
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="Keep KV blocks of past prompts for prompts that begin alike."
+    )
+    rope_scaling: str | None = Field(
+        None,
+        description="Stretches a model's context: TYPE:FACTOR such as linear:2 or yarn:4, or the JSON object that "
+        "config.json would hold.",
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="auto: read the weights; dummy: make them up, for measurements without a checkpoint."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Of the weights that load_format dummy makes up.")
     block_size: int = Field(16, ge=1, le=1024, description="Tokens per KV block.")
     device_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a device's memory that is ours.")
     kv_cache_bytes: PositiveInt | None = Field(
@@ -49,6 +72,11 @@ class ModelConfig(_Section):
     def name(self) -> str:
         """What clients call it."""
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @field_validator("rope_scaling", mode="before")
+    @classmethod
+    def _rope_scaling_is_canonical(cls, value: object) -> object:
+        return canonical_rope_scaling(value) if isinstance(value, (str, Mapping)) else value
 
     @field_validator("served_model_name")
     @classmethod

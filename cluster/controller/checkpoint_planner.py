@@ -7,14 +7,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from cluster.checkpoint.config_json import model_spec, require_served
-from cluster.checkpoint.layout import read_checkpoint, read_config, read_generation_config
-from cluster.checkpoint.resolve import fetch_config, read_outline, resolve
+from cluster.checkpoint.config_json import model_spec
+from cluster.checkpoint.dummy import dummy_checkpoint
+from cluster.checkpoint.layout import Checkpoint, read_config, read_generation_config
+from cluster.checkpoint.resolve import ResolvedModel, fetch_config, read_outline, resolve
+from cluster.checkpoint.rope_scaling import stretched, stretched_config
 from cluster.checkpoint.servable import check_servable
 from cluster.config.schema import ModelConfig
 from cluster.controller.actuator import Explanation
 from cluster.controller.desired import Desired, DesiredModel
-from cluster.domain.errors import ClusterError, NoFeasiblePlan, UnsupportedModelError
+from cluster.domain.errors import ClusterError, NoFeasiblePlan
 from cluster.domain.hardware import Inventory
 from cluster.domain.model_spec import ModelSpec
 from cluster.domain.quantities import format_bytes
@@ -44,7 +46,7 @@ class CheckpointPlanner:
 
     def _plan(self, config: ModelConfig, kept: Desired) -> DesiredModel:
         resolved = resolve(config.model, config.revision)
-        checkpoint = read_outline(resolved)
+        checkpoint = stretched(_read(resolved, config), config.rope_scaling)
         found = self._fit(check_servable(checkpoint), config, kept, checkpoint.nbytes_by_name)
         return DesiredModel(
             config=config,
@@ -59,23 +61,28 @@ class CheckpointPlanner:
             kv_blocks=found.kv_blocks,
             weight_bytes_per_rank=_weight_bytes(found),
             max_concurrent_tokens=found.max_concurrent_tokens,
+            stages=found.stages,
         )
 
     def _outline(self, config: ModelConfig, kept: Desired) -> Plan:
         resolved = resolve(config.model, config.revision)
-        if resolved.path is not None:
-            checkpoint = read_checkpoint(resolved.path)
+        if resolved.path is not None or config.load_format == "dummy":
+            checkpoint = stretched(_read(resolved, config), config.rope_scaling)
             return self._fit(check_servable(checkpoint), config, kept, checkpoint.nbytes_by_name)
         folder = fetch_config(resolved)
-        spec = model_spec(read_config(folder), read_generation_config(folder))
-        require_served(spec)
+        spec = model_spec(stretched_config(read_config(folder), config.rope_scaling), read_generation_config(folder))
         return self._fit(spec, config, kept, None)
 
     def _fit(self, spec: ModelSpec, config: ModelConfig, kept: Desired, stored: Mapping[str, int] | None) -> Plan:
         inventory = free_inventory(self._inventory(config.device), kept)
-        found = plan(spec, config, inventory, replicas=config.replicas, weights_nbytes_by_name=stored)
-        _require_one_stage(found)
-        return found
+        return plan(spec, config, inventory, replicas=config.replicas, weights_nbytes_by_name=stored)
+
+
+def _read(resolved: ResolvedModel, config: ModelConfig) -> Checkpoint:
+    """The checkpoint as every rank will see it."""
+    if config.load_format == "dummy":
+        return dummy_checkpoint(fetch_config(resolved), config.seed)
+    return read_outline(resolved)
 
 
 def free_inventory(inventory: Inventory, kept: Desired) -> Inventory:
@@ -93,14 +100,6 @@ def free_inventory(inventory: Inventory, kept: Desired) -> Inventory:
             ]
             fitting = [node for node in nodes if node.device.kind is model.device]
     return replace(inventory, nodes=tuple(nodes))
-
-
-def _require_one_stage(found: Plan) -> None:
-    if found.layout.pipeline_parallel_size > 1:
-        raise UnsupportedModelError(
-            f"{found.model} would need {found.layout}, and pipeline stages are planned but not served yet; "
-            "choose a tensor_parallel_size with pipeline_parallel_size 1."
-        )
 
 
 def _weight_bytes(found: Plan) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from cluster.config.schema import ModelConfig
 from cluster.domain.errors import ConfigError
 from cluster.domain.hardware import DeviceKind
 from cluster.domain.model_spec import Dtype
-from cluster.domain.parallel_layout import ParallelLayout
+from cluster.domain.parallel_layout import ParallelLayout, StageLayers
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class DesiredModel:
     """One model to serve, checked and planned.
 
     ``checkpoint_path``: a directory, or a hub id with its pinned ``revision``. ``kv_blocks``: per rank.
-    ``weight_bytes_per_rank`` in rank order.
+    ``weight_bytes_per_rank`` in rank order. ``stages``: the decoder layers of every pipeline stage; () for one
+    with all of them.
     """
 
     config: ModelConfig
@@ -35,10 +36,12 @@ class DesiredModel:
     kv_blocks: int
     weight_bytes_per_rank: tuple[int, ...]
     max_concurrent_tokens: int
+    stages: tuple[StageLayers, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.replicas >= 0, self.replicas
         assert len(self.weight_bytes_per_rank) == self.layout.world_size, self.weight_bytes_per_rank
+        assert len(self.stages or (0,)) == self.layout.pipeline_parallel_size, self.stages
 
     @property
     def name(self) -> str:
@@ -90,6 +93,7 @@ def model_to_json(model: DesiredModel) -> dict[str, Any]:
         "kv_blocks": model.kv_blocks,
         "weight_bytes_per_rank": list(model.weight_bytes_per_rank),
         "max_concurrent_tokens": model.max_concurrent_tokens,
+        "stages": [[layers.start, layers.stop] for layers in model.stages],
     }
 
 
@@ -108,4 +112,6 @@ def model_from_json(stored: Mapping[str, Any]) -> DesiredModel:
         kv_blocks=stored["kv_blocks"],
         weight_bytes_per_rank=tuple(stored["weight_bytes_per_rank"]),
         max_concurrent_tokens=stored["max_concurrent_tokens"],
+        # A state from before there were stages has none, and serves models of one.
+        stages=tuple(StageLayers(start, stop) for start, stop in stored.get("stages", ())),
     )

@@ -19,12 +19,16 @@ class Diagnosis:
 
 
 def diagnose(replica: ReplicaView, settings: ControllerConfig, now_s: float) -> Diagnosis | None:
-    """None while every rank is well enough."""
+    """None while every rank is well enough. A rank in trouble is named before those that wait for it."""
+    waiting: Diagnosis | None = None
     for rank, view in enumerate(replica.ranks):
         found = _absent(replica, rank, settings, now_s) if view is None else _ill(view, settings, now_s)
-        if found is not None:
+        blames_another = view is not None and view.connected and view.report.waits_for_peer
+        if found is not None and blames_another:
+            waiting = waiting or found
+        elif found is not None:
             return found
-    return None
+    return waiting
 
 
 def _absent(replica: ReplicaView, rank: int, settings: ControllerConfig, now_s: float) -> Diagnosis | None:

@@ -17,8 +17,9 @@ from cluster.controller.endpoints import first_epoch, next_table
 from cluster.controller.fleet import Fleet, SlotRecord, Transition
 from cluster.controller.node_drain import Errands, NodeDrains
 from cluster.controller.observed import Report
-from cluster.controller.ports import PortRange
+from cluster.controller.ports import SPARE, PortRange
 from cluster.controller.reconcile import reconcile
+from cluster.controller.rendezvous import ports_needed
 from cluster.controller.replica_lifecycle import ReplicaEvent
 from cluster.controller.replica_series import ReplicaSeries
 from cluster.controller.store import Store, StoredState
@@ -161,7 +162,7 @@ class ControllerLoop:
         model = find_model(self._desired, incarnation.replica.model)
         if model is None:
             return  # no longer wanted: the disk was slow
-        candidates, ports = self._ports.take()
+        candidates, ports = self._ports.take(ports_needed(model.layout) + SPARE)
         world_size = model.layout.world_size
         record = SlotRecord(incarnation.generation, model.fingerprint, world_size)
         try:

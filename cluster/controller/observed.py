@@ -26,7 +26,10 @@ class RankActivity:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One report of one rank. ``step_age_s``: 0 when idle. ``ports``: engine (leader only), metrics."""
+    """One report of one rank. ``step_age_s``: 0 when idle. ``ports``: engine (leader only), metrics.
+
+    ``waits_for_peer``: its own share of the step is done, or it failed for want of another rank.
+    """
 
     rank_id: RankId
     pid: int
@@ -46,6 +49,7 @@ class Report:
     activity: RankActivity = RankActivity()
     checkpoint_digest: str = ""
     block_size: int = 0
+    waits_for_peer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

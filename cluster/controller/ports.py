@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CANDIDATES = 8
+# Offered beside those that are needed, for ports that somebody else listens on.
+SPARE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class PortRange:
         assert 0 < self.first <= self.last <= 65535, (self.first, self.last)
         assert self.cursor >= 0, self.cursor
 
-    def take(self, count: int = CANDIDATES) -> tuple[tuple[int, ...], PortRange]:
+    def take(self, count: int) -> tuple[tuple[int, ...], PortRange]:
         """The next ``count`` ports (all there are, in a smaller range) and the range after them."""
         size = self.last - self.first + 1
         count = min(count, size)

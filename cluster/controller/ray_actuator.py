@@ -118,13 +118,12 @@ class RayActuator:
         self, order: StartOrder, placement: Placement, inventory: Inventory, group: PlacementGroup
     ) -> None:
         actors = await asyncio.to_thread(self._make_actors, order, placement, group)
-        ports = order.port_candidates
         asked = [
-            actor.prepare.remote(place.host, ports if place.rank == 0 else ())
+            actor.prepare.remote(place.host, order.port_candidates)
             for actor, place in zip(actors, placement.ranks, strict=True)
         ]
         facts: tuple[HostFacts, ...] = tuple(await self._results(asked))
-        devices = next(n.devices for n in inventory.nodes if n.node_id == placement.ranks[0].node_id)
+        devices = {node.node_id: node.devices for node in inventory.nodes}
         specs = rank_specs(order, placement, facts, devices, self._shared)
         self._check_wanted(order.incarnation)
         self._holds[order.incarnation] = [actor.hold.remote() for actor in actors]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 class Dtype(enum.StrEnum):
@@ -25,6 +26,21 @@ class LayerShape:
     num_heads: int
     num_kv_heads: int
     ffn_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class RopeByLength:
+    """Rotary frequencies that depend on a sequence's length, once it passes ``original_len`` tokens.
+
+    "dynamic": every token keeps the frequencies it was computed with: those of max(prompt, position + 1) tokens.
+    "switch": the first token beyond ``original_len`` makes the whole sequence, its past included, use the other set.
+    """
+
+    kind: Literal["dynamic", "switch"]
+    original_len: int
+
+    def __post_init__(self) -> None:
+        assert self.original_len >= 1, self.original_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,10 @@ class ModelSpec:
     num_experts: int = 0  # 0 = dense
     experts_per_token: int = 0
     layer_shapes: tuple[LayerShape, ...] = ()  # where layers differ (OpenELM); empty = all alike
+    value_head_dim: int | None = None  # width of a head's values, where it is not head_dim
+    # Names and shapes of the checkpoint, for an architecture without rules of its own; empty = the rules tell them.
+    stored_tensors: tuple[tuple[str, tuple[int, ...]], ...] = field(default=(), repr=False, hash=False)
+    rope_by_length: RopeByLength | None = None
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, (self.num_heads, self.num_kv_heads)
@@ -84,6 +104,6 @@ class ModelSpec:
         return tuple(dict.fromkeys(self.layer_shapes)) or (self.layer_shape(0),)
 
     def kv_bytes_per_token(self, dtype: Dtype) -> int:
-        """KV cache of one token over all layers and heads: 2 x layers x kv_heads x head_dim x itemsize."""
+        """KV cache of one token over all layers and heads: layers x kv_heads x (key + value width) x itemsize."""
         kv_heads = sum(self.layer_shape(layer).num_kv_heads for layer in range(self.num_layers))
-        return 2 * kv_heads * self.head_dim * dtype.itemsize
+        return kv_heads * (self.head_dim + (self.value_head_dim or self.head_dim)) * dtype.itemsize

@@ -36,13 +36,46 @@ class ParallelLayout:
         return f"TP{self.tensor_parallel_size} x PP{self.pipeline_parallel_size}"
 
 
-def grain_size(ffn_size: int, tensor_parallel_size: int) -> int:
-    """DeepSpeed's ``tp_grain_size`` for a model: 64, or the largest power of two below it that leaves no rank empty.
+@dataclass(frozen=True, slots=True)
+class StageLayers:
+    """The decoder layers of one pipeline stage: ``start`` up to, not including, ``stop``."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pipeline stage of ``count``: its place, and its decoder layers."""
+
+    index: int
+    count: int
+    layers: StageLayers
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.index < self.count, self
+
+    @property
+    def is_first(self) -> bool:
+        """It embeds the tokens."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """It has the norm and the head, and its first rank samples."""
+        return self.index == self.count - 1
+
+
+def grain_size(size: int, tensor_parallel_size: int) -> int:
+    """DeepSpeed's ``tp_grain_size`` for a dimension: 64, or the largest power of two below it that leaves no rank empty.
 
     Planner and engine both call this, so that the ledger and the shards agree.
     """
     grain = GRAIN_COLUMNS
-    while grain > 1 and ffn_size // grain < tensor_parallel_size:
+    while grain > 1 and size // grain < tensor_parallel_size:
         grain //= 2
     return grain
 

@@ -101,6 +101,7 @@ class Heartbeat:
             peak_host_bytes=progress.peak_host_bytes,
             checkpoint_digest=spec.checkpoint_digest,
             block_size=spec.block_size,
+            waits_for_peer=progress.waits_for_peer,
         )
         if spec.rank_id.rank == 0:
             load = progress.load

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+import uvloop
 
 from cluster.domain.clock import Clock
 from cluster.domain.errors import EngineFailed
@@ -62,12 +63,13 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         reader = asyncio.create_task(self._read(session, outbox, request_iterator))
         writer = asyncio.create_task(self._write(outbox, context))
         overflow = asyncio.create_task(outbox.overflow.wait())
+        beats = asyncio.create_task(_ask_for_beats(outbox))
         try:
             await asyncio.wait({reader, writer, overflow}, return_when=asyncio.FIRST_COMPLETED)
             if outbox.overflow.is_set():
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "This session does not read; it was reset.")
         finally:
-            for task in (reader, writer, overflow):
+            for task in (reader, writer, overflow, beats):
                 task.cancel()
             self._sessions.close(session)
             self._loop.post(CancelSession(session))
@@ -90,19 +92,14 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def _write(self, outbox: Outbox, context: Context) -> None:
         """The welcome, then step messages as they come and a beat every BEAT_S, for as long as somebody reads."""
         await context.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity)))
-        taking = asyncio.ensure_future(outbox.take())
-        next_beat_s = self._clock.now()
-        try:
-            while True:
-                await asyncio.wait({taking}, timeout=max(0.0, next_beat_s - self._clock.now()))
-                if taking.done():
-                    await context.write(engine_pb2.SessionResponse(step=taking.result()))
-                    taking = asyncio.ensure_future(outbox.take())
-                if self._clock.now() >= next_beat_s:
-                    next_beat_s = self._clock.now() + BEAT_S
-                    await context.write(engine_pb2.SessionResponse(beat=self._beat()))
-        finally:
-            taking.cancel()
+        while True:
+            # One event for both: a step costs no future and no timer of its own.
+            await outbox.filled.wait()
+            step, beat_due = outbox.take()
+            if step is not None:
+                await context.write(engine_pb2.SessionResponse(step=step))
+            if beat_due:
+                await context.write(engine_pb2.SessionResponse(beat=self._beat()))
 
     def _beat(self) -> engine_pb2.Beat:
         progress = self._progress
@@ -117,7 +114,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             for submit in request.commands.submits:
                 refused = self._submit(session, submit)
                 if refused is not None:
-                    outbox.put(self._progress.step, [refused], load_to_message(self._progress.load))
+                    outbox.put(self._progress.step, [refused], self._progress.load)
 
     def _submit(self, session: int, submit: engine_pb2.Submit) -> SequenceProgress | None:
         """Hands a sequence to the loop; or why it never gets there."""
@@ -141,7 +138,14 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             priority=submit.priority,
             deadline_s=deadline_s,
             request_id=submit.request_id,
+            cache_salt=submit.cache_salt.encode(),
         )
+
+
+async def _ask_for_beats(outbox: Outbox) -> None:
+    while True:
+        outbox.ask_for_beat()
+        await asyncio.sleep(BEAT_S)
 
 
 def _name(identity: engine_pb2.ReplicaIdentity) -> str:
@@ -154,7 +158,7 @@ class LeaderServer:
     def __init__(self, host: str, first_port: int) -> None:
         self._host, self._first_port = host, first_port
         self._sessions = Sessions()
-        self._events = asyncio.new_event_loop()
+        self._events = uvloop.new_event_loop()
         self._bound = threading.Event()
         self._failure: BaseException | None = None
         self.port = 0

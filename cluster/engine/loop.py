@@ -1,4 +1,8 @@
-"""The leader's compute thread: receive -> schedule -> run -> commit -> publish, one step after another."""
+"""The leader's compute thread: receive -> schedule -> dispatch -> publish -> collect -> commit, again and again.
+
+News of a step are published when the next plan is on its way to the other ranks: they compute while the messages are
+made. As many plans are outstanding as the runner is deep.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +15,31 @@ from typing import Protocol
 
 from cluster.domain.clock import Clock
 from cluster.domain.endpoint import LoadSnapshot
-from cluster.domain.request import SamplingParams, SequenceEnd
+from cluster.domain.request import SequenceEnd
+from cluster.engine.prefill_pace import PrefillPace
 from cluster.engine.progress import RankProgress
 from cluster.engine.scheduler import Scheduler
 from cluster.engine.sequence import Sequence as EngineSequence
-from cluster.engine.step import SequenceKey, SequenceProgress, StepPlan, StepResult
-from cluster.telemetry.metrics import EngineMetrics
+from cluster.engine.step import SequenceKey, SequenceProgress, StepPlan, StepResult, step_kind
+from cluster.engine.step_series import StepSeries
 
 MAX_INBOX = 8192
 
 
-class History(Protocol):
-    """What sampling needs to know of a sequence."""
-
-    @property
-    def params(self) -> SamplingParams: ...
-    @property
-    def prompt_token_ids(self) -> Sequence[int]: ...
-    @property
-    def generated_token_ids(self) -> Sequence[int]: ...
-
-
 class StepRunner(Protocol):
-    """Runs a plan on every rank of the replica and samples."""
+    """Runs plans on every rank of the replica, in order, and samples. EngineFailed: the replica is lost."""
 
-    def run(self, plan: StepPlan, histories: Sequence[History]) -> StepResult:
-        """``histories``: of the entries to sample, in the plan's order."""
+    @property
+    def depth(self) -> int:
+        """Plans that may be dispatched and not collected: one for each pipeline stage."""
+        ...
+
+    def dispatch(self, plan: StepPlan) -> None:
+        """Lets the other ranks begin with it; does not wait for anybody."""
+        ...
+
+    def collect(self) -> StepResult:
+        """The result of the oldest plan dispatched."""
         ...
 
 
@@ -77,15 +80,17 @@ class EngineLoop:
     """Owns the scheduler. Other threads speak to it through ``post`` and hear from it through ``publish``."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: StepRunner, progress: RankProgress, metrics: EngineMetrics,
-        publish: Callable[[Published], None], clock: Clock,
+        self, scheduler: Scheduler, runner: StepRunner, progress: RankProgress, series: StepSeries,
+        publish: Callable[[Published], None], clock: Clock, pace: PrefillPace | None = None,
     ) -> None:  # fmt: skip
-        self._scheduler, self._runner, self._progress, self._metrics = scheduler, runner, progress, metrics
-        self._publish, self._clock = publish, clock
+        self._scheduler, self._runner, self._progress, self._series = scheduler, runner, progress, series
+        self._publish, self._clock, self._pace = publish, clock, pace
         self._inbox: deque[Command] = deque()
         self._wake = threading.Condition()
         self._stopped = False
-        self._preemptions_seen = 0
+        self._outstanding: deque[tuple[StepPlan, float]] = deque()  # with the time of its dispatch
+        self._news: list[SequenceProgress] = []  # not published yet
+        self._collected_s = 0.0
 
     def post(self, command: Command) -> bool:
         """From any thread. False when a Submit finds the inbox full; the rest is always taken."""
@@ -110,22 +115,28 @@ class EngineLoop:
             self.turn(commands)
 
     def turn(self, commands: Sequence[Command]) -> None:
-        """One round: takes the commands, runs at most one step, publishes what came of both."""
-        refused = [progress for command in commands if (progress := self._take(command)) is not None]
-        scheduled = self._scheduler.schedule(self._clock.now())
-        committed: tuple[SequenceProgress, ...] = ()
-        if scheduled.plan is not None:
-            committed = self._step(scheduled.plan)
+        """One round: takes the commands, fills the pipeline, publishes, and waits for the oldest step if there is one.
+
+        What that step brings is published in the next round.
+        """
+        for command in commands:
+            self._take(command)
+        self._fill()
         load = self._scheduler.load()
         self._progress.load = load
-        self._export(load)
-        progresses = (*refused, *scheduled.ended, *committed)
-        if progresses:
-            self._publish(Published(self._progress.step, progresses, load))
+        if self._news:
+            news, self._news = tuple(self._news), []
+            self._publish(Published(self._progress.step, news, load))
+        if self._outstanding:
+            self._collect()
+
+    @property
+    def _idle(self) -> bool:
+        return not (self._inbox or self._outstanding or self._news or self._scheduler.has_work)
 
     def _receive(self) -> list[Command] | None:
         with self._wake:
-            if not self._inbox and not self._stopped and not self._scheduler.has_work:
+            while self._idle and not self._stopped:
                 self._wake.wait()
             if self._stopped:
                 return None
@@ -133,36 +144,56 @@ class EngineLoop:
             self._inbox.clear()
             return commands
 
-    def _take(self, command: Command) -> SequenceProgress | None:
+    def _take(self, command: Command) -> None:
         if isinstance(command, Submit):
-            return self._scheduler.submit(command.sequence, self._clock.now())
-        if isinstance(command, Cancel):
+            refused = self._scheduler.submit(command.sequence, self._clock.now())
+            if refused is not None:
+                self._news.append(refused)
+        elif isinstance(command, Cancel):
             self._scheduler.cancel(command.key)
         else:
             self._scheduler.cancel_session(command.session)
-        return None
 
-    def _step(self, plan: StepPlan) -> tuple[SequenceProgress, ...]:
-        self._progress.begin_step()
-        started, cpu_started = self._clock.now(), time.thread_time()
-        histories = [self._scheduler.sequence(entry.key) for entry in plan.entries if entry.sample]
-        result = self._runner.run(plan, histories)
-        progresses = self._scheduler.commit(result)
-        elapsed = self._clock.now() - started
+    def _fill(self) -> None:
+        """Dispatches for as long as the scheduler has a plan; it bounds how many are outstanding."""
+        while self._scheduler.can_schedule:
+            now_s = self._clock.now()
+            scheduled = self._scheduler.schedule(now_s, self._prefill_tokens())
+            self._news += scheduled.ended
+            if scheduled.plan is None:
+                return
+            if self._outstanding:
+                self._series.overlapped()
+            else:
+                self._progress.begin_step()
+            self._runner.dispatch(scheduled.plan)
+            self._outstanding.append((scheduled.plan, now_s))
+
+    def _prefill_tokens(self) -> int | None:
+        if self._pace is None:
+            return None
+        depth = self._runner.depth
+        return self._pace.budget((self._scheduler.num_decoding + depth - 1) // depth)  # one plan's part of them
+
+    def _collect(self) -> None:
+        cpu_started = time.thread_time()
+        result = self._runner.collect()
+        plan, dispatched_s = self._outstanding.popleft()
+        news = self._scheduler.commit(result)
+        self._news += news
+        now_s = self._clock.now()
+        # With several outstanding, a step's own time begins where the one before it ended.
+        seconds = now_s - max(dispatched_s, self._collected_s)
+        self._collected_s = now_s
         self._progress.end_step(plan.step, time.thread_time() - cpu_started)
-        self._metrics.step_seconds.labels(plan.kind).observe(elapsed)
-        self._metrics.generation_tokens.inc(sum(len(p.token_ids) for p in progresses))
-        self._metrics.prompt_tokens.inc(plan.num_tokens - sum(entry.is_decode for entry in plan.entries))
-        return progresses
-
-    def _export(self, load: LoadSnapshot) -> None:
-        metrics = self._metrics
-        metrics.running.set(load.running_sequences)
-        metrics.waiting.set(load.waiting_sequences)
-        metrics.kv_cache_usage.set(load.kv_blocks_used / load.kv_blocks_total if load.kv_blocks_total else 0.0)
-        preemptions = self._scheduler.preemptions
-        metrics.preemptions.inc(preemptions - self._preemptions_seen)
-        self._preemptions_seen = preemptions
+        if self._outstanding:
+            self._progress.begin_step()
+        decodes = plan.num_decodes
+        prompt_tokens = plan.num_tokens - decodes
+        if self._pace is not None:
+            self._pace.observe(decodes, prompt_tokens, seconds)
+        kind = step_kind(decodes, len(plan.entries))
+        self._series.observe(kind, prompt_tokens, sum([len(progress.token_ids) for progress in news]), seconds)
 
 
 def refused_for_capacity(key: SequenceKey, attempt: int) -> SequenceProgress:

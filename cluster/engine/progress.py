@@ -13,13 +13,15 @@ from cluster.domain.replica import RankPhase
 class RankProgress:
     """Single writer, many readers: every field is one assignment, so that no lock is needed.
 
-    ``step_started_s``: clock time at which the step now running began, None when idle.
+    ``step_started_s``: clock time at which the step now running began, None when idle. ``waits_for_peer``: this rank's
+    share of it is done and another one's is not, or it failed because another one is gone.
     """
 
     clock: Clock
     phase: RankPhase = RankPhase.STARTING
     step: int = 0
     step_started_s: float | None = None
+    waits_for_peer: bool = False
     compute_s: float = 0.0
     bytes_loaded: int = 0
     bytes_total: int = 0

@@ -13,28 +13,39 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.checkpoint.config_json import model_spec
+from cluster.checkpoint.dummy import dummy_checkpoint
 from cluster.checkpoint.layout import Checkpoint, read_checkpoint
-from cluster.checkpoint.resolve import ResolvedModel, fetch
+from cluster.checkpoint.resolve import ResolvedModel, fetch, fetch_config
+from cluster.checkpoint.rope_scaling import stretched
 from cluster.domain.clock import MonotonicClock
-from cluster.domain.errors import CheckpointError
+from cluster.domain.errors import CheckpointError, EngineFailed
+from cluster.domain.model_spec import ModelSpec
+from cluster.domain.parallel_layout import Stage
 from cluster.domain.replica import RankPhase
 from cluster.engine import host_memory, model_card, rank_record
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.heartbeat import Heartbeat
 from cluster.engine.leader import EngineServicer, LeaderServer
 from cluster.engine.loop import EngineLoop
-from cluster.engine.plan_channel import PlanReceiver, PlanSender
+from cluster.engine.prefill_pace import PrefillPace
 from cluster.engine.progress import RankProgress
 from cluster.engine.rank_spec import RankSpec
 from cluster.engine.scheduler import Scheduler, SchedulerLimits
+from cluster.engine.step_series import StepSeries
 from cluster.telemetry.exposition import MetricsServer, new_registry
 from cluster.telemetry.logs import configure_logs, get_logger
 from cluster.telemetry.metrics import EngineMetrics, RankMetrics
 
+if TYPE_CHECKING:  # both import torch, which a rank does when its heartbeat runs
+    from cluster.engine.rank_channels import RankChannels
+    from cluster.engine.runner import RankShare
+
 RENDEZVOUS_DEADLINE_S = 180.0
+# Stages come from different nodes, and one may download first; the controller's own deadlines come before this one.
+MEETING_DEADLINE_S = 3600.0
 _EXIT_FAILED = 1
 
 
@@ -57,19 +68,30 @@ class RankProcess:
         self._registry = new_registry()
         self._heartbeat = Heartbeat(spec, self._progress, os.getpid(), RankMetrics(self._registry))
         self._log = get_logger(rank=str(spec.rank_id))
+        self._ending = threading.Lock()
 
     def run(self) -> None:
         """The compute thread's life; never returns."""
         try:
             self._start()
-            code = 0
         except BaseException as error:  # boundary: the failure is reported, then the process ends
-            self._progress.failure = f"{type(error).__name__}: {error}"
-            self._enter(RankPhase.FAILED, failure=self._progress.failure)
             self._log.exception("rank_failed")
-            self._heartbeat.tell_last_words()
-            code = _EXIT_FAILED
-        os._exit(code)  # threads of gloo and gRPC may hang after a failure; nothing is left to save
+            self._progress.waits_for_peer = isinstance(error, EngineFailed) and error.retryable
+            self._fail(f"{type(error).__name__}: {error}")
+        os._exit(0)
+
+    def _fail(self, why: str) -> None:
+        """Tells why and ends the process; from any thread, and the first reason is the one that is told."""
+        self._ending.acquire()  # nobody comes after the first
+        self._progress.failure = why
+        self._enter(RankPhase.FAILED, failure=why)
+        self._heartbeat.tell_last_words()
+        os._exit(_EXIT_FAILED)  # threads of gloo and gRPC may hang after a failure; nothing is left to save
+
+    def _lose(self, who_is_gone: str) -> None:
+        """A peer's socket has broken, maybe while the compute thread waits for that peer without an end."""
+        self._progress.waits_for_peer = True
+        self._fail(f"EngineFailed: {who_is_gone}")
 
     def _start(self) -> None:
         spec = self._spec
@@ -82,14 +104,16 @@ class RankProcess:
         self._heartbeat.start()
         self._log.info("starting", layout=str(spec.layout), collective=spec.collective, host=socket.gethostname())
         checkpoint = self._checkpoint()
-        model = self._build(checkpoint)
+        shape = model_spec(checkpoint.config, checkpoint.generation_config, tensors=checkpoint.tensors)
+        model = self._build(checkpoint, spec.stage(shape.num_layers))
+        channels = self._meet(model.hidden_size)
         self._load(model)
-        model.make_cache(spec.kv_blocks, spec.block_size)
+        model.make_cache(spec.kv_blocks, spec.block_size, spec.max_num_seqs, spec.max_model_len)
         self._enter(RankPhase.WARMING_UP)
-        if spec.rank_id.rank == 0:
-            self._lead(checkpoint, model)
+        if spec.is_leader:
+            self._lead(checkpoint, shape, model, channels)
         else:
-            self._follow(model)
+            self._follow(model, channels)
 
     def _enter(self, phase: RankPhase, **facts: Any) -> None:
         self._progress.phase = phase
@@ -109,22 +133,25 @@ class RankProcess:
     def _checkpoint(self) -> Checkpoint:
         """The files on this node; CheckpointError when they are not those that were planned with."""
         spec = self._spec
-        local = Path(spec.checkpoint_path)
-        path = (
-            local
-            if local.is_dir()
-            else fetch(ResolvedModel(spec.model_name, repo_id=spec.checkpoint_path, commit=spec.revision))
-        )
-        checkpoint = read_checkpoint(path)
+        checkpoint = self._read_checkpoint()
         if checkpoint.digest != spec.checkpoint_digest:
             raise CheckpointError(
-                f"{path} on {spec.host} is not the checkpoint that was planned with ({checkpoint.digest[:12]} "
-                f"instead of {spec.checkpoint_digest[:12]}); copy the same files to every node."
+                f"{checkpoint.path} on {spec.host} is not the checkpoint that was planned with "
+                f"({checkpoint.digest[:12]} instead of {spec.checkpoint_digest[:12]}); "
+                "copy the same files to every node."
             )
-        return checkpoint
+        return stretched(checkpoint, spec.rope_scaling)
 
-    def _build(self, checkpoint: Checkpoint) -> Any:
-        """Meets the other ranks and builds this rank's model on meta."""
+    def _read_checkpoint(self) -> Checkpoint:
+        spec = self._spec
+        local = Path(spec.checkpoint_path)
+        resolved = ResolvedModel(spec.model_name, repo_id=spec.checkpoint_path, commit=spec.revision)
+        if spec.load_format == "dummy":
+            return dummy_checkpoint(local if local.is_dir() else fetch_config(resolved), spec.seed)
+        return read_checkpoint(local if local.is_dir() else fetch(resolved))
+
+    def _build(self, checkpoint: Checkpoint, stage: Stage) -> Any:
+        """Meets the other ranks of its stage and builds this rank's model on meta."""
         import torch
 
         from cluster.engine.model.causal_lm import ShardedCausalLM
@@ -133,17 +160,36 @@ class RankProcess:
         spec = self._spec
         torch.set_num_threads(spec.threads)
         torch.set_grad_enabled(False)
-        group = TensorParallelGroup(spec.rank_id.rank, spec.layout.tensor_parallel_size, spec.collective)
+        group = TensorParallelGroup(spec.tensor_rank, spec.layout.tensor_parallel_size, spec.collective)
         group.join(spec.master_host, spec.master_port, RENDEZVOUS_DEADLINE_S)
         device = torch.device(spec.device.value)
-        model = ShardedCausalLM(checkpoint, getattr(torch, spec.dtype.value), device, group)
-        self._log.info("built", tensor_parallel_size=group.size)
+        model = ShardedCausalLM(checkpoint, getattr(torch, spec.dtype.value), device, group, stage)
+        self._log.info("built", tensor_parallel_size=group.size, stage=stage.index, layers=len(stage.layers))
         return model
+
+    def _meet(self, hidden_size: int) -> RankChannels:
+        """Opens the channels to the other ranks of the replica."""
+        from cluster.engine.rank_channels import RankChannels
+
+        channels = RankChannels(self._spec, hidden_size, self._lose)
+        channels.open(MEETING_DEADLINE_S, self._clock)
+        return channels
+
+    def _share(self, model: Any, channels: RankChannels) -> RankShare:
+        """What this rank does of every plan."""
+        import torch
+
+        from cluster.engine.model.sampler import Sampler
+        from cluster.engine.runner import RankShare
+
+        spec = self._spec
+        sampler = None
+        if spec.rank == spec.sampling_rank:
+            sampler = Sampler(model.vocab_size, spec.max_num_seqs, torch.device(spec.device.value))
+        return RankShare(model, sampler, channels.incoming, channels.outgoing)
 
     def _load(self, model: Any) -> None:
         progress = self._progress
-        baseline = host_memory.resident_bytes()
-        host_memory.reset_peak()
 
         def started(total: int) -> None:
             progress.bytes_total = total
@@ -151,61 +197,66 @@ class RankProcess:
 
         def delivered(count: int) -> None:
             progress.bytes_loaded += count
-            progress.peak_host_bytes = host_memory.peak_resident_bytes() - baseline
+            progress.peak_host_bytes = peak.bytes
 
-        model.load(started, delivered)
-        progress.peak_host_bytes = host_memory.peak_resident_bytes() - baseline
+        with host_memory.AnonymousPeak() as peak:
+            model.load(started, delivered)
+        progress.peak_host_bytes = peak.bytes
         self._log.info("loaded", bytes=progress.bytes_loaded, peak_host_bytes=progress.peak_host_bytes)
 
-    def _lead(self, checkpoint: Checkpoint, model: Any) -> None:
+    def _lead(self, checkpoint: Checkpoint, shape: ModelSpec, model: Any, channels: RankChannels) -> None:
         """Rank 0: warms everybody up, opens the Engine service, and steps for as long as the process lives."""
         from cluster.engine.runner import LeaderRunner
 
-        spec = self._spec
-        plans = self._open_plan_channel()
-        runner = LeaderRunner(model, plans)
+        spec, progress = self._spec, self._progress
+        if channels.sender is not None:
+            channels.sender.await_loaded(MEETING_DEADLINE_S)
+        depth = spec.layout.pipeline_parallel_size
+        runner = LeaderRunner(self._share(model, channels), channels.sender, progress, depth)
         runner.warm_up(spec.max_model_len, spec.kv_blocks, spec.block_size)
-        limits = SchedulerLimits(
-            spec.max_num_seqs,
-            spec.max_num_batched_tokens,
-            spec.max_num_waiting,
-            spec.max_model_len,
-            vocab_size=model.vocab_size,
-        )
-        scheduler = Scheduler(limits, BlockPool(spec.kv_blocks, spec.block_size))
-        self._progress.load = scheduler.load()
+        scheduler = self._scheduler(shape)
+        progress.load = scheduler.load()
         server = LeaderServer(spec.bind_host, spec.engine_port)
         metrics = EngineMetrics(self._registry)
         replica = spec.rank_id.incarnation.replica
         metrics.info.labels(replica.model, str(replica)).set(1)
         metrics.kv_blocks.set(spec.kv_blocks)
-        loop = EngineLoop(scheduler, runner, self._progress, metrics, server.publish, self._clock)
-        self._progress.ports["engine"] = server.start(self._servicer(checkpoint, loop, server))
-        self._enter(RankPhase.READY, ports=self._progress.ports)
+        series = StepSeries(metrics, scheduler, progress)
+        pace = PrefillPace(spec.prefill_slowdown, spec.max_num_batched_tokens)
+        loop = EngineLoop(scheduler, runner, progress, series, server.publish, self._clock, pace)
+        progress.ports["engine"] = server.start(self._servicer(checkpoint, shape, loop, server))
+        self._enter(RankPhase.READY, ports=progress.ports)
         loop.run()
 
-    def _servicer(self, checkpoint: Checkpoint, loop: EngineLoop, server: LeaderServer) -> EngineServicer:
+    def _scheduler(self, shape: ModelSpec) -> Scheduler:
         spec = self._spec
-        shape = model_spec(checkpoint.config, checkpoint.generation_config)
+        limits = SchedulerLimits(
+            spec.max_num_seqs,
+            spec.max_num_batched_tokens,
+            spec.max_num_waiting,
+            spec.max_model_len,
+            vocab_size=shape.vocab_size,
+            max_waiting_prompt_tokens=spec.max_waiting_prompt_tokens,
+            rope_by_length=shape.rope_by_length,
+        )
+        pool, depth = BlockPool(spec.kv_blocks, spec.block_size), spec.layout.pipeline_parallel_size
+        return Scheduler(limits, pool, depth=depth, prefix_caching=spec.enable_prefix_caching)
+
+    def _servicer(
+        self, checkpoint: Checkpoint, shape: ModelSpec, loop: EngineLoop, server: LeaderServer
+    ) -> EngineServicer:
+        spec = self._spec
         files = model_card.tokenizer_files(checkpoint.path)
         generation_config = checkpoint.generation_config or {}
         card = model_card.model_card(spec, shape.vocab_size, shape.end_token_ids, generation_config, files)
         identity = model_card.identity(spec)
         return EngineServicer(identity, card, files, loop, server.sessions, self._progress, self._clock)
 
-    def _open_plan_channel(self) -> PlanSender | None:
-        spec = self._spec
-        if spec.layout.world_size == 1:
-            return None
-        sender = PlanSender(spec.plan_host, spec.plan_port, spec.rank_id.incarnation.generation)
-        sender.accept(spec.layout.world_size, RENDEZVOUS_DEADLINE_S, self._clock)
-        return sender
-
-    def _follow(self, model: Any) -> None:
+    def _follow(self, model: Any, channels: RankChannels) -> None:
         from cluster.engine.runner import follow
 
-        spec = self._spec
-        receiver = PlanReceiver(spec.plan_host, spec.plan_port, spec.rank_id.incarnation.generation, spec.rank_id.rank)
-        receiver.connect(RENDEZVOUS_DEADLINE_S, self._clock)
+        assert channels.receiver is not None, "every rank but the leader follows"
+        share = self._share(model, channels)
+        channels.receiver.tell_loaded()
         become_ready: Callable[[], None] = lambda: self._enter(RankPhase.READY)  # noqa: E731
-        follow(model, receiver, self._progress, become_ready)
+        follow(share, channels.receiver, self._progress, become_ready)

@@ -1,16 +1,18 @@
 """Routers' sessions at a leader: who wants what, and one merged message per step for each of them.
 
 The engine never waits for a reader: what a session has not taken yet is merged into its outbox, and a session that
-lets more than ``MAX_PENDING_BYTES`` pile up is reset.
+lets more than ``MAX_PENDING_BYTES`` pile up is reset. Messages are made when they are taken, from all that is pending:
+a step's news cost a list until then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from cluster.domain.endpoint import LoadSnapshot
 from cluster.engine.loop import Published
-from cluster.engine.step import SequenceProgress
+from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.v1 import engine_pb2
 from cluster.wire.channel import MAX_MESSAGE_BYTES
 from cluster.wire.convert import end_to_message, load_to_message, logprob_to_message
@@ -21,48 +23,72 @@ _UPDATE_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES = 32, 5, 24  # upper bounds on the w
 
 
 class Outbox:
-    """One session's unsent updates, merged by sequence. Lives on the event loop."""
+    """One session's unsent updates, merged by sequence when they are taken. Lives on the event loop.
+
+    ``filled``: there is something to take, updates or a beat. ``overflow``: the session is to be reset.
+    """
 
     def __init__(self) -> None:
-        self._updates: dict[tuple[int, int], engine_pb2.SequenceUpdate] = {}
-        self._latest: engine_pb2.StepUpdate | None = None
+        self._pending: list[SequenceProgress] = []
+        self._step = 0
+        self._load = LoadSnapshot()
         self._pending_bytes = 0
-        self._filled = asyncio.Event()
+        self._beat_due = False
+        self.filled = asyncio.Event()
         self.overflow = asyncio.Event()
 
-    def put(self, step: int, progresses: Iterable[SequenceProgress], load: engine_pb2.Load) -> None:
+    def put(self, step: int, progresses: Sequence[SequenceProgress], load: LoadSnapshot) -> None:
+        self._pending += progresses
+        self._step, self._load = step, load
+        self._pending_bytes += (_UPDATE_BYTES + _TOKEN_BYTES) * len(progresses)
         for progress in progresses:
-            self._merge(progress)
-        self._latest = engine_pb2.StepUpdate(step=step, load=load)
+            if progress.logprobs or progress.detail or len(progress.token_ids) > 1:
+                self._pending_bytes += _extra_bytes(progress)
         if self._pending_bytes > MAX_PENDING_BYTES:
             self.overflow.set()
-        self._filled.set()
+        self.filled.set()
 
-    def _merge(self, progress: SequenceProgress) -> None:
-        key = (progress.key.sequence_id, progress.attempt)
-        update = self._updates.get(key)
-        if update is None:
-            update = self._updates[key] = engine_pb2.SequenceUpdate(
-                sequence_id=progress.key.sequence_id, attempt=progress.attempt
-            )
-        update.token_ids.extend(progress.token_ids)
-        update.logprobs.extend(logprob_to_message(value) for value in progress.logprobs)
+    def ask_for_beat(self) -> None:
+        self._beat_due = True
+        self.filled.set()
+
+    def take(self) -> tuple[engine_pb2.StepUpdate | None, bool]:
+        """Everything since the last call as one message, and whether a beat was asked for; when ``filled``."""
+        self.filled.clear()
+        beat_due, self._beat_due = self._beat_due, False
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        if not pending:
+            return None, beat_due
+        message = engine_pb2.StepUpdate(step=self._step, load=load_to_message(self._load))
+        # Several updates of one sequence mean that the reader lags; otherwise there is nothing to merge.
+        known: dict[SequenceKey, engine_pb2.SequenceUpdate] = {}
+        add = message.sequences.add
+        for progress in pending:
+            key, attempt, token_ids, logprobs, end, _, cached_prompt_tokens = progress
+            if key in known:
+                known[key].token_ids.extend(token_ids)
+            else:
+                known[key] = add(sequence_id=key[1], attempt=attempt, token_ids=token_ids)
+            if logprobs or cached_prompt_tokens or end is not None:
+                _add_rare(known[key], progress)
+        return message, beat_due
+
+
+def _add_rare(update: engine_pb2.SequenceUpdate, progress: SequenceProgress) -> None:
+    """What most updates do not have."""
+    if progress.cached_prompt_tokens:
+        update.cached_prompt_tokens = progress.cached_prompt_tokens
+    if progress.logprobs:
+        update.logprobs.extend([logprob_to_message(value) for value in progress.logprobs])
+    if progress.end is not None:
         update.end = end_to_message(progress.end)
         update.detail = progress.detail
-        update.cached_prompt_tokens = progress.cached_prompt_tokens
-        logprobs = sum(1 + len(value.top) for value in progress.logprobs)
-        self._pending_bytes += _UPDATE_BYTES + len(progress.detail) * 4
-        self._pending_bytes += _TOKEN_BYTES * len(progress.token_ids) + _LOGPROB_BYTES * logprobs
 
-    async def take(self) -> engine_pb2.StepUpdate:
-        """Everything since the last call, as one message; waits until there is something."""
-        await self._filled.wait()
-        self._filled.clear()
-        message = self._latest
-        assert message is not None
-        message.sequences.extend(self._updates.values())
-        self._updates, self._pending_bytes = {}, 0
-        return message
+
+def _extra_bytes(progress: SequenceProgress) -> int:
+    """Beyond an update with one token."""
+    logprobs = sum(1 + len(value.top) for value in progress.logprobs)
+    return _TOKEN_BYTES * len(progress.token_ids) + _LOGPROB_BYTES * logprobs + 4 * len(progress.detail)
 
 
 class Sessions:
@@ -85,8 +111,7 @@ class Sessions:
         by_session: dict[int, list[SequenceProgress]] = {}
         for progress in published.progresses:
             by_session.setdefault(progress.key.session, []).append(progress)
-        load = load_to_message(published.load)
-        for session, progresses in by_session.items():
+        for session, mine in by_session.items():
             outbox = self._outboxes.get(session)
             if outbox is not None:  # a closed session's last updates interest nobody
-                outbox.put(published.step, progresses, load)
+                outbox.put(published.step, mine, published.load)

@@ -9,13 +9,13 @@ from cluster.config.schema import ModelConfig
 from cluster.domain.errors import ConfigError
 from cluster.domain.hardware import DeviceKind, DeviceType, Inventory, Node
 from cluster.domain.model_spec import Dtype, ModelSpec
-from cluster.domain.parallel_layout import ParallelLayout, Placement
+from cluster.domain.parallel_layout import ParallelLayout, Placement, StageLayers
 from cluster.domain.quantities import format_bytes
 from cluster.planner.cost import CostEstimate, estimate
 from cluster.planner.layouts import shape_objection
 from cluster.planner.memory import Limits, RankLedger, kv_blocks, misfit, rank_ledgers
 from cluster.planner.placement import place
-from cluster.planner.weights import StageLayers, split_stages
+from cluster.planner.weights import split_stages
 
 
 @dataclass(frozen=True, slots=True)

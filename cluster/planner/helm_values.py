@@ -54,7 +54,8 @@ GPU_PRODUCTS = {
 # Settings of a model that the plan decides; the others are printed only where they were given.
 _DECIDED = ("replicas", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "device", "max_model_len")
 _BESIDE = (
-    "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "device_memory_utilization",
+    "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "max_waiting_prompt_tokens", "prefill_slowdown",
+    "enable_prefix_caching", "rope_scaling", "load_format", "seed", "block_size", "device_memory_utilization",
     "kv_cache_bytes",
 )  # fmt: skip
 
@@ -212,13 +213,10 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 def _heading(plan: Plan, source: Source) -> list[str]:
     replicas = f"{len(plan.placements)} replica(s) on {_pods(plan)} pod(s) of {_devices_per_pod(plan)}"
-    heading = [
+    return [
         f"{source.name}: {plan.layout} in {plan.dtype}, {replicas} x {plan.device.name}; by llm-cluster plan.",
         "helm install NAME helm/llm-cluster --values FILE; before that see docs/kubernetes.md.",
     ]
-    if plan.layout.pipeline_parallel_size > 1:
-        heading.append("Pipeline stages are planned but not served yet: the controller will refuse this model for now.")
-    return heading
 
 
 def _comments(plan: Plan, config: ModelConfig, source: Source, values: dict[str, Any]) -> dict[str, str]:

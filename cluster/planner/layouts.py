@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.checkpoint.tensors import model_cuts
 from cluster.domain.model_spec import ModelSpec
 from cluster.domain.parallel_layout import ParallelLayout
 
@@ -43,11 +44,18 @@ def candidate_layouts(
 def shape_objection(spec: ModelSpec, layout: ParallelLayout, devices_per_node: int) -> str | None:
     """Why the model's shape or the nodes' size rules ``layout`` out, None when they allow it."""
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
-    kv_heads = min(shape.num_kv_heads for shape in spec.distinct_layer_shapes)
     if tp > devices_per_node:
         return f"a tensor-parallel group stays inside a node, and no node has {tp} devices"
-    if tp > kv_heads:
-        return f"{tp} ranks would share {kv_heads} KV heads; more ranks than KV heads are not served yet"
+    if tp > 1:
+        cuts = model_cuts(spec)
+        if cuts.objection:
+            return f"{spec.architecture} cannot be cut over several ranks: {cuts.objection}"
+        heads = min(heads for heads, _ in filter(None, cuts.heads))
+        if tp > heads:
+            return f"{tp} ranks are more than the model's {heads} query heads, and no rank may be without one"
+        narrowest = min(shape.ffn_size for shape in spec.distinct_layer_shapes)
+        if tp > narrowest:
+            return f"{tp} ranks are more than the {narrowest} columns of a feed-forward layer"
     if pp > spec.num_layers:
         return f"{pp} stages are more than the model's {spec.num_layers} layers"
     return None

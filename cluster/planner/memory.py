@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.checkpoint.splits import head_shares, shard_sizes
+from cluster.checkpoint.tensors import model_cuts
 from cluster.domain.hardware import DeviceKind, DeviceType
-from cluster.domain.model_spec import Dtype, LayerShape, ModelSpec
-from cluster.domain.parallel_layout import ATTENTION_WORKSPACE_BYTES, ParallelLayout
+from cluster.domain.model_spec import Dtype, ModelSpec
+from cluster.domain.parallel_layout import ATTENTION_WORKSPACE_BYTES, ParallelLayout, StageLayers
 from cluster.domain.quantities import GIB
-from cluster.planner.shard_sizes import shard_sizes
-from cluster.planner.weights import StageLayers, model_grain, stage_parameters
+from cluster.planner.weights import stage_parameters
 
 # What a process needs beside tensors: CUDA context, NCCL buffers and allocator slack; or the interpreter with
 # torch, Ray and gRPC loaded on a CPU. Round figures, not measured ones.
@@ -102,23 +103,28 @@ def rank_ledgers(
     return tuple(ledgers)
 
 
-def local_heads(shape: LayerShape, head_dim: int, tensor_parallel_size: int, tensor_rank: int) -> tuple[int, int]:
-    """Query and KV heads of one layer on one rank."""
-    kv_heads = shard_sizes(
-        shape.num_kv_heads * head_dim, tensor_parallel_size, num_kv_heads=shape.num_kv_heads, grain=1, module="k_proj"
-    )
-    local = kv_heads[tensor_rank] // head_dim
-    return local * (shape.num_heads // shape.num_kv_heads), local
+def local_heads(heads: tuple[int, int], tensor_parallel_size: int, tensor_rank: int) -> tuple[int, int]:
+    """Query and KV heads on one rank, of a layer's ``heads`` (query, KV)."""
+    share = head_shares(*heads, tensor_parallel_size)[tensor_rank]
+    return len(share.heads), len(share.kv_heads)
+
+
+def layer_heads(spec: ModelSpec, layer: int) -> tuple[int, int]:
+    """Query and KV heads of one layer: by its tensors, else by the config."""
+    shape = spec.layer_shape(layer)
+    return model_cuts(spec).heads[layer] or (shape.num_heads, shape.num_kv_heads)
 
 
 def kv_bytes_per_token(
     spec: ModelSpec, layout: ParallelLayout, dtype: Dtype, layers: StageLayers, tensor_rank: int
 ) -> int:
-    """KV cache of one token on one rank: 2 x head_dim x itemsize x the KV heads of its layers."""
+    """KV cache of one token on one rank: itemsize x (key + value width) x the KV heads of its layers.
+
+    A KV head that several ranks share counts on each of them.
+    """
     tp = layout.tensor_parallel_size
-    local = {shape: local_heads(shape, spec.head_dim, tp, tensor_rank)[1] for shape in spec.distinct_layer_shapes}
-    heads = sum(local[spec.layer_shape(layer)] for layer in range(layers.start, layers.stop))
-    return 2 * heads * spec.head_dim * dtype.itemsize
+    heads = sum(local_heads(layer_heads(spec, layer), tp, tensor_rank)[1] for layer in range(layers.start, layers.stop))
+    return heads * (spec.head_dim + (spec.value_head_dim or spec.head_dim)) * dtype.itemsize
 
 
 def activation_bytes(
@@ -136,12 +142,10 @@ def activation_bytes(
       three whole copies (gathered, processed, sorted): max_num_seqs (hidden e + vocab_local 4 [+ 3 vocab 4])
     """
     tp, tokens, item = layout.tensor_parallel_size, limits.max_num_batched_tokens, dtype.itemsize
-    shapes = spec.distinct_layer_shapes
-    widest = max(shapes, key=lambda shape: (shape.num_heads, shape.ffn_size))
-    query, kv = local_heads(widest, spec.head_dim, tp, tensor_rank)
-    grain = model_grain(spec, tp)
-    ffn = max(shape.ffn_size for shape in shapes)
-    ffn_local = shard_sizes(ffn, tp, num_kv_heads=None, grain=grain, module="mlp")[tensor_rank]
+    widest = max({layer_heads(spec, layer) for layer in range(spec.num_layers)})
+    query, kv = local_heads(widest, tp, tensor_rank)
+    ffn = max(shape.ffn_size for shape in spec.distinct_layer_shapes)
+    ffn_local = shard_sizes(ffn, tp)[tensor_rank]
     ffn_local *= max(1, spec.experts_per_token)
     amount = 4 * tokens * spec.hidden_size * item
     amount += 2 * tokens * (query + 2 * kv) * spec.head_dim * item
@@ -151,7 +155,7 @@ def activation_bytes(
     if stage == layout.pipeline_parallel_size - 1:
         local = spec.vocab_size
         if not spec.tie_word_embeddings:
-            local = shard_sizes(local, tp, num_kv_heads=None, grain=grain, module="lm_head")[tensor_rank]
+            local = shard_sizes(local, tp)[tensor_rank]
         row = spec.hidden_size * item + local * 4 + (3 * spec.vocab_size * 4 if tensor_rank == 0 else 0)
         amount += limits.max_num_seqs * row
     return amount

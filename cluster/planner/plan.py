@@ -9,12 +9,12 @@ from cluster.config.schema import ModelConfig
 from cluster.domain.errors import NoFeasiblePlan
 from cluster.domain.hardware import DeviceType, Inventory, Node
 from cluster.domain.model_spec import Dtype, ModelSpec
-from cluster.domain.parallel_layout import ParallelLayout, Placement
+from cluster.domain.parallel_layout import ParallelLayout, Placement, StageLayers
 from cluster.planner.cost import CostEstimate
 from cluster.planner.evaluate import Fit, evaluate, limits, pools
 from cluster.planner.layouts import candidate_layouts
 from cluster.planner.memory import RankLedger
-from cluster.planner.weights import StageLayers, stored_bytes
+from cluster.planner.weights import stored_bytes
 
 # How many more nodes, and fewer tokens, the search for a smallest change tries.
 _MOST_NEW_NODES = 64

@@ -7,34 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.checkpoint.tensors import Part, TensorSpec, expected_tensors
-from cluster.domain.model_spec import LayerShape, ModelSpec
-from cluster.domain.parallel_layout import ParallelLayout, grain_size
-from cluster.planner.shard_sizes import shard_shapes
-
-
-@dataclass(frozen=True, slots=True)
-class StageLayers:
-    """The decoder layers of one pipeline stage: ``start`` up to, not including, ``stop``."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def model_grain(spec: ModelSpec, tensor_parallel_size: int) -> int:
-    """The grain that the engine passes to AutoTP for this model."""
-    ffn_size = min(shape.ffn_size for shape in spec.distinct_layer_shapes)
-    return grain_size(ffn_size, tensor_parallel_size)
+from cluster.checkpoint.splits import cut_shape, shard_sizes
+from cluster.checkpoint.tensors import Part, TensorSpec, expected_tensors, model_cuts
+from cluster.domain.model_spec import ModelSpec
+from cluster.domain.parallel_layout import ParallelLayout, StageLayers
 
 
 def tensor_shards(spec: ModelSpec, tensor: TensorSpec, tensor_parallel_size: int) -> tuple[tuple[int, ...], ...]:
     """The shape of one of the model's tensors on each rank of its stage's group."""
-    shape = spec.layer_shape(tensor.layer or 0)
-    grain = model_grain(spec, tensor_parallel_size)
-    return shard_shapes(tensor, tensor_parallel_size, num_kv_heads=shape.num_kv_heads, grain=grain)
+    cut = model_cuts(spec).by_name[tensor.name]
+    return tuple(cut_shape(tensor.shape, cut, tensor_parallel_size, rank) for rank in range(tensor_parallel_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +32,20 @@ def _weights(
     spec: ModelSpec, tensor_parallel_size: int
 ) -> tuple[Mapping[Part, _PartWeights], tuple[_PartWeights, ...]]:
     """Parts outside of the layers, and every decoder layer. Layers of one shape are counted once."""
-    by_layer: dict[int | None, list[TensorSpec]] = {}
+    by_layer: dict[int | None, list[TensorSpec]] = {layer: [] for layer in range(spec.num_layers)}
     by_part: dict[Part, list[TensorSpec]] = {part: [] for part in Part}
     for tensor in expected_tensors(spec):
         by_layer.setdefault(tensor.layer, []).append(tensor)
         by_part[tensor.part].append(tensor)
-    known: dict[LayerShape, _PartWeights] = {}
+    known: dict[tuple[object, ...], _PartWeights] = {}
     layers = []
     for layer in range(spec.num_layers):
-        shape = spec.layer_shape(layer)
-        if shape not in known:
-            known[shape] = _count(spec, by_layer[layer], tensor_parallel_size)
-        layers.append(known[shape])
-    outside = {
-        part: _count(spec, by_part[part], tensor_parallel_size) for part in (Part.EMBEDDING, Part.FINAL_NORM, Part.HEAD)
-    }
+        key = (spec.layer_shape(layer), tuple(tensor.shape for tensor in by_layer[layer]))
+        if key not in known:
+            known[key] = _count(spec, by_layer[layer], tensor_parallel_size)
+        layers.append(known[key])
+    parts = [part for part in Part if part is not Part.LAYER]
+    outside: dict[Part, _PartWeights] = {part: _count(spec, by_part[part], tensor_parallel_size) for part in parts}
     return outside, tuple(layers)
 
 
@@ -86,10 +67,11 @@ def split_stages(spec: ModelSpec, layout: ParallelLayout) -> tuple[StageLayers, 
     stages = layout.pipeline_parallel_size
     assert stages <= len(layers), (stages, len(layers))
     weights = [max(layer.per_rank) for layer in layers]
-    first = max(outside[Part.EMBEDDING].per_rank)
+    embedding = max(outside[Part.EMBEDDING].per_rank)
+    first = embedding + max(outside[Part.ENTRY].per_rank)
     last = max(outside[Part.FINAL_NORM].per_rank) + max(outside[Part.HEAD].per_rank)
     if spec.tie_word_embeddings and stages > 1:
-        last += first
+        last += max(_tied_head(outside[Part.EMBEDDING], spec, layout.tensor_parallel_size))
     low, high = 0, sum(weights) + first + last
     while low < high:  # the least bound under which a greedy split works
         middle = (low + high) // 2
@@ -122,17 +104,26 @@ def _greedy(weights: Sequence[int], stages: int, first: int, last: int, bound: i
 def stage_parameters(spec: ModelSpec, layout: ParallelLayout, stage: int, layers: StageLayers) -> tuple[int, ...]:
     """Parameters on each tensor rank of one stage.
 
-    The embedding is whole on every rank of the first stage, and of the last one when the head is tied to it;
-    an untied head is cut by vocabulary rows over the last stage's ranks.
+    The embedding is whole on every rank of the first stage. The head is cut by vocabulary rows over the last stage's
+    ranks; tied to the embedding, it is a part of it where both are on one stage, and read again where they are not.
     """
-    outside, by_layer = _weights(spec, layout.tensor_parallel_size)
+    tp = layout.tensor_parallel_size
+    outside, by_layer = _weights(spec, tp)
     parts = [by_layer[layer].per_rank for layer in range(layers.start, layers.stop)]
     is_first, is_last = stage == 0, stage == layout.pipeline_parallel_size - 1
-    if is_first or (is_last and spec.tie_word_embeddings):
-        parts.append(outside[Part.EMBEDDING].per_rank)
+    if is_first:
+        parts += [outside[Part.EMBEDDING].per_rank, outside[Part.ENTRY].per_rank]
+    elif is_last and spec.tie_word_embeddings:
+        parts.append(_tied_head(outside[Part.EMBEDDING], spec, tp))
     if is_last:
         parts += [outside[Part.FINAL_NORM].per_rank, outside[Part.HEAD].per_rank]
     return tuple(sum(counts) for counts in zip(*parts, strict=True))
+
+
+def _tied_head(embedding: _PartWeights, spec: ModelSpec, tensor_parallel_size: int) -> tuple[int, ...]:
+    """The embedding's rows that each rank of a later stage holds as its head."""
+    width = embedding.total // spec.vocab_size
+    return tuple(rows * width for rows in shard_sizes(spec.vocab_size, tensor_parallel_size))
 
 
 def stored_bytes(
@@ -143,13 +134,15 @@ def stored_bytes(
     per_rank = [0] * layout.world_size
     stage_of_layer = [stage for stage, layers in enumerate(stages) for _ in range(len(layers))]
     for tensor in expected_tensors(spec):
-        holders = [last]
+        holder = last
         if tensor.layer is not None:
-            holders = [stage_of_layer[tensor.layer]]
-        elif tensor.part is Part.EMBEDDING:
-            holders = sorted({0, last}) if spec.tie_word_embeddings else [0]
+            holder = stage_of_layer[tensor.layer]
+        elif tensor.part in (Part.EMBEDDING, Part.ENTRY):
+            holder = 0
         stored = nbytes_by_name.get(tensor.name, 0)
         for index, shape in enumerate(tensor_shards(spec, tensor, tp)):
-            for stage in holders:
-                per_rank[stage * tp + index] += stored * math.prod(shape) // tensor.numel
+            per_rank[holder * tp + index] += stored * math.prod(shape) // tensor.numel
+        if tensor.part is Part.EMBEDDING and spec.tie_word_embeddings and last > 0:
+            for index, rows in enumerate(shard_sizes(tensor.shape[0], tp)):
+                per_rank[last * tp + index] += stored * rows // tensor.shape[0]
     return tuple(per_rank)

@@ -185,6 +185,7 @@ class RequestRun:
             priority=request.priority,
             deadline_s=None if deadline_s is None else max(0.0, deadline_s),
             request_id=request.request_id,
+            cache_salt=request.cache_salt,
         )
         tokens = len(request.prompt_token_ids) + len(self._journal.generated)
         entry = session.submit(submit, tokens, updates_max=self._journal.room() + UPDATES_SLACK)

@@ -21,6 +21,7 @@ STOP_CHARACTERS_MAX = 256
 STOP_TOKENS_MAX = 64
 LOGIT_BIAS_MAX = 1024
 LOGPROBS_MAX = 20
+CACHE_SALT_MAX = 256
 CHAT_MESSAGES_MAX = 4096
 
 # field -> (lowest, highest); zero always means "off" and is inside.
@@ -49,6 +50,7 @@ class ValidRequest:
     stops: tuple[str, ...]
     priority: int
     return_token_ids: bool
+    cache_salt: str = ""
 
 
 def check_request_id(request_id: str) -> None:
@@ -71,6 +73,8 @@ def check_fields(
     if kind == "token_ids":
         _check_token_ids("token_ids", request.token_ids.ids, card.vocab_size)
     _check_token_ids("generated_token_ids", request.generated_token_ids, card.vocab_size)
+    if len(request.cache_salt) > CACHE_SALT_MAX:
+        raise _invalid(f"cache_salt has {len(request.cache_salt)} characters; at most {CACHE_SALT_MAX} are allowed.")
     if request.logprobs > LOGPROBS_MAX:
         raise _invalid(f"logprobs is {request.logprobs}; at most {LOGPROBS_MAX} are given per token.")
     _check_numbers(sampling, card.vocab_size)
@@ -144,6 +148,7 @@ def resolve(
         stops=tuple(sampling.stop),
         priority=request.priority,
         return_token_ids=request.return_token_ids,
+        cache_salt=request.cache_salt,
     )
 
 

@@ -102,6 +102,17 @@ class EngineMetrics:
         self.preemptions = Counter(
             f"{prefix}_preemptions", "Sequences put back to waiting for want of KV blocks.", registry=registry
         )
+        self.overlapped_steps = Counter(
+            f"{prefix}_overlapped_steps", "Steps that began while another one was outstanding, as pipeline stages do.",
+            registry=registry,
+        )  # fmt: skip
+        self.prefix_cache_queries = Counter(
+            f"{prefix}_prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", registry=registry
+        )
+        self.prefix_cache_hits = Counter(
+            f"{prefix}_prefix_cache_hits", "Prompt tokens found in the prefix cache, and not computed again.",
+            registry=registry,
+        )  # fmt: skip
         self.step_seconds = Histogram(
             f"{prefix}_step_seconds", "One step, by what it held (prefill, decode, mixed).", ["kind"],
             buckets=STEP_BUCKETS_S, registry=registry,

@@ -23,7 +23,7 @@ RANK_PHASE_READY: RankPhase
 RANK_PHASE_FAILED: RankPhase
 
 class ModelDeployment(_message.Message):
-    __slots__ = ("model", "served_model_name", "replicas", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "device_memory_utilization", "kv_cache_bytes", "device", "revision")
+    __slots__ = ("model", "served_model_name", "replicas", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "device_memory_utilization", "kv_cache_bytes", "device", "revision", "enable_prefix_caching", "load_format", "seed", "rope_scaling", "max_waiting_prompt_tokens", "prefill_slowdown")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,12 @@ class ModelDeployment(_message.Message):
     KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    ENABLE_PREFIX_CACHING_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    ROPE_SCALING_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_SLOWDOWN_FIELD_NUMBER: _ClassVar[int]
     model: str
     served_model_name: str
     replicas: int
@@ -54,7 +60,13 @@ class ModelDeployment(_message.Message):
     kv_cache_bytes: int
     device: str
     revision: str
-    def __init__(self, model: _Optional[str] = ..., served_model_name: _Optional[str] = ..., replicas: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., dtype: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., block_size: _Optional[int] = ..., device_memory_utilization: _Optional[float] = ..., kv_cache_bytes: _Optional[int] = ..., device: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    enable_prefix_caching: bool
+    load_format: str
+    seed: int
+    rope_scaling: str
+    max_waiting_prompt_tokens: int
+    prefill_slowdown: float
+    def __init__(self, model: _Optional[str] = ..., served_model_name: _Optional[str] = ..., replicas: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., dtype: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., block_size: _Optional[int] = ..., device_memory_utilization: _Optional[float] = ..., kv_cache_bytes: _Optional[int] = ..., device: _Optional[str] = ..., revision: _Optional[str] = ..., enable_prefix_caching: _Optional[bool] = ..., load_format: _Optional[str] = ..., seed: _Optional[int] = ..., rope_scaling: _Optional[str] = ..., max_waiting_prompt_tokens: _Optional[int] = ..., prefill_slowdown: _Optional[float] = ...) -> None: ...
 
 class ClusterSpec(_message.Message):
     __slots__ = ("models",)
@@ -333,7 +345,7 @@ class PlacementExplanation(_message.Message):
     def __init__(self, feasible: _Optional[bool] = ..., text: _Optional[str] = ..., json: _Optional[str] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("model", "slot", "generation", "rank", "pid", "node", "host", "device", "phase", "step", "step_age_s", "compute_s", "bytes_loaded", "bytes_total", "ports", "failure", "log_file", "peak_host_bytes", "activity", "checkpoint_digest", "block_size")
+    __slots__ = ("model", "slot", "generation", "rank", "pid", "node", "host", "device", "phase", "step", "step_age_s", "compute_s", "bytes_loaded", "bytes_total", "ports", "failure", "log_file", "peak_host_bytes", "activity", "checkpoint_digest", "block_size", "waits_for_peer")
     class PortsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -362,6 +374,7 @@ class RankReport(_message.Message):
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FOR_PEER_FIELD_NUMBER: _ClassVar[int]
     model: str
     slot: int
     generation: int
@@ -383,7 +396,8 @@ class RankReport(_message.Message):
     activity: Activity
     checkpoint_digest: str
     block_size: int
-    def __init__(self, model: _Optional[str] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., phase: _Optional[_Union[RankPhase, str]] = ..., step: _Optional[int] = ..., step_age_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., ports: _Optional[_Mapping[str, int]] = ..., failure: _Optional[str] = ..., log_file: _Optional[str] = ..., peak_host_bytes: _Optional[int] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ..., checkpoint_digest: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
+    waits_for_peer: bool
+    def __init__(self, model: _Optional[str] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., phase: _Optional[_Union[RankPhase, str]] = ..., step: _Optional[int] = ..., step_age_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., ports: _Optional[_Mapping[str, int]] = ..., failure: _Optional[str] = ..., log_file: _Optional[str] = ..., peak_host_bytes: _Optional[int] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ..., checkpoint_digest: _Optional[str] = ..., block_size: _Optional[int] = ..., waits_for_peer: _Optional[bool] = ...) -> None: ...
 
 class ReportRankResponse(_message.Message):
     __slots__ = ()

@@ -110,7 +110,7 @@ class Commands(_message.Message):
     def __init__(self, submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancels: _Optional[_Iterable[_Union[Cancel, _Mapping]]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence_id", "attempt", "prompt_token_ids", "generated_token_ids", "sampling", "logprobs", "priority", "deadline_s", "request_id")
+    __slots__ = ("sequence_id", "attempt", "prompt_token_ids", "generated_token_ids", "sampling", "logprobs", "priority", "deadline_s", "request_id", "cache_salt")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     attempt: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -129,7 +130,8 @@ class Submit(_message.Message):
     priority: int
     deadline_s: float
     request_id: str
-    def __init__(self, sequence_id: _Optional[int] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., generated_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., logprobs: _Optional[int] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, sequence_id: _Optional[int] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., generated_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., logprobs: _Optional[int] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., request_id: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("sequence_id",)
@@ -206,23 +208,55 @@ class Load(_message.Message):
     def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., queued_prompt_tokens: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "entries", "ready")
+    __slots__ = ("step", "ready", "slots", "token_ids", "token_counts", "token_starts", "new_block_ids", "new_block_counts", "first_blocks", "unsampled", "prompt_counts", "sequence_starts")
     STEP_FIELD_NUMBER: _ClassVar[int]
-    ENTRIES_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
-    step: int
-    entries: _containers.RepeatedCompositeFieldContainer[StepEntry]
-    ready: bool
-    def __init__(self, step: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[StepEntry, _Mapping]]] = ..., ready: _Optional[bool] = ...) -> None: ...
-
-class StepEntry(_message.Message):
-    __slots__ = ("token_ids", "start", "block_ids", "sample")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    START_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
-    SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_STARTS_FIELD_NUMBER: _ClassVar[int]
+    NEW_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    NEW_BLOCK_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    UNSAMPLED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_STARTS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    ready: bool
+    slots: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    start: int
-    block_ids: _containers.RepeatedScalarFieldContainer[int]
-    sample: bool
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., sample: _Optional[bool] = ...) -> None: ...
+    token_counts: _containers.RepeatedScalarFieldContainer[int]
+    token_starts: _containers.RepeatedScalarFieldContainer[int]
+    new_block_ids: _containers.RepeatedScalarFieldContainer[int]
+    new_block_counts: _containers.RepeatedScalarFieldContainer[int]
+    first_blocks: _containers.RepeatedScalarFieldContainer[int]
+    unsampled: _containers.RepeatedScalarFieldContainer[int]
+    prompt_counts: _containers.RepeatedScalarFieldContainer[int]
+    sequence_starts: _containers.RepeatedCompositeFieldContainer[SequenceStart]
+    def __init__(self, step: _Optional[int] = ..., ready: _Optional[bool] = ..., slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_starts: _Optional[_Iterable[int]] = ..., new_block_ids: _Optional[_Iterable[int]] = ..., new_block_counts: _Optional[_Iterable[int]] = ..., first_blocks: _Optional[_Iterable[int]] = ..., unsampled: _Optional[_Iterable[int]] = ..., prompt_counts: _Optional[_Iterable[int]] = ..., sequence_starts: _Optional[_Iterable[_Union[SequenceStart, _Mapping]]] = ...) -> None: ...
+
+class SequenceStart(_message.Message):
+    __slots__ = ("slot", "sampling", "logprobs", "prompt_token_ids", "generated_token_ids")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    sampling: _inference_pb2.Sampling
+    logprobs: int
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    generated_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slot: _Optional[int] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., logprobs: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., generated_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class SampledTokens(_message.Message):
+    __slots__ = ("step", "token_ids", "logprob_rows", "logprobs")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprob_rows: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
+    def __init__(self, step: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprob_rows: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...

@@ -107,6 +107,7 @@ def test_what_is_copied_is_in_the_build_context(recipe: Recipe, tmp_path: Path) 
         "README.md",
         "LICENSE",
         "cluster",
+        "ops/compile-cpu-kernels",
         "ops/compile-shared-memory-op",
     }
     for source in sources:

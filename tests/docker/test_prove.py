@@ -77,7 +77,7 @@ class TestParsing:
         assert (image.entrypoint, image.command) == (("p",), ("q",))
 
 
-@pytest.mark.parametrize("name", ["docker/prove", "compile-shared-memory-op"])
+@pytest.mark.parametrize("name", ["docker/prove", "compile-cpu-kernels", "compile-shared-memory-op"])
 def test_scripts_can_be_run(name: str) -> None:
     script = ROOT / "ops" / name
     assert os.access(script, os.X_OK)

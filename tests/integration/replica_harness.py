@@ -12,11 +12,13 @@ from pathlib import Path
 
 import grpc
 
+from cluster.checkpoint.config_json import model_spec
+from cluster.checkpoint.dummy import dummy_checkpoint
 from cluster.checkpoint.layout import read_checkpoint
 from cluster.domain.hardware import DeviceKind
 from cluster.domain.ids import Incarnation, RankId, ReplicaId
 from cluster.domain.model_spec import Dtype
-from cluster.domain.parallel_layout import ParallelLayout
+from cluster.domain.parallel_layout import ParallelLayout, StageLayers
 from cluster.engine.rank_spec import RankSpec
 from cluster.v1 import control_pb2, control_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb2
 from cluster.wire.channel import open_sync_channel
@@ -25,10 +27,18 @@ DEADLINE_S = 120
 _ENTRY = "import pickle,sys,threading; from cluster.engine.rank import start_rank; start_rank(pickle.load(sys.stdin.buffer)); threading.Event().wait(600)"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """All different: none is let go before the last one is found."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def split_evenly(num_layers: int, stages: int) -> tuple[StageLayers, ...]:
+    ends = [num_layers * (i + 1) // stages for i in range(stages)]
+    return tuple(StageLayers(start, stop) for start, stop in zip([0, *ends], ends, strict=False))
 
 
 class ListeningControl(control_pb2_grpc.ControlServicer):
@@ -53,30 +63,40 @@ class ListeningControl(control_pb2_grpc.ControlServicer):
 
 
 class Replica:
-    """``with Replica(folder, tp=2) as replica: replica.generate([...])``"""
+    """``with Replica(folder, tp=2, pp=2) as replica: replica.generate([...])``"""
 
-    def __init__(self, folder: Path, log_dir: Path, tp: int = 1, collective: str = "gloo", **limits) -> None:
-        self.checkpoint = read_checkpoint(folder)
+    def __init__(
+        self, folder: Path, log_dir: Path, tp: int = 1, collective: str = "gloo", pp: int = 1, **limits
+    ) -> None:
+        dummy = limits.get("load_format") == "dummy"
+        self.checkpoint = dummy_checkpoint(folder, limits["seed"]) if dummy else read_checkpoint(folder)
         self.log_dir = log_dir
         self._server = grpc.server(futures.ThreadPoolExecutor(16))
         self.control = ListeningControl()
         control_pb2_grpc.add_ControlServicer_to_server(self.control, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
-        incarnation = Incarnation(ReplicaId("tiny", 0), 1)
+        self.incarnation = Incarnation(ReplicaId("tiny", 0), 1)
+        world, num_layers = tp * pp, model_spec(self.checkpoint.config, {}).num_layers
+        plan_port, *ports = free_ports(1 + pp + world)
+        masters, links = ports[:pp], ports[pp:]
         common = {
-            "cluster_name": "test", "layout": ParallelLayout(tp), "model_name": "tiny", "checkpoint_path": str(folder),
+            "cluster_name": "test", "layout": ParallelLayout(tp, pp), "model_name": "tiny", "checkpoint_path": str(folder),
             "revision": None, "checkpoint_digest": self.checkpoint.digest, "dtype": Dtype.FLOAT32, "device": DeviceKind.CPU,
-            "collective": collective, "master_host": "127.0.0.1", "master_port": free_port(), "plan_host": "127.0.0.1",
-            "plan_port": free_port(), "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64,
+            "collective": collective, "master_host": "127.0.0.1", "plan_host": "127.0.0.1",
+            "plan_port": plan_port, "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64,
             "max_num_waiting": 64, "block_size": 4, "kv_blocks": 128, "control_address": f"127.0.0.1:{port}",
             "bind_host": "127.0.0.1", "engine_port": 0, "metrics_port": 0, "node_id": "node", "host": "127.0.0.1",
-            "threads": 1, "weight_bytes": 0,
+            "threads": 1, "weight_bytes": 0, "stages": split_evenly(num_layers, pp), "next_host": "127.0.0.1",
         }  # fmt: skip
         common.update(limits)
         self.specs = [
-            RankSpec(rank_id=RankId(incarnation, rank), log_file=str(log_dir / f"rank-{rank}.log"), **common)
-            for rank in range(tp)
-        ]
+            RankSpec(
+                rank_id=RankId(self.incarnation, rank), log_file=str(log_dir / f"rank-{rank}.log"),
+                master_port=masters[rank // tp], link_port=links[rank] if rank >= tp else 0,
+                next_port=links[rank + tp] if rank + tp < world else 0, **common,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
         self.processes: list[subprocess.Popen] = []
 
     def __enter__(self):
@@ -111,8 +131,9 @@ class Replica:
         for process in self.processes:
             process.wait(10)
         self._server.stop(None).wait(10)
-        for segment in Path("/dev/shm").glob(f"*_{self.specs[0].master_port}_*"):
-            segment.unlink()
+        for master_port in {spec.master_port for spec in self.specs}:
+            for segment in Path("/dev/shm").glob(f"*_{master_port}_*"):
+                segment.unlink()
 
 
 class Session:

@@ -53,13 +53,6 @@ def test_a_layout_that_does_not_fit_is_a_failed_precondition(site: Site):
     assert not site.status().models
 
 
-def test_pipeline_stages_are_refused_with_the_way_out(site: Site):
-    with pytest.raises(grpc.RpcError) as refused:
-        site.apply(tensor_parallel_size=1, pipeline_parallel_size=2)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "tensor_parallel_size" in refused.value.details()
-
-
 def test_apply_brings_a_replica_to_ready(site: Site):
     answer = site.apply()
     assert len(answer.plans[0].weight_bytes_per_rank) == 2

@@ -90,6 +90,11 @@ def test_405b_on_one_node_says_why_not(config: Path) -> None:
         (("plan", "{config}", "--device", "h1000"), "No device type is called 'h1000'"),
         (("plan", "{config}", "--dtype", "int4"), "--dtype 'int4' is not allowed"),
         (("plan", "{config}", "--max-model-len", "999999", "--device", "h100"), "more than the model's 131072"),
+        (("plan", "{config}", "--rope-scaling", "linear:2"), "positions are stretched already (llama3)"),
+        (
+            ("plan", "{config}", "--rope-scaling", "linear:0.5"),
+            "--rope-scaling 'linear:0.5' is not allowed: factor is 0.5",
+        ),
         (("plan", "{config}", "--output", "toml"), "Invalid value for '--output'"),
         (("plan",), "Missing argument"),
         (("plam",), "No such command"),
@@ -108,6 +113,20 @@ def test_a_directory_with_only_its_config_is_enough(config: Path) -> None:
     answer = json.loads(done.stdout)
     assert (answer["tensor_parallel_size"], answer["pipeline_parallel_size"]) == (8, 2)
     assert {rank["read_bytes"] for rank in answer["ranks"]} == {0}
+
+
+def test_a_stretched_context_is_planned_for(config: Path) -> None:
+    llama_2 = {key: value for key, value in LLAMA_405B.items() if key != "rope_scaling"} | {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    config.write_text(json.dumps(llama_2))
+    asked = ("-m", "cluster", "plan", str(config), "--device", "a100", "--json")
+    plain, stretched = (json.loads(run(*asked, *how).stdout) for how in ((), ("--rope-scaling", "linear:2")))
+    assert (plain["max_model_len"], stretched["max_model_len"]) == (4096, 8192)
+    values = yaml.safe_load(run(*asked[:-1], "--rope-scaling", "yarn:2", "--output", "helm").stdout)
+    assert values["models"][0]["max_model_len"] == 8192
+    assert json.loads(values["models"][0]["rope_scaling"]) == {"rope_type": "yarn", "factor": 2.0}
 
 
 def test_values_for_the_chart_go_to_standard_output_and_nothing_else_does(config: Path) -> None:

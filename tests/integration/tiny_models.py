@@ -57,17 +57,23 @@ class Reference:
         ends = set(eos if isinstance(eos, list) else [eos])
         return out[:-1] if out and out[-1] in ends else out
 
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """``[vocabulary]`` after the last token."""
+        with torch.inference_mode():
+            return self.model(torch.tensor([tokens])).logits[0, -1]
+
     def check(self, prompt: list[int], max_tokens: int, got: list[int]) -> None:
         """Equal tokens; a difference is forgiven, and printed, only at a tie of the reference's two best logits."""
-        expected = self.generate(prompt, max_tokens)
+        self.compare(prompt, got, self.generate(prompt, max_tokens))
+
+    def compare(self, prompt: list[int], got: list[int], expected: list[int]) -> None:
+        """As ``check``, with what the reference generated already."""
         if got == expected:
             return
         at = next(
             (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
         )
-        with torch.inference_mode():
-            logits = self.model(torch.tensor([prompt + expected[:at]])).logits[0, -1]
-        best = logits.topk(2).values
+        best = self.logits(prompt + expected[:at]).topk(2).values
         gap = float(best[0] - best[1])
         assert gap < TIE_GAP, f"token {at} of {prompt}: {got} instead of {expected} (gap {gap})"
         print(f"tie at token {at} of a prompt of {len(prompt)}: gap {gap:.1e}")

@@ -1,4 +1,4 @@
-"""A causal language model of transformers, built for one rank: sharded, loaded, with a paged KV cache."""
+"""A causal language model of transformers, built for one rank: its stage, its shard, loaded, with a paged KV cache."""
 
 from __future__ import annotations
 
@@ -7,128 +7,265 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from cluster.checkpoint.layout import Checkpoint
-from cluster.engine.model import attention, weights
-from cluster.engine.model.tensor_parallel import Shard, TensorParallelGroup, shard_layers, shard_sizes
-from cluster.engine.step import StepEntry
+from cluster.domain.errors import CheckpointError
+from cluster.domain.parallel_layout import Stage
+from cluster.engine.model import attention, families, pipeline, rotary, weights
+from cluster.engine.model.conversion import Source, sources
+from cluster.engine.model.shard_reads import shard_reads
+from cluster.engine.model.sharding import ALL, Kept, layer_list, shard_model, vocabulary_sizes
+from cluster.engine.model.tensor_parallel import TensorParallelGroup
+from cluster.engine.step import StepPlan
+
+_PROBE_ROWS = 3
 
 
 class ShardedCausalLM:
-    """One rank's part of a model; of its group all ranks call ``forward`` with the same entries.
+    """One rank's part of a model; of its group all ranks call ``forward`` with the same plans, in order.
 
     Built in three steps, each of which can be long: ``__init__`` (meta only), ``load`` (bytes), ``make_cache``.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, group: TensorParallelGroup
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, group: TensorParallelGroup, stage: Stage
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         attention.register()
-        self._checkpoint, self._dtype, self._device, self._group = checkpoint, dtype, device, group
-        self._config: Any = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False)
-        with torch.device("meta"):
-            self._model: Any = AutoModelForCausalLM.from_config(
-                self._config, dtype=dtype, attn_implementation=attention.IMPLEMENTATION
-            )
-        self._model.eval()
+        self._dtype, self._device, self._group, self._stage = dtype, device, group, stage
+        self._config: Any = families.load_config(checkpoint.config)
+        self._model: Any = families.build(self._config, dtype)
         self._base: Any = self._model.base_model
-        self._shards = shard_layers(self._model, self._config, group)
-        head = self._model.get_output_embeddings()
-        self._tied = head.weight is self._model.get_input_embeddings().weight
-        self._vocabulary_sizes = shard_sizes(self._config.vocab_size, self._config, group, "lm_head")
-        self._head: torch.Tensor | None = None
+        head, embedding = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        self._tied = head.weight is embedding.weight
+        names = {id(module): name for name, module in self._model.named_modules()}
+        self._head_path, self._embedding_path = names[id(head)], names[id(embedding)]
+        self._head_width = int(head.weight.shape[1])
+        self._vocabulary_sizes = vocabulary_sizes(int(head.weight.shape[0]), group.size)
+        self._sources = sources(self._model, checkpoint.tensors)
+        layers = layer_list(self._model)
+        assert stage.layers.stop <= len(self._model.get_submodule(layers)), (stage, checkpoint.path)
+        found = pipeline.trace(self._model, layers) if stage.count > 1 else None
+        self._kept = shard_model(self._model, group.rank, group.size, group.process_group)
+        own = families.attention_layers(self._model)[stage.layers.start : stage.layers.stop]
+        self._attention = [(self._model.get_submodule(layer.name), layer) for layer in own]
+        self._received = pipeline.Received()
+        if found is not None:
+            pipeline.keep_stage(self._model, layers, stage, found, self._received)
+            if self._tied and stage.is_last:
+                head.weight = self._head_rows("meta")
+        self._rotary: rotary.Rotary | None = None
+        self._tables: attention.BlockTables | None = None
         self._cache: attention.PagedKVCache | None = None
+        self._logits: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def vocab_size(self) -> int:
-        return int(self._config.vocab_size)
+        return sum(self._vocabulary_sizes)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that go from stage to stage."""
+        return int(self._config.get_text_config().hidden_size)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """What this rank holds of the weights, stored buffers included."""
+        stored = [buffer for name, buffer in self._model.named_buffers() if name in self._sources]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self._model.parameters(), *stored))
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV cache of one token on this rank."""
+        return int(sum(a.kv_heads * (a.key_dim + a.value_dim) for _, a in self._attention) * self._dtype.itemsize)
 
     def load(self, started: Callable[[int], None], progress: weights.Progress) -> None:
         """Reads this rank's slices. ``started`` is told the number of bytes to come, ``progress`` each part of them."""
-        reads = [self._read(name, parameter) for name, parameter in self._materialised()]
-        if not self._tied:
-            reads.append(self._read_head())
+        reads = [read for name, target in self._materialised() for read in self._reads(name, target)]
+        if self._stage.is_last and self._tied:
+            reads += self._tie_head()
         started(weights.bytes_to_read(reads))
         weights.load(reads, progress)
-        if self._tied:
-            first = sum(self._vocabulary_sizes[: self._group.rank])
-            count = self._vocabulary_sizes[self._group.rank]
-            self._head = self._model.get_input_embeddings().weight[first : first + count]
-        self._rebuild_rotary_embeddings()
-        left = [name for name, t in (*self._base.named_parameters(), *self._base.named_buffers()) if t.is_meta]
+        self._rotary = rotary.rebuild(self._model, self._device)
+        held = (*self._model.named_parameters(), *self._model.named_buffers())
+        left = [name for name, tensor in held if tensor.is_meta]
         assert not left, f"never loaded: {left}"
+        if self._device.type == "cpu":
+            self._prepare_cpu()
+        if self._stage.is_last:
+            self._logits = self._choose_head()
 
-    def make_cache(self, num_blocks: int, block_size: int) -> None:
-        """Allocates the KV pool: this rank's KV heads of every layer."""
-        config = self._config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        columns = shard_sizes(kv_heads * head_dim, config, self._group, "self_attn.k_proj")[self._group.rank]
-        self._cache = attention.PagedKVCache(
-            config.num_hidden_layers, num_blocks, block_size, columns // head_dim, head_dim, self._dtype, self._device
-        )
+    def make_cache(self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
+        """Allocates the KV pool, this rank's KV heads of its stage's layers, and the block tables."""
+        layers = {
+            module.layer_idx: attention.LayerKV(layer.kv_heads, layer.key_dim, layer.value_dim)
+            for module, layer in self._attention
+        }
+        self._tables = attention.BlockTables(max_num_seqs, -(-max_model_len // block_size), self._device)
+        self._cache = attention.PagedKVCache(layers, num_blocks, block_size, self._dtype, self._device)
         attention.install(self._base, self._cache)
 
     @torch.inference_mode()
-    def forward(self, entries: tuple[StepEntry, ...]) -> torch.Tensor | None:
-        """Runs a step. Rank 0 gets ``[sampled entries, vocabulary]`` logits, in order; the others None."""
-        cache = self._cache
+    def forward(self, plan: StepPlan, hidden: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Runs a step.
+
+        ``hidden``: ``[tokens, hidden_size]`` from the stage before, None on the first. A stage that is not the last
+        returns such a tensor, whole on every rank; of the last stage the first rank returns
+        ``[sampled, vocabulary]`` logits in the order of the entries that sample, None when there are none, and the
+        others None.
+        """
+        cache, tables = self._cache, self._tables
         assert cache is not None
-        token_ids = [token for entry in entries for token in entry.token_ids]
-        positions = [p for entry in entries for p in range(entry.start, entry.start + len(entry.token_ids))]
-        cache.layout = attention.layout_step(entries, cache.block_size, self._device, cache.slice_blocks)
-        hidden = self._base(
-            input_ids=torch.tensor([token_ids], dtype=torch.long, device=self._device),
-            position_ids=torch.tensor([positions], dtype=torch.long, device=self._device),
-            use_cache=False,
-        ).last_hidden_state[0]
-        rows = _sampled_rows(entries)
-        if not rows:
+        assert tables is not None
+        assert self._rotary is not None
+        tables.apply(plan.entries)
+        layout = attention.layout_step(plan.entries, tables, cache.block_size)
+        cache.layout = layout
+        self._rotary.begin(plan.entries)
+        self._received.hidden = None if hidden is None else hidden[None]
+        try:
+            output = self._base(input_ids=layout.token_ids[None], position_ids=layout.positions[None], use_cache=False)
+        except pipeline.StageEnd as end:
+            return end.hidden[0]
+        if not len(layout.sampled):
             return None
-        assert self._head is not None
-        local = functional.linear(hidden[torch.tensor(rows, device=self._device)], self._head)
-        return self._group.gather_columns(local, self._vocabulary_sizes)
+        assert self._logits is not None
+        return self._group.gather_columns(
+            self._logits(output.last_hidden_state[0][layout.sampled]), self._vocabulary_sizes
+        )
 
     def _materialised(self) -> list[tuple[str, torch.Tensor]]:
-        """Gives every parameter of the body real, uninitialised memory; (full name, tensor) of each."""
-        filled = []
-        prefix = self._model.base_model_prefix
-        for module_name, module in self._base.named_modules():
+        """Gives every parameter and stored buffer real, uninitialised memory; (name, tensor) of each, once."""
+        filled: list[tuple[str, torch.Tensor]] = []
+        made: dict[int, nn.Parameter] = {}
+        tied_head = f"{self._head_path}.weight" if self._tied else ""
+        for path, module in self._model.named_modules():
             for name, parameter in list(module._parameters.items()):  # noqa: SLF001 - the way to replace one
-                if parameter is None or not parameter.is_meta:
+                full = f"{path}.{name}" if path else name
+                if parameter is None or full == tied_head:
                     continue
-                target = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
-                module._parameters[name] = nn.Parameter(target, requires_grad=False)  # noqa: SLF001
-                filled.append((".".join(part for part in (prefix, module_name, name) if part), target))
+                if id(parameter) not in made:
+                    target = torch.empty(parameter.shape, dtype=self._parameter_dtype(parameter), device=self._device)
+                    made[id(parameter)] = nn.Parameter(target, requires_grad=False)
+                    filled.append((full, target))
+                module._parameters[name] = made[id(parameter)]  # noqa: SLF001
+            for name, buffer in list(module._buffers.items()):  # noqa: SLF001
+                full = f"{path}.{name}" if path else name
+                if buffer is not None and full in self._sources and buffer.is_meta:
+                    module._buffers[name] = torch.empty_like(buffer, device=self._device)  # noqa: SLF001
+                    filled.append((full, module._buffers[name]))  # noqa: SLF001
         return filled
 
-    def _read(self, name: str, target: torch.Tensor) -> weights.ShardRead:
-        header = weights.require(self._checkpoint.tensors, name)
-        return weights.ShardRead(target, header, self._shards[name])
+    def _parameter_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        """Some families keep a few parameters in float32 whatever the model's type is."""
+        return parameter.dtype if parameter.is_floating_point() else self._dtype
 
-    def _read_head(self) -> weights.ShardRead:
+    def _reads(self, name: str, target: torch.Tensor) -> list[weights.ShardRead]:
+        kept = self._kept.get(name, ALL)
+        if kept.counts_once and self._group.rank > 0:
+            target.zero_()
+            return []
+        return shard_reads(target, kept, self._sources_of(name))
+
+    def _sources_of(self, name: str) -> tuple[Source, ...]:
+        try:
+            return self._sources[name]
+        except KeyError:
+            raise CheckpointError(
+                f"The checkpoint lacks the tensor {name}; export the model again, completely."
+            ) from None
+
+    def _tie_head(self) -> list[weights.ShardRead]:
+        """A tied head is a view of the embedding's rows; on a later stage, which has no embedding, it is read."""
+        head = self._model.get_submodule(self._head_path)
         sizes, rank = self._vocabulary_sizes, self._group.rank
         first = sum(sizes[:rank])
-        self._head = torch.empty(sizes[rank], self._config.hidden_size, dtype=self._dtype, device=self._device)
-        header = weights.require(self._checkpoint.tensors, "lm_head.weight")
-        return weights.ShardRead(self._head, header, Shard(0, ((first, first + sizes[rank]),)))
+        if self._stage.is_first:
+            embedding = self._model.get_submodule(self._embedding_path).weight
+            head.weight = nn.Parameter(embedding.detach()[first : first + sizes[rank]], requires_grad=False)
+            return []
+        head.weight = self._head_rows(self._device)
+        kept = Kept(0, ((first, first + sizes[rank]),))
+        return shard_reads(head.weight.detach(), kept, self._sources_of(f"{self._embedding_path}.weight"))
 
-    def _rebuild_rotary_embeddings(self) -> None:
-        """inv_freq is in no checkpoint and was built on meta; it must be float32 whatever the weights are."""
-        for name, module in list(self._base.named_modules()):
-            if type(module).__name__.endswith("RotaryEmbedding"):
-                parent, _, attribute = name.rpartition(".")
-                setattr(self._base.get_submodule(parent), attribute, type(module)(config=self._config).to(self._device))
+    def _head_rows(self, device: torch.device | str) -> nn.Parameter:
+        shape = (self._vocabulary_sizes[self._group.rank], self._head_width)
+        return nn.Parameter(torch.empty(shape, dtype=self._dtype, device=device), requires_grad=False)
+
+    def _prepare_cpu(self) -> None:
+        from cluster.engine.model import cpu
+
+        cpu.prepare(self._base, self._group)
+        head = self._model.get_submodule(self._head_path)
+        if self._stage.is_last and not self._tied and type(head) is nn.Linear:
+            parent, _, child = self._head_path.rpartition(".")
+            product = _Head(cpu.head_product(head.weight.detach()), head.bias)
+            setattr(self._model.get_submodule(parent), child, product)
+
+    def _choose_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """``[rows, hidden]`` -> this rank's columns of the logits.
+
+        By the family's own forward, with its base model standing for the rows that were computed already: some scale
+        or cap their logits. Where that changes nothing, which is most families, the head alone is called.
+        """
+        head, rows = self._model.get_submodule(self._head_path), _Rows(self._base)
+        path = next(name for name, module in self._model.named_modules() if module is self._base)
+        assert path, type(self._model).__name__
+        setattr(self._model, path, rows)
+
+        def own_forward(hidden: torch.Tensor) -> torch.Tensor:
+            rows.hidden = hidden[None]
+            logits: torch.Tensor = self._model(input_ids=_NO_TOKENS, use_cache=False).logits[0]
+            return logits
+
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(_PROBE_ROWS, self._head_width, generator=generator).to(self._device, self._dtype)
+        with torch.inference_mode():
+            plain = torch.equal(own_forward(sample), head(sample))
+        return head if plain else own_forward
 
 
-def _sampled_rows(entries: tuple[StepEntry, ...]) -> list[int]:
-    """Indices in the step of the last tokens of the entries to sample."""
-    rows, first = [], 0
-    for entry in entries:
-        first += len(entry.token_ids)
-        if entry.sample:
-            rows.append(first - 1)
-    return rows
+_NO_TOKENS = torch.zeros(1, 1, dtype=torch.long)
+
+
+class _Head(nn.Module):
+    """A head whose product is made elsewhere."""
+
+    def __init__(self, product: Callable[[torch.Tensor], torch.Tensor], bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._product, self._bias = product, bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._product(hidden)
+        return logits if self._bias is None else logits + self._bias
+
+
+class _Output:
+    """What a base model returns, of which only the last hidden states are there."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
+class _Rows(nn.Module):
+    """Stands in for a base model: gives the rows it was given; so do the decoders that some have inside."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.hidden: torch.Tensor | None = None
+        self._of = (base,)  # not as a child
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        value = getattr(self._of[0], name)
+        return self if isinstance(value, nn.Module) else value
+
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        assert self.hidden is not None
+        return _Output(self.hidden)

@@ -1,9 +1,4 @@
-"""One rank's place in its tensor-parallel group, and DeepSpeed AutoTP driven for that group.
-
-The model lives on ``meta`` while AutoTP decides: afterwards every parameter carries the record of its slice
-(``Shard``), and nobody has held more than shapes. AutoTP is driven directly instead of through
-``deepspeed.init_inference``: our own group, our own specs, no dtype cast (it would cast ``inv_freq`` too), no
-class-wide state.
+"""One rank's place in its tensor-parallel group: how ranks meet, and what they send each other.
 
 On CPU the all-reduce is DeepSpeed's shared-memory kernel where that is correct (the group is the whole world of one
 host and LOCAL_SIZE says so) and gloo elsewhere; see ``Collective``.
@@ -15,33 +10,16 @@ import importlib.util
 import os
 import socket
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
 from torch._C._distributed_c10d import TCPStore
 
 from cluster.domain.errors import EngineFailed
-from cluster.domain.parallel_layout import grain_size
 from cluster.engine import shm_kernel
 from cluster.engine.rank_spec import Collective
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Which part of a checkpoint's tensor one parameter holds.
-
-    ``dim`` None: all of it. Otherwise the pieces ``(start, stop)`` along ``dim``, concatenated in order.
-    """
-
-    dim: int | None = None
-    pieces: tuple[tuple[int, int], ...] = ()
-
-
-WHOLE = Shard()
 
 
 class TensorParallelGroup:
@@ -172,61 +150,3 @@ def _without_shared_memory() -> None:
     """Keeps DeepSpeed from building its shared-memory kernel, which it would use even where that sums wrongly."""
     # `import deepspeed.comm.torch` would give the real torch: the module hides under the same name.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-
-
-_ROW = r".*\.(o_proj|down_proj)\.weight$"
-_COLUMN = r".*\.([qkv]_proj|gate_proj|up_proj)\.weight$"
-
-
-def shard_layers(model: nn.Module, config: Any, group: TensorParallelGroup) -> dict[str, Shard]:
-    """Replaces the Linears of ``model`` (on meta) by DeepSpeed's, and tells each parameter's slice by its name.
-
-    The output head is left alone: ``shard_sizes`` of "lm_head" splits it.
-    """
-    if group.size == 1:
-        return {name: WHOLE for name, _ in model.named_parameters(remove_duplicate=False)}
-    from deepspeed.module_inject.auto_tp import AutoTP
-    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
-
-    specs = [TPLayerSpec([_ROW], PartitionType.ROW), TPLayerSpec([_COLUMN], PartitionType.COLUMN)]
-    auto_tp = AutoTP(
-        module=model,
-        all_reduce_linears=(),
-        prefix="",
-        state_dict=None,
-        linear_layer_setting=(nn.Linear, nn.Embedding),
-        orig_layer_impl=None,
-        keep_module_on_host=True,
-        partition_config=AutoTPConfig(tp_size=group.size, layer_specs=specs),
-        model_config=config,
-        tp_grain_size=grain_size(config.intermediate_size, group.size),
-    )
-    auto_tp.set_tensor_parallel_config(group.size, group.process_group)
-    auto_tp.update_linear_policies()
-    auto_tp._replace_module(model)  # noqa: SLF001 - the only door to AutoTP without init_inference
-    return {name: _shard_of(p, group.rank) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _shard_of(parameter: nn.Parameter, rank: int) -> Shard:
-    """DeepSpeed's own record of the split, as pieces to read."""
-    from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
-
-    meta = getattr(parameter, DS_AUTOTP_UC_META, None)
-    if not meta or meta["replicated"]:
-        return WHOLE
-    pieces, offset = [], 0
-    for widths in meta["sub_param_shard_widths"] or [meta["partition_sizes"]]:
-        start = offset + sum(widths[:rank])
-        pieces.append((start, start + widths[rank]))
-        offset += sum(widths)
-    return Shard(meta["partition_dim"], tuple(pieces))
-
-
-def shard_sizes(total: int, config: Any, group: TensorParallelGroup, name: str) -> tuple[int, ...]:
-    """DeepSpeed's split of a dimension of ``total`` for the layer ``name``, rank by rank."""
-    if group.size == 1:
-        return (total,)
-    from deepspeed.module_inject.tp_shard import AutoTPMeta, get_shard_size_list
-
-    meta = AutoTPMeta.from_model_config(config, grain_size(config.intermediate_size, group.size))
-    return tuple(get_shard_size_list(total, group.size, meta, name))

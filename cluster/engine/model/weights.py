@@ -1,26 +1,34 @@
 """From safetensors to this rank's shard: every rank reads its slices and nothing else.
 
-Files are read with ``pread`` through one staging buffer, not mapped: the peak above the shard itself is the buffer,
-and no page of a mapping counts against the process. Rows of a column-parallel weight are contiguous; for a
-row-parallel one whole rows are read and a strip of each is kept.
+A few threads take window after window of the files (``engine.model.windows``), read each with ``preadv`` into a staging
+buffer of their own, compare it with the manifest's digest where there is one, and copy what is wanted to where it
+belongs, converting the element type on the way. Nothing is mapped; above the shard a rank holds the staging buffers.
+What only this rank reads goes past a cold page cache; rows that several ranks of a node want go through it, so that
+the disk delivers them once.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import mmap
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cluster.checkpoint.headers import TensorHeader
+from cluster.checkpoint.window_reader import PAGE, WindowReader
 from cluster.domain.errors import CheckpointError
-from cluster.engine.model.tensor_parallel import Shard
+from cluster.engine.model import dummy_weights
+from cluster.engine.model.shards import Shard
+from cluster.engine.model.windows import Part, Strip, Window, plan_windows, rectangles, strip_of
 
-STAGING_BYTES = 16 * 2**20
+# Enough to keep a disk's queue filled while others copy and hash; each holds one window.
+STREAMS = 4
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -30,93 +38,177 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class ShardRead:
-    """One parameter to fill: ``target`` (this rank's part, on its device) from ``shard`` of ``header``."""
+    """One view to fill: ``target`` (on its device) from ``shard`` of the tensor ``header``.
+
+    ``target`` has the shape of that slice; its leading dimensions may be merged into one. It may be any view of a
+    parameter, best with unit stride in its last dimension: a parameter made of several tensors is filled by several
+    reads, and one that stores its transpose by a read into ``parameter.t()``.
+    """
 
     target: torch.Tensor
     header: TensorHeader
     shard: Shard
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A read, made ready: ``target`` as a matrix of ``strip``'s kept rows and columns.
+
+    ``every_row``: something of each row is kept; ``whole``: all of it.
+    """
+
+    target: torch.Tensor
+    header: TensorHeader
+    strip: Strip
+    dtype: torch.dtype
+    every_row: bool
+    whole: bool
+
+
 def bytes_to_read(reads: list[ShardRead]) -> int:
     """Bytes of the shard in the files' own element type: what ``progress`` adds up to."""
-    return sum(_shard_elements(read) * _dtype(read.header).itemsize for read in reads)
+    strips = ((strip_of(read.header.shape, read.shard), _dtype(read.header).itemsize) for read in reads)
+    return sum(strip.kept_rows * strip.kept_columns * itemsize for strip, itemsize in strips)
 
 
 def load(reads: list[ShardRead], progress: Progress) -> None:
-    """Fills every target, file by file in the order of the bytes, converting element types on the way.
+    """Fills every target. ``progress`` is called, by this thread, with the number of bytes just delivered.
 
-    ``progress`` is called with the number of bytes just delivered. CheckpointError when a file ends early or a
-    tensor's element type is not a floating-point one that we know.
+    CheckpointError with the file's name when a file cannot be read, ends early or differs from the manifest, or when
+    a tensor's element type is not a floating-point one that we know; the targets' contents are undefined then.
     """
-    staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+    jobs = [job for read in reads for job in _jobs(read)]
+    windows = plan_windows([(job.header, job.strip) for job in jobs], [job.dtype.itemsize for job in jobs])
     with ExitStack() as stack:
-        descriptors: dict[Path, int] = {}
-        for read in sorted(reads, key=lambda r: (r.header.file, r.header.offset)):
-            file = read.header.file
-            if file not in descriptors:
-                descriptors[file] = os.open(file, os.O_RDONLY)
-                stack.callback(os.close, descriptors[file])
-            _fill(read, descriptors[file], staging, progress)
+        stack.enter_context(_one_thread_per_copy())
+        _Streams(jobs, windows, stack).run(progress)
 
 
-def _fill(read: ShardRead, descriptor: int, staging: torch.Tensor, progress: Progress) -> None:
-    header, shard = read.header, read.shard
-    dtype = _dtype(header)
-    rows, columns = _as_matrix(header.shape)
-    target = read.target.reshape(-1, read.target.shape[-1]) if len(header.shape) > 1 else read.target.reshape(-1, 1)
-    assert target.data_ptr() == read.target.data_ptr(), f"{header.name}: the target must be contiguous"
-    row_ranges = shard.pieces if shard.dim == 0 else ((0, rows),)
-    column_ranges = shard.pieces if shard.dim == 1 else ((0, columns),)
-    rows_at_once = max(1, STAGING_BYTES // (columns * dtype.itemsize))
-    filled = 0
-    for start, stop in row_ranges:
-        for first in range(start, stop, rows_at_once):
-            count = min(rows_at_once, stop - first)
-            buffer = _buffer(staging, count * columns * dtype.itemsize)
-            _read_exactly(descriptor, buffer, header, header.offset + first * columns * dtype.itemsize)
-            block = buffer.view(dtype).view(count, columns)
-            _keep(block, column_ranges, target[filled : filled + count])
-            filled += count
-            progress(count * sum(b - a for a, b in column_ranges) * dtype.itemsize)
+class _Streams:
+    """The threads, and what they share: the windows still to read, what has been delivered, whether to stop."""
+
+    def __init__(self, jobs: list[_Job], windows: list[Window], stack: ExitStack) -> None:
+        self._jobs = jobs
+        self._windows = iter(windows)
+        self._count = min(STREAMS, len(windows))
+        self._buffer_bytes = max((window.high + -window.high % PAGE - window.start for window in windows), default=0)
+        # One of several ranks: the others read the tensors that are whole on each, and the rows of which each keeps a
+        # strip. What a rank reads alone would only push those out of the page cache.
+        self._split = not all(job.whole for job in jobs)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._delivered: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._readers: dict[Path, WindowReader] = {}
+        for window in windows:
+            if isinstance(window.source, Path) and window.source not in self._readers:
+                self._readers[window.source] = reader = WindowReader(window.source)
+                stack.callback(reader.close)
+
+    def run(self, progress: Progress) -> None:
+        threads = [threading.Thread(target=self._work, name=f"load-{i}", daemon=True) for i in range(self._count)]
+        for thread in threads:
+            thread.start()
+        running = len(threads)
+        try:
+            while running:
+                told = self._delivered.get()
+                if told is None:
+                    running -= 1
+                elif isinstance(told, int):
+                    progress(told)
+                else:
+                    raise told
+        finally:  # the files are closed next: nobody may still read
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+
+    def _work(self) -> None:
+        try:
+            staging = memoryview(mmap.mmap(-1, self._buffer_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            with torch.inference_mode():
+                while (window := self._next()) is not None:
+                    self._delivered.put(self._deliver(window, staging))
+        except BaseException as error:  # boundary: told to the thread that waits, which raises it
+            self._delivered.put(error)
+        finally:
+            self._delivered.put(None)
+
+    def _next(self) -> Window | None:
+        with self._lock:
+            return None if self._stop.is_set() else next(self._windows, None)
+
+    def _deliver(self, window: Window, staging: memoryview) -> int:
+        """Bytes of the shard that ``window`` gave. The window's grid begins where ``staging`` does."""
+        view = staging[window.low - window.start : window.high - window.start]
+        if isinstance(window.source, Path):
+            shared = self._split and any(self._jobs[part.index].every_row for part in window.parts)
+            self._readers[window.source].read(staging, window.start, window.low, window.high, shared=shared)
+            if window.chunk is not None and window.header.digests is not None:
+                window.header.digests.check(window.source, window.chunk, view)
+        else:
+            dummy_weights.fill(view, window.source, window.low, _dtype(window.source))
+        return sum(_keep(part, self._jobs[part.index], window, staging) for part in window.parts)
 
 
-def _keep(block: torch.Tensor, column_ranges: tuple[tuple[int, int], ...], target: torch.Tensor) -> None:
-    """Copies the columns of ``block`` side by side into ``target``."""
-    offset = 0
-    for start, stop in column_ranges:
-        target[:, offset : offset + stop - start].copy_(block[:, start:stop])
-        offset += stop - start
+def _keep(part: Part, job: _Job, window: Window, staging: memoryview) -> int:
+    """Copies ``part`` to its place; returns how many bytes of it were wanted."""
+    strip, itemsize = job.strip, job.dtype.itemsize
+    begin = job.header.offset - window.start  # of the tensor, in the buffer; negative when it begins before
+    kept = 0
+    for row, last_row, column, last_column in rectangles(part, strip):
+        rows, columns = last_row - row, last_column - column
+        offset = begin + (row * strip.width + column) * itemsize
+        block = torch.frombuffer(staging, dtype=job.dtype, count=rows * columns, offset=offset).view(rows, columns)
+        target = job.target[row + part.shift : last_row + part.shift]
+        left = 0
+        for start, stop in strip.columns:
+            a, b = max(start, column), min(stop, last_column)
+            if a < b:
+                target[:, left + a - start : left + b - start].copy_(block[:, a - column : b - column])
+                kept += rows * (b - a) * itemsize
+            left += stop - start
+    return kept
 
 
-def _buffer(staging: torch.Tensor, size: int) -> torch.Tensor:
-    # A single row may be longer than the staging buffer; then this row alone gets its own.
-    return staging[:size] if size <= staging.numel() else torch.empty(size, dtype=torch.uint8)
+@contextmanager
+def _one_thread_per_copy() -> Iterator[None]:
+    """The streams share the cores; a team of threads for each of their copies would only get in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def _read_exactly(descriptor: int, buffer: torch.Tensor, header: TensorHeader, offset: int) -> None:
-    view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer protocol
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise CheckpointError(
-                f"{header.file} ends in the middle of {header.name}; copy or download the file again."
-            )
-        view, offset = view[count:], offset + count
+def _jobs(read: ShardRead) -> Iterator[_Job]:
+    header, target = read.header, read.target
+    strip, dtype = strip_of(header.shape, read.shard), _dtype(header)
+    assert target.numel() == strip.kept_rows * strip.kept_columns, f"{header.name}: {target.shape} for {strip}"
+    every_row = strip.kept_rows * strip.width == math.prod(header.shape)
+    whole = every_row and strip.kept_columns == strip.width
+    for matrix, rows in _matrices(target.unsqueeze(-1) if target.dim() == 1 else target, strip):
+        if rows.columns == ((0, rows.width),) and matrix.is_contiguous():
+            yield _Job(matrix.view(-1, 1), header, rows.flat(), dtype, every_row, whole)
+        else:
+            yield _Job(matrix, header, rows, dtype, every_row, whole)
 
 
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """``shape`` as (rows, columns): a vector is a column."""
-    if len(shape) <= 1:
-        return math.prod(shape), 1
-    return math.prod(shape[:-1]), shape[-1]
-
-
-def _shard_elements(read: ShardRead) -> int:
-    total = math.prod(read.header.shape)
-    if read.shard.dim is None:
-        return total
-    kept = sum(stop - start for start, stop in read.shard.pieces)
-    return total // read.header.shape[read.shard.dim] * kept
+def _matrices(target: torch.Tensor, strip: Strip) -> Iterator[tuple[torch.Tensor, Strip]]:
+    """``target`` as one matrix, or as several where its leading dimensions cannot be merged, with the rows of each."""
+    if not target.numel():
+        return
+    shape = (strip.kept_rows, strip.kept_columns)
+    if target.dim() == 2 and target.shape == shape:
+        yield target, strip
+        return
+    try:
+        yield target.view(shape), strip
+    except RuntimeError:  # strides that no matrix has
+        count = strip.kept_rows // target.shape[0]
+        for index, part in enumerate(target):
+            yield from _matrices(part, strip.between(index * count, (index + 1) * count))
 
 
 def _dtype(header: TensorHeader) -> torch.dtype:

@@ -14,6 +14,9 @@ from ops.monitoring.panels import Dashboard, Panel, Query, Row
 BY_REPLICA = "model, replica"
 USED_BLOCKS = "cluster_engine_kv_cache_usage_ratio * cluster_engine_kv_blocks"
 GENERATED = "rate(cluster_engine_generation_tokens_total[$__rate_interval])"
+PREFIX_HITS = "rate(cluster_engine_prefix_cache_hits_total[$__rate_interval])"
+PREFIX_QUERIES = "rate(cluster_engine_prefix_cache_queries_total[$__rate_interval])"
+OVERLAPPED = "rate(cluster_engine_overlapped_steps_total[$__rate_interval])"
 STEPS = "rate(cluster_engine_step_seconds_bucket[$__rate_interval])"
 
 
@@ -63,6 +66,29 @@ CACHE = (
     ),
 )  # fmt: skip
 
+PREFIXES = (
+    Panel(
+        "Prompt tokens from the cache", "Share of the prompt tokens looked up that were not computed again.",
+        (
+            Query(
+                f"{of_engine(BY_REPLICA, PREFIX_HITS)} / ({of_engine(BY_REPLICA, PREFIX_QUERIES)} > 0)", "{{replica}}"
+            ),
+        ),
+        unit="percentunit", highest=1.0,
+    ),
+    Panel(
+        "Overlapped steps", "Share of the steps that began beside another one, as those of pipeline stages should.",
+        (
+            Query(
+                f"{of_engine(BY_REPLICA, OVERLAPPED)} / "
+                f"({of_engine(BY_REPLICA, 'rate(cluster_engine_step_seconds_count[$__rate_interval])')} > 0)",
+                "{{replica}}",
+            ),
+        ),
+        unit="percentunit", highest=1.0,
+    ),
+)  # fmt: skip
+
 SPEED = (
     Panel(
         "Tokens generated", "What each replica samples, replays after failovers included.",
@@ -104,5 +130,10 @@ PAGE = Dashboard(
     title="LLM cluster / Engines",
     description="The batch, the KV cache and the steps of every replica.",
     variables=(NAMESPACE_VARIABLE, MODEL_VARIABLE, REPLICA_VARIABLE),
-    rows=(Row("Batch", BATCH), Row("KV cache and steps", CACHE), Row("Speed", SPEED)),
+    rows=(
+        Row("Batch", BATCH),
+        Row("KV cache and steps", CACHE),
+        Row("Prefixes and stages", PREFIXES),
+        Row("Speed", SPEED),
+    ),
 )

@@ -77,11 +77,11 @@ def test_usual_default_sampling_passes():
 @pytest.mark.parametrize(
     ("rope", "length"),
     [
-        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+        ({"rope_type": "dynamic", "factor": 4.0}, 256),
         ({"rope_type": "linear", "factor": 4.0}, 256),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
-        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 32),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 64),
     ],
 )
-def test_frequencies_by_length_are_served_up_to_where_they_change(rope, length):
+def test_every_rope_type_is_served_to_its_scaled_length(rope, length):
     assert model_spec(LLAMA | {"rope_parameters": rope}).max_model_len == length

@@ -31,6 +31,7 @@ FIT = MachineFacts(
     packages=(PackageFact("torch", "2.13.0", ">=2.11,<2.14", suits=True),),
     compiler="/usr/bin/g++",
     shared_memory_op="/x/op.so",
+    cpu_kernels="/x/x86-64-v3.so",
     shm_free_bytes=4 * 2**30,
     ports=(PortFact("router", 50051, taken=False, fixed=True),),
     gpus=None,
@@ -59,6 +60,7 @@ class TestJudge:
             ("torch", {"packages": (PackageFact("torch", "2.0", ">=2.11", suits=False),)}, Verdict.FAIL),
             ("C++", {"compiler": None}, Verdict.WARN),
             ("shared-memory", {"shared_memory_op": None}, Verdict.WARN),
+            ("CPU kernels", {"cpu_kernels": None}, Verdict.WARN),
             ("/dev/shm", {"shm_free_bytes": None}, Verdict.FAIL),
             ("/dev/shm", {"shm_free_bytes": SHM_FAIL_BYTES - 1}, Verdict.FAIL),
             ("/dev/shm", {"shm_free_bytes": SHM_WARN_BYTES - 1}, Verdict.WARN),
@@ -79,6 +81,7 @@ class TestJudge:
 
     def test_gpus_need_no_shared_memory_op(self) -> None:
         assert check_of("shared-memory", shared_memory_op=None, gpus=("NVIDIA H100",)).verdict is Verdict.OK
+        assert check_of("CPU kernels", cpu_kernels=None, gpus=("NVIDIA H100",)).verdict is Verdict.OK
 
 
 class TestProbes:
@@ -105,6 +108,16 @@ class TestProbes:
         (tmp_path / "deepspeed_shm_comm").mkdir()
         (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
         assert machine.probe(ClusterConfig(), {}).shared_memory_op is not None
+
+    def test_the_kernels_are_found_where_setup_builds_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        monkeypatch.setattr("platform.machine", lambda: "aarch64")
+        assert machine.probe(ClusterConfig(), {}).cpu_kernels is None
+        (tmp_path / "llm_cluster_kernels").mkdir()
+        (tmp_path / "llm_cluster_kernels" / "armv8-a.so").touch()
+        assert machine.probe(ClusterConfig(), {}).cpu_kernels == str(tmp_path / "llm_cluster_kernels" / "armv8-a.so")
 
     @pytest.mark.parametrize(
         ("script", "expected"),

@@ -7,11 +7,14 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cluster.cli import serve
 from cluster.client.control import ControllerUnreachable
-from cluster.config.schema import ClusterConfig
+from cluster.config.load import load_config
+from cluster.config.schema import ClusterConfig, ModelConfig
 from cluster.domain.clock import ManualClock
 from cluster.domain.errors import ConfigError, ReplicaError
 from cluster.v1 import control_pb2
@@ -62,6 +65,29 @@ class Controller:
 def test_flags_hold_for_every_model_that_is_named():
     flags = serve._model_flags(["a", "b"], {"replicas": 2, "dtype": None})
     assert flags == {"models.0.model": "a", "models.0.replicas": 2, "models.1.model": "b", "models.1.replicas": 2}
+
+
+ENGINE_FLAGS = {
+    "--max-num-waiting": ("max_num_waiting", 5), "--max-waiting-prompt-tokens": ("max_waiting_prompt_tokens", 99),
+    "--no-enable-prefix-caching": ("enable_prefix_caching", False), "--rope-scaling": ("rope_scaling", "linear:2"),
+    "--load-format": ("load_format", "dummy"), "--seed": ("seed", 7), "--block-size": ("block_size", 32),
+    "--max-num-seqs": ("max_num_seqs", 3), "--kv-cache-bytes": ("kv_cache_bytes", 1000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ENGINE_FLAGS)
+def test_every_flag_of_the_engine_reaches_the_config(flag, monkeypatch):
+    values = {}
+    monkeypatch.setattr(serve, "_load_and_serve", lambda file, flags, *_: values.update(flags))
+    app = typer.Typer()
+    app.command()(serve.serve_command)
+    name, value = ENGINE_FLAGS[flag]
+    result = CliRunner().invoke(app, ["demo", flag, *([] if flag.startswith("--no-") else [str(value)])])
+    assert result.exit_code == 0, result.output
+    model = load_config(None, {}, values).config.models[0]
+    expected = ModelConfig(model="demo", **{name: value})
+    assert model == expected
+    assert getattr(model, name) != getattr(ModelConfig(model="demo"), name)
 
 
 def test_one_name_cannot_be_two_models():

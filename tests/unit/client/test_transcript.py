@@ -22,7 +22,7 @@ from cluster.wire.status import CallFailure
 
 
 def transcript(*addresses: str, resumes_max: int = 2) -> Transcript:
-    return Transcript(build_request([1, 2], {"max_tokens": 9}), addresses or ("a",), resumes_max)
+    return Transcript(build_request([1, 2], {"max_tokens": 9}, cache_salt="tenant"), addresses or ("a",), resumes_max)
 
 
 def chunk(*ids: int, text: str = "") -> inference_pb2.Chunk:
@@ -38,6 +38,7 @@ def test_a_resumed_request_tells_what_is_known() -> None:
     assert t.resume_after_s("UNAVAILABLE", None) == 0.0
     assert t.address == "b"
     assert list(t.next_request().generated_token_ids) == [5, 6, 7]
+    assert t.next_request().cache_salt == "tenant"
     t.take(chunk(8, text="z"))
     usage = inference_pb2.Usage(prompt_tokens=2, generated_tokens=1, seed=4)
     whole = t.finish(inference_pb2.End(finish_reason=inference_pb2.FINISH_REASON_STOP, usage=usage))

@@ -81,6 +81,25 @@ class TestLayers:
         assert config.models[0].replicas == 3
         assert config.controller.rank_ports == (2000, 2999)
 
+    @pytest.mark.parametrize(
+        "text",
+        ["rope_scaling: {rope_type: yarn, factor: 4}", "rope_scaling:\n      factor: 4.0\n      rope_type: yarn",
+         "rope_scaling: yarn:4", """rope_scaling: '{"rope_type": "yarn", "factor": 4}'"""],
+    )  # fmt: skip
+    def test_a_stretch_is_a_mapping_or_a_text(self, write, text: str) -> None:
+        file = write(f"models:\n  - model: a\n    {text}\n")
+        loaded = load_config(file, {}, {})
+        assert loaded.config.models[0].rope_scaling == '{"factor": 4.0, "rope_type": "yarn"}'
+        assert loaded.sources["models.0.rope_scaling"].startswith(f"{file}:")
+
+    @pytest.mark.parametrize(
+        "value", ["linear:2", "{rope_type: linear, factor: 2}", '{"rope_type":"linear","factor":2}']
+    )
+    def test_a_stretch_from_the_environment_replaces_the_files(self, write, value: str) -> None:
+        file = write("models:\n  - {model: a, rope_scaling: {rope_type: yarn, factor: 4, beta_fast: 16}}\n")
+        loaded = load_config(file, {"LLM_CLUSTER_MODELS__0__ROPE_SCALING": value}, {})
+        assert loaded.config.models[0].rope_scaling == '{"factor": 2.0, "rope_type": "linear"}'
+
     def test_a_section_with_nothing_in_it_says_nothing(self, write) -> None:
         assert load_config(write("router:\nmodels:\n"), {}, {}).config == ClusterConfig()
 
@@ -149,6 +168,12 @@ class TestRefusals:
 
     def test_bad_flag(self) -> None:
         assert "router.port = 70000 (flag): " in refusal(flags={"router.port": 70000})
+
+    def test_a_stretch_that_nothing_could_use(self, write) -> None:
+        said = refusal(write("models:\n  - model: a\n    rope_scaling: {rope_type: linear, factor: 0.5}\n"))
+        assert said.startswith("models.0.rope_scaling")
+        assert ":3): factor is 0.5; it must be more than 1" in said
+        assert "needs a factor" in refusal(flags={"models.0.model": "a", "models.0.rope_scaling": "linear"})
 
     def test_a_missing_key_names_its_neighbour(self, write) -> None:
         file = write("models:\n  - replicas: 2\n")

@@ -9,7 +9,7 @@ from cluster.checkpoint import hub
 from cluster.checkpoint.resolve import demo_path
 from cluster.config.schema import ModelConfig
 from cluster.controller.checkpoint_planner import CheckpointPlanner, free_inventory
-from cluster.domain.errors import CheckpointError, ConfigError, NoFeasiblePlan, UnsupportedModelError
+from cluster.domain.errors import CheckpointError, ConfigError, NoFeasiblePlan
 from cluster.domain.hardware import DeviceKind, Inventory
 from cluster.domain.model_spec import Dtype
 from tests.unit.controller.builders import inventory, model, node
@@ -38,9 +38,11 @@ async def test_what_other_models_hold_is_not_free():
         await planner().plan(config, kept)
 
 
-async def test_pipeline_stages_are_refused_with_the_way_out():
-    with pytest.raises(UnsupportedModelError, match="tensor_parallel_size"):
-        await planner().plan(ModelConfig(model="demo", tensor_parallel_size=1, pipeline_parallel_size=2), ())
+async def test_pipeline_stages_are_planned_with_their_layers():
+    found = await planner().plan(ModelConfig(model="demo", tensor_parallel_size=1, pipeline_parallel_size=2), ())
+    first, second = found.stages
+    assert first.start == 0 < first.stop == second.start < second.stop
+    assert len(found.weight_bytes_per_rank) == 2
 
 
 async def test_what_does_not_exist_is_the_users_to_fix():

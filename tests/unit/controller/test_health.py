@@ -65,6 +65,24 @@ def test_a_step_that_does_not_end(age_s, expected):
     assert kind_of(made, 1.0) == expected
 
 
+def test_a_rank_that_hangs_is_named_rather_than_one_that_waits_for_it():
+    made = ready_fleet()
+    made.report(report(incarnation(), 0, step_age_s=70.0, waits_for_peer=True), (0, 0), 0.5)
+    assert "rank 0" in diagnose(made.observed().replicas[0], SETTINGS, 1.0).text, "nobody else is ill"
+    made.report(report(incarnation(), 1, step_age_s=65.0), (0, 1), 0.5)
+    assert "rank 1" in diagnose(made.observed().replicas[0], SETTINGS, 1.0).text
+
+
+def test_a_dead_rank_is_named_rather_than_one_that_failed_without_it():
+    made = ready_fleet()
+    lost = {"failure": "EngineFailed: Rank 1 is gone.", "waits_for_peer": True}
+    made.report(report(incarnation(), 0, RankPhase.FAILED, **lost), (0, 0), 0.5)
+    assert kind_of(made, 1.0) == "failed"
+    made.stream_broken(RankId(incarnation(), 1), (0, 1))
+    found = diagnose(made.observed().replicas[0], SETTINGS, 1.0)
+    assert (found.kind, "rank 1" in found.text) == ("dead", True)
+
+
 def test_a_failure_is_told_in_the_ranks_own_words():
     made = ready_fleet()
     made.report(report(incarnation(), 1, RankPhase.FAILED, failure="CUDA out of memory"), (0, 1), 0.5)

@@ -15,10 +15,11 @@ from cluster.controller.rank_marker import (
     rank_marker,
 )
 from cluster.controller.rank_specs import ClusterFacts, HostFacts, rank_specs
+from cluster.controller.rendezvous import ports_needed
 from cluster.domain.errors import ReplicaError
 from cluster.domain.hardware import DeviceKind
 from cluster.domain.ids import RankId
-from cluster.domain.parallel_layout import ParallelLayout, Placement
+from cluster.domain.parallel_layout import ParallelLayout, Placement, StageLayers
 from cluster.engine.rank_spec import collective_for
 from tests.unit.controller.builders import SETTINGS, incarnation, inventory, model, node
 
@@ -118,12 +119,24 @@ def test_a_sweep_of_one_incarnation_touches_no_other():
 # ---- specs ----
 
 
-def specs_for(free_ports=(20000, 20001), total_ranks=2, cores=4, devices=8, **changes):
-    order = StartOrder(incarnation(1, 3), model(**changes), (20000, 20001), "10.0.0.9:50052", total_ranks)
-    placement = place_replica(order.model.layout, inventory(node("a", devices)), {})
+PORTS = tuple(range(20000, 20012))
+
+
+def specs_for(free_ports=PORTS, total_ranks=2, cores=4, devices=8, nodes=("a",), **changes):
+    order = StartOrder(incarnation(1, 3), model(**changes), PORTS, "10.0.0.9:50052", total_ranks)
+    placement = place_replica(order.model.layout, inventory(*(node(name, devices) for name in nodes)), {})
     assert isinstance(placement, Placement)
-    facts = (HostFacts(1, cores, free_ports), HostFacts(2, cores, ()))
-    return rank_specs(order, placement, facts, devices, ClusterFacts("c", "/run", SETTINGS))
+    facts = tuple(HostFacts(rank, cores, free_ports) for rank in range(order.model.layout.world_size))
+    return rank_specs(order, placement, facts, dict.fromkeys(nodes, devices), ClusterFacts("c", "/run", SETTINGS))
+
+
+def pipeline(**options):
+    """TP 2 in two stages, each on a node of its own unless the devices say otherwise."""
+    stages = (StageLayers(0, 3), StageLayers(3, 5))
+    return specs_for(
+        **{"devices": 2, "nodes": ("a", "b"), "total_ranks": 4, **options},
+        layout=ParallelLayout(2, 2), stages=stages, weight_bytes_per_rank=(1, 2, 3, 4),
+    )  # fmt: skip
 
 
 def test_every_rank_is_told_the_same_meeting_point():
@@ -142,6 +155,49 @@ def test_too_few_free_ports_are_an_error_that_names_the_range():
         specs_for(free_ports=(20000,))
 
 
+def test_every_rank_of_a_pipeline_knows_its_neighbours_and_its_stage():
+    specs = pipeline()
+    hosts = ["host-a", "host-a", "host-b", "host-b"]
+    assert [s.host for s in specs] == hosts
+    assert [s.stage(5).layers for s in specs] == [StageLayers(0, 3)] * 2 + [StageLayers(3, 5)] * 2
+    assert [s.tensor_rank for s in specs] == [0, 1, 0, 1]
+    assert {s.sampling_rank for s in specs} == {2}
+    assert [s.weight_bytes for s in specs] == [1, 2, 3, 4]
+    assert [s.master_host for s in specs] == hosts
+    assert specs[0].master_port == specs[1].master_port != specs[2].master_port == specs[3].master_port
+    assert {(s.plan_host, s.plan_port) for s in specs} == {("host-a", specs[0].plan_port)}
+    assert [(s.next_host, s.next_port) for s in specs[:2]] == [(s.host, s.link_port) for s in specs[2:]]
+    assert [s.link_port for s in specs[:2]] == [s.next_port for s in specs[2:]] == [0, 0]
+    used = [specs[0].plan_port, specs[0].master_port, specs[2].master_port, specs[2].link_port, specs[3].link_port]
+    assert len(set(used)) == ports_needed(ParallelLayout(2, 2)) == 5
+    assert set(used) <= set(PORTS)
+
+
+def test_each_stage_adds_up_in_shared_memory_while_its_host_has_cores_for_all_ranks_there():
+    assert {s.collective for s in pipeline(cores=2)} == {"shm"}
+    assert {s.collective for s in pipeline(devices=4, nodes=("a",), cores=4)} == {"shm"}
+    assert {s.collective for s in pipeline(devices=4, nodes=("a",), cores=3)} == {"gloo"}
+    assert {s.threads for s in pipeline(devices=4, nodes=("a",), cores=4)} == {1}
+
+
+def test_a_port_must_be_free_where_it_is_listened_on():
+    order = StartOrder(
+        incarnation(),
+        model(layout=ParallelLayout(1, 2), stages=(StageLayers(0, 1), StageLayers(1, 2))),
+        PORTS,
+        "c:1",
+        2,
+    )
+    placement = place_replica(order.model.layout, inventory(node("a", 1), node("b", 1)), {})
+    facts = (HostFacts(1, 4, (20001, 20003)), HostFacts(2, 4, (20003, 20004, 20005)))
+    first, second = rank_specs(order, placement, facts, {"a": 1, "b": 1}, ClusterFacts("c", "/run", SETTINGS))
+    assert (first.master_port, first.plan_port) == (20001, 20003)
+    assert (second.master_port, second.link_port) == (20004, 20005)
+    busy = (facts[0], HostFacts(2, 4, (20001, 20003)))
+    with pytest.raises(ReplicaError, match=r"host-b has too few free ports .* rank_ports"):
+        rank_specs(order, placement, busy, {"a": 1, "b": 1}, ClusterFacts("c", "/run", SETTINGS))
+
+
 @pytest.mark.parametrize(("total", "collective", "threads"), [(2, "shm", 2), (4, "shm", 1), (6, "gloo", 1)])
 def test_ranks_that_the_host_may_come_to_hold_decide_how_they_add_up(total, collective, threads):
     spec = specs_for(total_ranks=total)[0]
@@ -149,15 +205,15 @@ def test_ranks_that_the_host_may_come_to_hold_decide_how_they_add_up(total, coll
 
 
 @pytest.mark.parametrize(
-    ("device", "layout", "hosts", "ranks", "cores", "expected"),
+    ("device", "tp", "hosts", "ranks", "cores", "expected"),
     [
-        (DeviceKind.CUDA, ParallelLayout(8), 2, 8, 1, "nccl"),
-        (DeviceKind.CPU, ParallelLayout(2), 1, 2, 2, "shm"),
-        (DeviceKind.CPU, ParallelLayout(2), 1, 4, 2, "gloo"),
-        (DeviceKind.CPU, ParallelLayout(2), 2, 2, 2, "gloo"),
-        (DeviceKind.CPU, ParallelLayout(2, 2), 1, 4, 8, "gloo"),
-        (DeviceKind.CPU, ParallelLayout(1), 1, 1, 8, "gloo"),
+        (DeviceKind.CUDA, 8, 2, 8, 1, "nccl"),
+        (DeviceKind.CPU, 2, 1, 2, 2, "shm"),
+        (DeviceKind.CPU, 2, 1, 4, 2, "gloo"),
+        (DeviceKind.CPU, 2, 2, 2, 2, "gloo"),
+        (DeviceKind.CPU, 2, 1, 4, 4, "shm"),
+        (DeviceKind.CPU, 1, 1, 1, 8, "gloo"),
     ],
 )
-def test_collectives(device, layout, hosts, ranks, cores, expected):
-    assert collective_for(device, layout, hosts=hosts, ranks_on_host=ranks, cores_on_host=cores) == expected
+def test_collectives(device, tp, hosts, ranks, cores, expected):
+    assert collective_for(device, tp, hosts=hosts, ranks_on_host=ranks, cores_on_host=cores) == expected

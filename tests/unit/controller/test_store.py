@@ -9,6 +9,7 @@ from cluster.controller.fleet import SlotRecord
 from cluster.controller.store import Store, StoredState
 from cluster.domain.errors import ConfigError
 from cluster.domain.ids import ReplicaId
+from cluster.domain.parallel_layout import ParallelLayout, StageLayers
 from tests.unit.controller.builders import model
 
 
@@ -18,10 +19,22 @@ def test_no_file_is_an_empty_state(tmp_path):
 
 def test_what_is_saved_is_loaded(tmp_path):
     slots = {ReplicaId("org.model-x", 3): SlotRecord(7, "f", 4)}
-    state = StoredState(2, (model(), model("b", 0, 1, revision="abc")), slots, 88, 50052, "abc")
+    stages = {"layout": ParallelLayout(1, 2), "stages": (StageLayers(0, 3), StageLayers(3, 4))}
+    models = (model(), model("b", 0, 1, revision="abc"), model("c", 1, **stages))
+    state = StoredState(2, models, slots, 88, 50052, "abc")
     Store(tmp_path).save(state)
     assert Store(tmp_path).load() == state
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["controller.json"]
+
+
+def test_a_state_from_before_there_were_stages_is_read(tmp_path):
+    state = StoredState(2, (model(),), state_id="abc")
+    Store(tmp_path).save(state)
+    path = Store(tmp_path).path
+    stored = json.loads(path.read_text())
+    del stored["models"][0]["stages"]
+    path.write_text(json.dumps(stored))
+    assert Store(tmp_path).load() == state
 
 
 def test_every_life_is_counted(tmp_path):

@@ -95,13 +95,16 @@ async def test_a_session_that_stops_reading_is_reset_while_its_write_hangs(engin
 async def test_a_submit_out_of_bounds_costs_itself_only(engine):
     servicer, loop, _ = engine
     context = FakeContext(reads=100)
-    good = engine_pb2.Submit(sequence_id=2, prompt_token_ids=[1], sampling=inference_pb2.Sampling(max_tokens=3))
+    good = engine_pb2.Submit(
+        sequence_id=2, cache_salt="tenant", prompt_token_ids=[1], sampling=inference_pb2.Sampling(max_tokens=3)
+    )
     bad = engine_pb2.Submit(sequence_id=1, prompt_token_ids=[1], sampling=inference_pb2.Sampling(max_tokens=0))
     call = asyncio.create_task(servicer.Session(requests(hello(), submits(bad, good)), context))
     await until(lambda: any(m.HasField("step") for m in context.written))
     update = next(m.step for m in context.written if m.HasField("step")).sequences[0]
     assert (update.sequence_id, update.end) == (1, engine_pb2.SEQUENCE_END_REJECTED_INVALID)
     assert [c.sequence.key.sequence_id for c in loop.posted if isinstance(c, Submit)] == [2]
+    assert loop.posted[-1].sequence.cache_salt == b"tenant"
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from collections import deque
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,11 +13,13 @@ from cluster.domain.request import SamplingParams, SequenceEnd
 from cluster.engine import sessions as sessions_module
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.loop import MAX_INBOX, Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
+from cluster.engine.prefill_pace import PrefillPace
 from cluster.engine.progress import RankProgress
 from cluster.engine.scheduler import Scheduler, SchedulerLimits
 from cluster.engine.sequence import Sequence
 from cluster.engine.sessions import Outbox, Sessions
 from cluster.engine.step import SampledToken, SequenceKey, SequenceProgress, StepResult
+from cluster.engine.step_series import StepSeries
 from cluster.telemetry.metrics import EngineMetrics
 from cluster.v1 import engine_pb2
 
@@ -26,27 +29,59 @@ def next_token(tokens) -> int:
 
 
 class PlainRunner:
-    def run(self, plan, histories):
-        sampled = [entry.key for entry in plan.entries if entry.sample]
-        tokens = [next_token([*h.prompt_token_ids, *h.generated_token_ids]) for h in histories]
-        return StepResult(plan.step, tuple(SampledToken(k, t) for k, t in zip(sampled, tokens, strict=True)))
+    """Keeps each slot's history, as a sampling rank does. ``log`` tells the order of things."""
+
+    def __init__(self, depth, log):
+        self.depth, self.log = depth, log
+        self.histories, self.plans = {}, deque()
+
+    def dispatch(self, plan):
+        self.log.append(("dispatch", plan.step))
+        self.plans.append(plan)
+        assert len(self.plans) <= self.depth
+
+    def collect(self):
+        plan = self.plans.popleft()
+        self.log.append(("collect", plan.step))
+        for start in plan.starts:
+            self.histories[start.slot] = [*start.prompt_token_ids, *start.generated_token_ids]
+        tokens = []
+        for entry in plan.entries:
+            if entry.sample:
+                history = self.histories[entry.slot]
+                history.append(next_token(history))
+                tokens.append(SampledToken(entry.key, history[-1]))
+        return StepResult(plan.step, tuple(tokens))
+
+
+class Engine:
+    def __init__(self, depth=1):
+        self.clock, self.registry, self.published, self.log = ManualClock(), CollectorRegistry(), [], []
+        self.progress = RankProgress(self.clock)
+        self.pool = BlockPool(64, 4)
+        self.scheduler = Scheduler(SchedulerLimits(8, 32, 16, 128), self.pool, depth=depth)
+        series = StepSeries(EngineMetrics(self.registry), self.scheduler, self.progress)
+        runner, pace = PlainRunner(depth, self.log), PrefillPace(1.7, 32)
+        self.loop = EngineLoop(self.scheduler, runner, self.progress, series, self.publish, self.clock, pace)
+
+    def publish(self, published):
+        self.log.append(("publish", published.step))
+        self.published.append(published)
+
+    def news(self, key):
+        return [p for published in self.published for p in published.progresses if p.key == key]
+
+    def finish(self):
+        for _ in range(500):
+            if not (self.scheduler.has_work or self.loop._news):
+                return
+            self.loop.turn([])
+            self.scheduler.check()
+        raise AssertionError("the work does not end")
 
 
 @pytest.fixture
 def engine():
-    class Engine:
-        def __init__(self):
-            self.clock, self.registry, self.published = ManualClock(), CollectorRegistry(), []
-            self.progress = RankProgress(self.clock)
-            self.pool = BlockPool(64, 4)
-            self.scheduler = Scheduler(SchedulerLimits(8, 32, 16, 128), self.pool)
-            self.loop = EngineLoop(
-                self.scheduler, PlainRunner(), self.progress, EngineMetrics(self.registry), self.published.append, self.clock
-            )  # fmt: skip
-
-        def news(self, key):
-            return [p for published in self.published for p in published.progresses if p.key == key]
-
     built = Engine()
     yield built
     built.scheduler.check()
@@ -58,7 +93,7 @@ def sequence(number, prompt=(1, 2, 3), max_tokens=5, session=1, **kwargs):
 
 def test_a_sequence_runs_to_its_length_and_is_counted(engine):
     engine.loop.turn([Submit(sequence(1))])
-    for _ in range(4):
+    for _ in range(5):
         engine.loop.turn([])
     news = engine.news(SequenceKey(1, 1))
     tokens = [t for p in news for t in p.token_ids]
@@ -72,6 +107,8 @@ def test_a_sequence_runs_to_its_length_and_is_counted(engine):
     assert sample("cluster_engine_prompt_tokens_total") == 3
     assert sample("cluster_engine_step_seconds_count", {"kind": "decode"}) == 4
     assert sample("cluster_engine_kv_cache_usage_ratio") == 0
+    assert sample("cluster_engine_prefix_cache_queries_total") == 3
+    assert sample("cluster_engine_prefix_cache_hits_total") == 0
     assert engine.progress.step == 5
     assert engine.progress.step_age_s() == 0
 
@@ -84,6 +121,40 @@ def test_a_cancel_frees_its_blocks_within_the_step(engine):
     engine.loop.turn([CancelSession(1)])
     assert engine.pool.num_used == 0
     assert not engine.scheduler.has_work
+
+
+def test_the_next_plan_is_on_its_way_before_news_are_published(engine):
+    engine.loop.turn([Submit(sequence(1, max_tokens=3))])
+    engine.finish()
+    steps = [("dispatch", 1), ("collect", 1), ("dispatch", 2), ("publish", 1), ("collect", 2), ("dispatch", 3)]
+    assert engine.log == [*steps, ("publish", 2), ("collect", 3), ("publish", 3)]
+
+
+def test_stages_overlap_and_tokens_stay_the_same():
+    engine, prompts = Engine(depth=2), {n: tuple(range(n, n + 3 * n)) for n in range(1, 7)}
+    engine.loop.turn([Submit(sequence(n, prompt, max_tokens=9)) for n, prompt in prompts.items()])
+    engine.finish()
+    for n, prompt in prompts.items():
+        expected = list(prompt)
+        for _ in range(9):
+            expected.append(next_token(expected))
+        assert [t for p in engine.news(SequenceKey(1, n)) for t in p.token_ids] == expected[len(prompt) :]
+    outstanding = dispatched = 0
+    for what, _ in engine.log:
+        dispatched += {"dispatch": 1, "collect": -1, "publish": 0}[what]
+        outstanding = max(outstanding, dispatched)
+    assert outstanding == 2
+    assert engine.progress.step_age_s() == 0
+
+
+def test_the_age_of_a_step_is_that_of_the_oldest_that_is_outstanding():
+    engine = Engine(depth=2)
+    engine.loop.turn([Submit(sequence(n)) for n in (1, 2)])
+    engine.clock.advance(3)
+    engine.loop.turn([])
+    engine.clock.advance(1)
+    assert engine.progress.step_age_s() == 1
+    engine.finish()
 
 
 def test_deadlines_are_noticed_before_and_after_the_start(engine):
@@ -114,30 +185,47 @@ def progress(number, *tokens, session=1, attempt=1, end=None):
     return SequenceProgress(SequenceKey(session, number), attempt, tokens, (), end)
 
 
+async def taken(outbox):
+    await asyncio.wait_for(outbox.filled.wait(), 1)
+    return outbox.take()[0]
+
+
 async def test_news_that_nobody_took_is_merged_by_sequence():
     sessions = Sessions()
     first, outbox = sessions.open()
     second, other = sessions.open()
+    last = SequenceProgress(SequenceKey(1, 8), 1, (), (), SequenceEnd.REJECTED_INVALID, "no")
     sessions.deliver(Published(1, (progress(7, 10), progress(8, 20), progress(7, 30, session=second)), LOAD))
-    sessions.deliver(Published(2, (progress(7, 11), progress(8, end=SequenceEnd.STOP)), LOAD))
-    message = await asyncio.wait_for(outbox.take(), 1)
+    sessions.deliver(Published(2, (progress(7, 11), last), LOAD))
+    message = await taken(outbox)
     assert message.step == 2
+    assert message.load.running_sequences == 1
     assert {u.sequence_id: list(u.token_ids) for u in message.sequences} == {7: [10, 11], 8: [20]}
-    assert [u.end for u in message.sequences] == [engine_pb2.SEQUENCE_END_UNSPECIFIED, engine_pb2.SEQUENCE_END_STOP]
-    assert [list(u.token_ids) for u in (await asyncio.wait_for(other.take(), 1)).sequences] == [[30]]
+    ends = [(u.end, u.detail) for u in message.sequences]
+    assert ends == [(engine_pb2.SEQUENCE_END_UNSPECIFIED, ""), (engine_pb2.SEQUENCE_END_REJECTED_INVALID, "no")]
+    assert [list(u.token_ids) for u in (await taken(other)).sequences] == [[30]]
     sessions.close(first)
     sessions.deliver(Published(3, (progress(7, 12),), LOAD))
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(outbox.take(), 0.01)
+    assert not outbox.filled.is_set()
+
+
+async def test_a_beat_is_asked_for_beside_the_news():
+    outbox = Outbox()
+    outbox.ask_for_beat()
+    assert outbox.take() == (None, True)
+    outbox.put(1, [progress(7, 10)], LOAD)
+    outbox.ask_for_beat()
+    step, beat_due = outbox.take()
+    assert (step.step, beat_due, outbox.filled.is_set()) == (1, True, False)
 
 
 async def test_a_session_that_never_reads_overflows(monkeypatch):
     monkeypatch.setattr(sessions_module, "MAX_PENDING_BYTES", 100)
     outbox = Outbox()
-    outbox.put(1, [progress(1, 1, 2, 3)], engine_pb2.Load())
+    outbox.put(1, [progress(1, 1, 2, 3)], LOAD)
     assert not outbox.overflow.is_set()
-    outbox.put(2, [progress(number, end=SequenceEnd.REJECTED_CAPACITY) for number in range(4)], engine_pb2.Load())
+    outbox.put(2, [progress(number, end=SequenceEnd.REJECTED_CAPACITY) for number in range(4)], LOAD)
     assert outbox.overflow.is_set()
-    await asyncio.wait_for(outbox.take(), 1)
-    outbox.put(3, [progress(1, 5)], engine_pb2.Load())
+    outbox.take()
+    outbox.put(3, [progress(1, 5)], LOAD)
     assert outbox.overflow.is_set(), "who was too slow once is reset"

@@ -1,71 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
 from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.request import SamplingParams, SequenceEnd, TokenLogprob
-from cluster.engine.block_pool import BlockPool
-from cluster.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
+from cluster.engine.scheduler import Scheduled
 from cluster.engine.sequence import Sequence
-from cluster.engine.step import SampledToken, SequenceKey, SequenceProgress, StepPlan, StepResult
-
-LIMITS = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_num_waiting=3, max_model_len=64)
-TOKEN = 7
-STOP = 2
-
-
-class Engine:
-    """A scheduler with short words around it. Every sequence's name is its id; every sampled token is TOKEN."""
-
-    def __init__(self, num_blocks: int = 32, block_size: int = 4, **limits: int) -> None:
-        self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(replace(LIMITS, **limits), self.pool)
-        self.now_s = 100.0
-
-    def submit(
-        self, name: int, prompt: int = 3, max_tokens: int = 50, session: int = 1, resume: int = 0,
-        priority: int = 0, deadline_s: float | None = None, min_tokens: int = 0,
-    ) -> SequenceProgress | None:  # fmt: skip
-        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset({STOP}), min_tokens=min_tokens)
-        sequence = Sequence(
-            SequenceKey(session, name), tuple(range(10, 10 + prompt)), params, [TOKEN] * resume,
-            priority=priority, deadline_s=deadline_s,
-        )  # fmt: skip
-        return self.scheduler.submit(sequence, self.now_s)
-
-    def schedule(self) -> Scheduled:
-        scheduled = self.scheduler.schedule(self.now_s)
-        self.scheduler.check()
-        return scheduled
-
-    def plan(self) -> StepPlan:
-        plan = self.schedule().plan
-        assert plan is not None
-        return plan
-
-    def commit(self, plan: StepPlan, token: int = TOKEN) -> tuple[SequenceProgress, ...]:
-        tokens = tuple(SampledToken(e.key, token) for e in plan.entries if e.sample)
-        progresses = self.scheduler.commit(StepResult(plan.step, tokens))
-        self.scheduler.check()
-        return progresses
-
-    def step(self, token: int = TOKEN) -> dict[int, tuple[int, int]]:
-        """One step; {name: (start, number of tokens)}."""
-        plan = self.plan()
-        self.commit(plan, token)
-        return {e.key.sequence_id: (e.start, len(e.token_ids)) for e in plan.entries}
-
-    def names(self) -> list[int]:
-        return list(self.step())
-
-
-def refusal(progress: SequenceProgress | None) -> tuple[SequenceEnd | None, str]:
-    assert progress is not None
-    assert progress.token_ids == ()
-    return progress.end, progress.detail
+from cluster.engine.step import SampledToken, SequenceKey, StepResult
+from tests.unit.engine.small_engine import STOP, TOKEN, Engine, refusal
 
 
 @pytest.fixture
@@ -128,7 +72,7 @@ def test_the_waiting_queue_is_bounded(engine: Engine) -> None:
         assert engine.submit(name) is None
     end, detail = refusal(engine.submit(3))
     assert end is SequenceEnd.REJECTED_CAPACITY
-    assert "3 sequences wait" in detail
+    assert "3 requests wait" in detail
     engine.step()
     assert engine.submit(3) is None
 
@@ -143,12 +87,20 @@ def test_a_resumed_sequence_is_exempt_from_the_bound_and_takes_nobodys_place() -
     assert refusal(engine.submit(5, max_tokens=2))[0] is SequenceEnd.REJECTED_CAPACITY
 
 
-def test_draining_refuses_the_new_and_finishes_the_old(engine: Engine) -> None:
-    engine.submit(1, max_tokens=2)
-    engine.scheduler.drain()
-    assert refusal(engine.submit(2))[0] is SequenceEnd.REJECTED_DRAINING
-    assert [engine.names(), engine.names()] == [[1], [1]]
-    assert not engine.scheduler.has_work
+def test_the_waiting_tokens_are_bounded_but_a_single_prompt_may_be_long() -> None:
+    engine = Engine(max_waiting_prompt_tokens=20)
+    assert engine.submit(1, prompt=30) is None
+    end, detail = refusal(engine.submit(2, prompt=1))
+    assert end is SequenceEnd.REJECTED_CAPACITY
+    assert "30 tokens wait already" in detail
+    assert "max_waiting_prompt_tokens 20" in detail
+    assert engine.submit(3, prompt=40, resume=1) is None
+    engine.step()
+    assert engine.submit(4, prompt=12) is None
+    assert engine.submit(5, prompt=8) is None
+    assert refusal(engine.submit(6, prompt=1))[0] is SequenceEnd.REJECTED_CAPACITY
+    engine.scheduler.cancel(SequenceKey(1, 5))
+    assert engine.submit(7, prompt=8) is None
 
 
 def test_an_id_in_use_is_refused_and_does_no_harm(engine: Engine) -> None:
@@ -170,9 +122,10 @@ def test_a_prompt_is_cut_to_the_budget(engine: Engine) -> None:
     plans.append(engine.plan())
     assert [p.token_ids for p in engine.commit(plans[2])] == [(TOKEN,)]
     entries = [p.entries[0] for p in plans]
-    assert [(e.start, len(e.token_ids), len(e.block_ids), e.sample) for e in entries] == [
-        (0, 16, 4, False), (16, 16, 8, False), (32, 8, 10, True),
+    assert [(e.start, len(e.token_ids), e.first_block, len(e.new_block_ids), e.sample) for e in entries] == [
+        (0, 16, 0, 10, False), (16, 16, 10, 0, False), (32, 8, 10, 0, True),
     ]  # fmt: skip
+    assert [p.starts != () for p in plans] == [True, False, False]
     assert sum((e.token_ids for e in entries), ()) == tuple(range(10, 50))
     assert engine.step() == {1: (40, 1)}
 
@@ -238,10 +191,10 @@ def test_nobody_overtakes_the_first_that_does_not_fit() -> None:
 
 def test_there_is_one_plan_at_a_time(engine: Engine) -> None:
     engine.submit(1)
-    assert engine.scheduler.can_run
+    assert engine.scheduler.can_schedule
     plan = engine.plan()
-    assert not engine.scheduler.can_run
-    with pytest.raises(AssertionError, match="commit the outstanding plan"):
+    assert not engine.scheduler.can_schedule
+    with pytest.raises(AssertionError, match="commit the oldest outstanding plan"):
         engine.schedule()
     with pytest.raises(AssertionError, match="step 1 runs, 2 was committed"):
         engine.scheduler.commit(StepResult(plan.step + 1, ()))
@@ -338,7 +291,6 @@ def test_blocks_of_a_running_plan_are_freed_when_it_commits(engine: Engine) -> N
     engine.scheduler.check()
     assert engine.pool.num_free == 30
     assert engine.scheduler.load().running_sequences == 1
-    assert engine.scheduler.sequence(SequenceKey(1, 1)).key == SequenceKey(1, 1)
     assert [p.key.sequence_id for p in engine.commit(plan)] == [2]
     assert engine.pool.num_free == 31
 
@@ -385,6 +337,19 @@ def test_a_deadline_has_passed_when_it_is_reached(engine: Engine) -> None:
     engine.submit(1, deadline_s=105.0)
     engine.now_s = 105.0
     assert [p.end for p in engine.schedule().ended] == [SequenceEnd.EVICTED_DEADLINE]
+
+
+def test_what_is_too_late_is_told_what_it_waited_for() -> None:
+    engine = Engine(max_num_seqs=1)
+    engine.submit(1, deadline_s=110.0)
+    engine.submit(2, deadline_s=110.0)
+    engine.submit(3)
+    engine.step()
+    engine.now_s = 110.0
+    details = {p.key.sequence_id: p.detail for p in engine.schedule().ended}
+    assert "after 1 tokens" in details[1]
+    assert "2 requests waited" in details[2]
+    assert "add a replica" in details[2]
 
 
 # ---- preemption

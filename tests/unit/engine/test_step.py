@@ -5,11 +5,17 @@ import pytest
 from cluster.engine.step import SequenceKey, StepEntry, StepPlan
 
 KEY = SequenceKey(1, 1)
-DECODE = StepEntry(KEY, (5,), 4, (0, 1), sample=True)
-CHUNK = StepEntry(KEY, (5, 6), 4, (0, 1), sample=False)
-LAST_CHUNK = StepEntry(KEY, (5, 6), 4, (0, 1), sample=True)
-FIRST_TOKEN = StepEntry(KEY, (5,), 0, (0,), sample=True)
-ONE_TOKEN_CHUNK = StepEntry(KEY, (5,), 4, (0, 1), sample=False)
+
+
+def entry(token_ids: tuple[int, ...], start: int, sample: bool) -> StepEntry:
+    return StepEntry(KEY, 0, token_ids, start, first_block=0, new_block_ids=(0, 1), sample=sample, num_prompt=9)
+
+
+DECODE = entry((5,), 4, sample=True)
+CHUNK = entry((5, 6), 4, sample=False)
+LAST_CHUNK = entry((5, 6), 4, sample=True)
+FIRST_TOKEN = entry((5,), 0, sample=True)
+ONE_TOKEN_CHUNK = entry((5,), 4, sample=False)
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,9 @@ def test_setup_says_what_is_wrong_in_one_sentence(arguments: list[str], said: st
 @pytest.fixture
 def bare_checkout(tmp_path: Path) -> Path:
     """What set-up reads, in a folder of its own, without an environment."""
-    (tmp_path / "ops").mkdir()
-    for name in ("ops/setup", "ops/compile-shared-memory-op", "pyproject.toml", "constraints.txt"):
+    read = ("ops/setup", "ops/compile-shared-memory-op", "ops/compile-cpu-kernels", "cluster/engine/model/kernels.cpp")
+    for name in (*read, "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "ops" / "setup").chmod(0o755)
     return tmp_path

@@ -173,11 +173,6 @@ def test_nodes_become_pods() -> None:
     assert "4 device(s) stay free" in uneven.text
 
 
-def test_stages_that_are_not_served_are_said() -> None:
-    assert "Pipeline stages are planned but not served yet" in CASES["405B on two nodes"].text
-    assert "Pipeline" not in CASES["70B on a node"].text
-
-
 def test_bytes_that_a_pod_reads() -> None:
     """A hub's cache fetches everything; from a volume each rank reads its shard."""
     assert CASES["70B of a hub"].group["modelBytes"] == 141 * GB

@@ -125,8 +125,8 @@ def test_stages_hold_every_layer_once_and_the_ends_their_parts(tied: bool, pp: i
     assert [layer for stage in stages for layer in range(stage.start, stage.stop)] == list(range(4))
     counts = [stage_parameters(spec, layout, index, stage)[0] for index, stage in enumerate(stages)]
     total = sum(tensor.numel for tensor in expected_tensors(spec))
-    embedding_twice = 300 * 64 if tied and pp > 1 else 0
-    assert sum(counts) == total + embedding_twice
+    rows_read_again = 300 * 64 if tied and pp > 1 else 0  # the head, where the embedding is not
+    assert sum(counts) == total + rows_read_again
 
 
 def test_stored_bytes_follow_the_shards() -> None:
@@ -138,10 +138,25 @@ def test_stored_bytes_follow_the_shards() -> None:
     assert stored_bytes(spec, found.layout, found.stages, {}) == (0, 0, 0, 0)
 
 
-def test_more_ranks_than_kv_heads_is_refused_with_the_size_that_fits() -> None:
+def test_more_ranks_than_kv_heads_share_them() -> None:
+    found = ask(tiny(), uniform_inventory(1, 4, cpu_device(4 * GIB)), tensor_parallel_size=4)
+    # Each rank has one of the two KV heads whole, and one of the four query heads.
+    assert [ledger.kv_bytes_per_token for ledger in found.ledgers] == [2 * 4 * 1 * 16 * 4] * 4
+    layer = 64 * 16 * 4 + 3 * 64 * 32 + 2 * 64  # q, k, v, o of 16 columns; gate, up, down of 32; two norms
+    assert [ledger.parameters for ledger in found.ledgers[:2]] == [4 * layer + 300 * 64 + 64 + 64 * 64] * 2
+
+
+def test_405b_over_sixteen_ranks_leaves_none_idle() -> None:
+    spec, layout = spec_of("llama-3.1-405b"), ParallelLayout(16)
+    counts = stage_parameters(spec, layout, 0, split_stages(spec, layout)[0])
+    mean = sum(counts) / 16
+    assert all(abs(count - mean) <= 0.02 * mean for count in counts)
+
+
+def test_more_ranks_than_query_heads_is_refused_with_the_size_that_fits() -> None:
     with pytest.raises(NoFeasiblePlan) as caught:
-        ask(tiny(), uniform_inventory(1, 4, cpu_device(GIB * 4)), tensor_parallel_size=4)
-    assert "4 ranks would share 2 KV heads" in str(caught.value)
+        ask(tiny(), uniform_inventory(1, 8, cpu_device(GIB * 4)), tensor_parallel_size=8)
+    assert "8 ranks are more than the model's 4 query heads" in str(caught.value)
     assert caught.value.smallest_change.startswith("--tensor-parallel-size 1 ")
 
 

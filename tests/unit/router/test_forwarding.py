@@ -91,7 +91,7 @@ class Request:
         fleet = cast("Fleet", Sessions(*sessions))
         around = Surroundings(fleet, settings, RouterMetrics(self.registry), MonotonicClock())
         sampling = SamplingParams(max_tokens=max_tokens, seed=1)
-        valid = ValidRequest("id", "demo", (1, 2), resumed, sampling, (), 0, return_token_ids=True)
+        valid = ValidRequest("id", "demo", (1, 2), resumed, sampling, (), 0, return_token_ids=True, cache_salt="tenant")
         self.run = RequestRun(valid, None, "sha256:a", around, 0.0)
         self.sessions = sessions
         self.token_ids: list[int] = []
@@ -116,6 +116,7 @@ async def test_another_endpoint_is_told_every_token_and_goes_on() -> None:
     ended = await request.ended()
     assert request.token_ids == [10, 11, 12, 13, 14, 15]
     assert list(second.submits[0].generated_token_ids) == [10, 11, 12]
+    assert [session.submits[0].cache_salt for session in (first, second)] == ["tenant", "tenant"]
     assert (ended.finish_reason, ended.usage.failovers) == (inference_pb2.FINISH_REASON_LENGTH, 1)
     assert request.losses() == {"broken": 1.0}
 

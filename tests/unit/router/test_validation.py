@@ -24,7 +24,7 @@ CARD = engine_pb2.ModelCard(name="demo", max_model_len=32, vocab_size=100, end_t
 def validate(
     has_tokenizer: bool = True, prompt: list[int] | None = None, card: Any = CARD, **fields: Any
 ) -> ValidRequest:
-    request_fields = ("generated_token_ids", "logprobs", "priority", "return_token_ids", "text", "chat")
+    request_fields = ("generated_token_ids", "logprobs", "priority", "return_token_ids", "text", "chat", "cache_salt")
     on_request = {name: fields.pop(name) for name in request_fields if name in fields}
     request = inference_pb2.GenerateRequest(**on_request)
     if request.WhichOneof("prompt") is None and prompt != []:
@@ -60,6 +60,7 @@ BAD = [
     ({"frequency_penalty": -2.1}, "frequency_penalty"),
     ({"top_k": 101}, "top_k"),
     ({"logprobs": 21}, "logprobs"),
+    ({"cache_salt": "s" * 257}, "cache_salt has 257 characters"),
     ({"stop": ["x"] * 17}, "17 stop strings"),
     ({"stop": [""]}, "1 to 256"),
     ({"stop": ["x" * 257]}, "1 to 256"),
@@ -134,7 +135,8 @@ def test_every_default_is_resolved() -> None:
 
 
 def test_fields_of_the_request_win() -> None:
-    valid = validate(seed=0, ignore_eos=True, stop_token_ids=[4], stop=["x"], priority=-3, logprobs=2)
+    valid = validate(seed=0, ignore_eos=True, stop_token_ids=[4], stop=["x"], priority=-3, logprobs=2, cache_salt="ä")
+    assert valid.cache_salt == "ä"
     assert valid.sampling.seed == 0
     assert valid.sampling.stop_token_ids == {4}
     assert (valid.stops, valid.priority, valid.sampling.logprobs) == (("x",), -3, 2)

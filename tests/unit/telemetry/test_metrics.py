@@ -38,6 +38,9 @@ PUBLISHED = {
         "cluster_engine_prompt_tokens_total": set(),
         "cluster_engine_generation_tokens_total": set(),
         "cluster_engine_preemptions_total": set(),
+        "cluster_engine_prefix_cache_queries_total": set(),
+        "cluster_engine_prefix_cache_hits_total": set(),
+        "cluster_engine_overlapped_steps_total": set(),
         "cluster_engine_step_seconds": {"kind"},
     },
     RankMetrics: {

@@ -27,6 +27,12 @@ configs = st.builds(
     block_size=st.integers(1, 1024),
     device_memory_utilization=st.floats(0.01, 1),
     kv_cache_bytes=st.none() | st.integers(1, 2**40),
+    max_waiting_prompt_tokens=st.integers(1, 2**40),
+    prefill_slowdown=st.floats(1.01, 100),
+    enable_prefix_caching=st.booleans(),
+    rope_scaling=st.none() | st.sampled_from(["linear:2", "dynamic:4.5", "yarn:4", "llama3:8"]),
+    load_format=st.sampled_from(["auto", "dummy"]),
+    seed=st.integers(0, 2**63 - 1),
 )
 
 
@@ -48,3 +54,8 @@ def test_what_is_not_said_is_the_default():
 def test_a_value_out_of_bounds_is_named():
     with pytest.raises(ConfigError, match="max_num_seqs of model 'm'"):
         deployment_from_message(control_pb2.ModelDeployment(model="m", max_num_seqs=10_000))
+
+
+def test_a_wrong_stretch_is_one_sentence():
+    with pytest.raises(ConfigError, match=r"^rope_scaling of model 'm' is wrong: factor is 1; it must be more than 1"):
+        deployment_from_message(control_pb2.ModelDeployment(model="m", rope_scaling="linear:1"))

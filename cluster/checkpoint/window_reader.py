@@ -1,0 +1,103 @@
+"""Reads parts of files at the rate of the disk: past the page cache where it is cold, from it where it is warm.
+
+A read that goes through the page cache costs a second copy and fresh pages for it, which a processor that is busy
+filling memory can not spare. So: what the cache holds is taken from there, the rest is read with ``O_DIRECT`` into the
+caller's pages. Where the file system refuses that, and for what several readers share, the plain road is taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from cluster.domain.errors import CheckpointError
+
+PAGE = 4096
+_REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+# cachestat(2), Linux 6.5. A read with RWF_NOWAIT would ask as well, but it starts to read what it does not find.
+_CACHESTAT = 451
+_libc = ctypes.CDLL(None)
+
+
+class WindowReader:
+    """One file, opened. Threads may read at the same time, each into its own buffer.
+
+    CheckpointError with the file's name when it cannot be opened or read, or ends too early.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._cached = os.open(file, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be opened ({error.strerror}); check that it is there.") from None
+        # The callers' threads are the read-ahead; the kernel's own, for one reader, would issue smaller requests.
+        os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
+        try:
+            self._direct: int | None = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        except OSError:
+            self._direct = None
+
+    def close(self) -> None:
+        os.close(self._cached)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def read(self, buffer: memoryview, start: int, low: int, high: int, *, shared: bool) -> None:
+        """Puts bytes ``low`` to ``high`` where they lie in ``buffer``, whose first byte is the file's ``start``.
+
+        Bytes around them, within the same pages, may be overwritten. ``shared``: others on this machine read them too,
+        so they shall stay in the page cache.
+        """
+        first, last = low - low % PAGE, high + -high % PAGE
+        paged = start % PAGE == 0 and last - start <= len(buffer)
+        filled = low
+        if paged and not shared and self._direct is not None and not is_cached(self._cached, first, last):
+            filled = max(low, self._read_past_cache(self._direct, buffer[first - start : last - start], first, high))
+        while filled < high:
+            count = self._call(self._cached, buffer[filled - start : high - start], filled)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._file} ends at byte {filled}, in the middle of its tensors; "
+                    "copy or download the file again."
+                )
+            filled += count
+
+    def _read_past_cache(self, direct: int, pages: memoryview, first: int, high: int) -> int:
+        """Reads whole pages; returns up to where it came: the file's end, or where the kernel refuses this way."""
+        filled = 0
+        while first + filled < high and filled % PAGE == 0:
+            try:
+                count = os.preadv(direct, [pages[filled:]], first + filled)
+            except OSError as error:
+                if error.errno in _REFUSED:
+                    break
+                raise self._unreadable(first + filled, error) from None
+            if count == 0:
+                break
+            filled += count
+        return first + filled
+
+    def _call(self, descriptor: int, view: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise self._unreadable(offset, error) from None
+
+    def _unreadable(self, offset: int, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self._file} cannot be read at byte {offset} ({error.strerror}); "
+            "check the disk, then copy or download the file again."
+        )
+
+
+def is_cached(descriptor: int, first: int, last: int) -> bool:
+    """Whether the page cache holds all of these whole pages; False too where the kernel cannot tell."""
+    asked = (ctypes.c_uint64 * 2)(first, last - first)
+    told = (ctypes.c_uint64 * 5)()  # cached, dirty, being written, evicted, recently evicted: pages
+    failed = _libc.syscall(
+        ctypes.c_long(_CACHESTAT), ctypes.c_int(descriptor), ctypes.byref(asked), ctypes.byref(told), ctypes.c_uint(0)
+    )  # fmt: skip
+    return failed == 0 and told[0] >= (last - first) // PAGE

@@ -1,0 +1,320 @@
+"""A loaded model made fast on a CPU: products with reordered weights, and fused operations in their place.
+
+Modules are recognised by their structure. Every replacement is computed beside the original, on this very module with
+random input, and is used only where both agree to the last bits; whatever is not known or does not agree stays.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.engine.model import kernels, products
+from cluster.engine.model.tensor_parallel import TensorParallelGroup
+
+# The largest difference, relative to the largest number of the original's result.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+_ROWS = 5  # of the random inputs
+_MERGED = (("q_proj", "k_proj", "v_proj"),)
+_MLPS = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("gate_up_proj", "down_proj", "activation_fn"))
+Forward = Callable[..., torch.Tensor]
+
+
+@dataclass(slots=True)
+class Replaced:
+    """How many modules got something faster, for the log."""
+
+    products: int = 0
+    merged: int = 0
+    mlps: int = 0
+    norms: int = 0
+    rotary: int = 0
+
+    def __str__(self) -> str:
+        return ", ".join(f"{getattr(self, name)} {name}" for name in self.__slots__)
+
+
+@torch.inference_mode()
+def prepare(model: nn.Module, group: TensorParallelGroup) -> Replaced:
+    """Replaces what can be done faster in ``model``, which is loaded and on the CPU.
+
+    Every rank of ``group`` calls it at the same time: row-parallel products are tried out with their all-reduce.
+    Afterwards the replaced Linears have no ``weight``; parameters are no longer listed by their names.
+    """
+    done = Replaced()
+    if kernels.load() is not None:
+        done.norms = sum(_replace_norm(module) for module in list(model.modules()))
+        done.rotary = sum(_replace_rotary(module) for module in _modeling_modules(model))
+    if products.available():
+        for module in list(model.modules()):
+            done.mlps += _replace_mlp(module, group)
+            done.merged += sum(_replace_merged(module, names) for names in _MERGED)
+        for module in list(model.modules()):
+            done.products += _replace_children(module, group)
+    return done
+
+
+def head_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``rows @ weight.T`` for an output head that nothing else uses; the caller lets go of ``weight``."""
+    if products.available() and weight.dtype in _TOLERANCE:
+        return products.Product(weight, None)
+    return lambda rows: nn.functional.linear(rows, weight)
+
+
+# ------------------------------------------------------------------------------------------------------- the proof
+
+
+def _agree(mine: torch.Tensor, original: torch.Tensor) -> bool:
+    if mine.shape != original.shape or mine.dtype != original.dtype:
+        return False
+    difference = (mine.float() - original.float()).abs().max()
+    return bool(difference <= _TOLERANCE[original.dtype] * original.float().abs().max())
+
+
+def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])).to(dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- products
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A Linear of any library, as a weight ``[out, in]``; ``row``: its product is summed over the group."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    row: bool = False
+
+
+def _linear(module: object) -> _Linear | None:
+    """What ``module`` multiplies with, or None when it is no Linear that is known here."""
+    if not isinstance(module, nn.Module) or not isinstance(getattr(module, "weight", None), torch.Tensor):
+        return None
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, torch.Tensor)
+    if weight.dim() != 2 or weight.is_meta or weight.dtype not in _TOLERANCE or _is_hooked(module):
+        return None
+    name = f"{type(module).__module__}.{type(module).__name__}"
+    if type(module) is nn.Linear:
+        return _Linear(weight, bias)
+    if name == "transformers.pytorch_utils.Conv1D":
+        return _Linear(weight.t(), bias)
+    if name == "cluster.engine.model.sharding.TransposedRow":
+        return _Linear(weight.t(), bias, row=True)
+    if name.startswith("deepspeed.module_inject.layers."):
+        if type(module).__name__ == "LinearAllreduce":
+            return _Linear(weight, bias, row=True)
+        if type(module).__name__ in {"LinearLayer", "fused_LinearLayer"} and not module.gather_output:
+            return _Linear(weight, bias)
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """A hook would be lost with its module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
+
+
+def _product(linear: _Linear, group: TensorParallelGroup) -> products.Product:
+    return products.Product(linear.weight, linear.bias, _reduce(group) if linear.row else None)
+
+
+def _reduce(group: TensorParallelGroup) -> products.Reduce | None:
+    if group.size == 1:
+        return None
+    comm: Any = sys.modules["deepspeed.comm"]
+    process_group = group.process_group
+
+    def reduce(tensor: torch.Tensor) -> None:
+        comm.inference_all_reduce(tensor, group=process_group)
+
+    return reduce
+
+
+def _replace_children(parent: nn.Module, group: TensorParallelGroup) -> int:
+    """The Linears right below ``parent``."""
+    count = 0
+    for name, child in list(parent.named_children()):
+        linear = _linear(child)
+        if linear is not None:
+            x = _random(1, _ROWS, linear.weight.shape[1], dtype=linear.weight.dtype)
+            product = _product(linear, group)
+            if _agree(product(x), child(x)):
+                setattr(parent, name, product)
+                count += 1
+    return count
+
+
+def _columns(parent: nn.Module, names: Sequence[str]) -> list[_Linear] | None:
+    """The Linears ``names`` of ``parent`` if all of them are there and take the same input."""
+    found = [_linear(getattr(parent, name, None)) for name in names]
+    linears = [linear for linear in found if linear is not None and not linear.row]
+    if len(linears) < len(names) or len({(x.weight.shape[1], x.weight.dtype) for x in linears}) > 1:
+        return None
+    return linears
+
+
+def _replace_merged(parent: nn.Module, names: Sequence[str]) -> bool:
+    linears = _columns(parent, names)
+    if linears is None:
+        return False
+    x = _random(1, _ROWS, linears[0].weight.shape[1], dtype=linears[0].weight.dtype)
+    product = products.merged([linear.weight for linear in linears], [linear.bias for linear in linears])
+    parts = products.parts(product, [len(linear.weight) for linear in linears])
+    if not all(_agree(part(x), getattr(parent, name)(x)) for name, part in zip(names, parts, strict=True)):
+        return False
+    for name, part in zip(names, parts, strict=True):
+        setattr(parent, name, part)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------ MLPs
+
+
+class _FusedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))``, gate and up in one product."""
+
+    def __init__(self, gate_up: products.Product, down: products.Product, act: Any, silu_mul: Forward | None) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.act, self._silu_mul = gate_up, down, act, silu_mul
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.gate_up(x)
+        if self._silu_mul is not None:
+            return self.down(self._silu_mul(both))  # type: ignore[no-any-return]
+        gate, up = both.chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)  # type: ignore[no-any-return]
+
+
+def _replace_mlp(module: nn.Module, group: TensorParallelGroup) -> bool:
+    """Gated MLPs whose parts bear the names of Llama or of Phi-3."""
+    children = {name for name, _ in module.named_children()}
+    names = next((names for names in _MLPS if set(names) == children), None)
+    if names is None:
+        return False
+    *inner, down_name, act_name = names
+    linears, down, act = _columns(module, inner), _linear(getattr(module, down_name)), getattr(module, act_name)
+    if linears is None or down is None or len({len(linear.weight) for linear in linears}) > 1:
+        return False
+    library = kernels.load()
+    is_silu = type(act).__name__ in {"SiLU", "SiLUActivation"}
+    fused = _FusedMLP(
+        products.merged([linear.weight for linear in linears], [linear.bias for linear in linears]),
+        _product(down, group),
+        act,
+        library.silu_mul if library is not None and is_silu else None,
+    )
+    x = _random(1, _ROWS, linears[0].weight.shape[1], dtype=down.weight.dtype)
+    if not _agree(fused(x), module.forward(x)):  # without hooks: they stay
+        return False
+    for name in (*inner, down_name):
+        delattr(module, name)
+    module.fused = fused
+    module.forward = fused.forward
+    return True
+
+
+# ----------------------------------------------------------------------------------------------- norms and rotary
+
+
+def _replace_norm(module: nn.Module) -> bool:
+    """RMSNorms of any family: Llama's rounds before it multiplies by the weight, Gemma's adds 1 to the weight."""
+    library = kernels.load()
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if library is None or "RMSNorm" not in type(module).__name__ or weight is None or not isinstance(eps, float):
+        return False
+    if weight.dim() != 1 or weight.is_meta or weight.dtype not in _TOLERANCE or not _takes_one(module.forward):
+        return False
+    x, original = 3 * _random(1, _ROWS, len(weight), dtype=weight.dtype), module.forward
+    expected = original(x)
+    for offset, early in ((0.0, True), (1.0, False), (0.0, False), (1.0, True)):
+        if _agree(library.rms_norm(x, weight, eps, offset, early=early), expected):
+            module.forward = _norm(library, weight, eps, offset, original, early=early)
+            return True
+    return False
+
+
+def _norm(
+    library: kernels.Kernels,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float,
+    original: Forward,
+    *,
+    early: bool,
+) -> Forward:
+    dtype = weight.dtype
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return library.rms_norm(x, weight, eps, offset, early=early) if x.dtype is dtype else original(x)
+
+    return forward
+
+
+def _takes_one(forward: Forward) -> bool:
+    return len(inspect.signature(forward).parameters) == 1
+
+
+def _modeling_modules(model: nn.Module) -> Iterator[Any]:
+    """The Python modules that the attention classes of ``model`` come from."""
+    found = {type(module).__module__ for module in model.modules() if hasattr(module, "layer_idx")}
+    for name in sorted(found):
+        if hasattr(sys.modules[name], "apply_rotary_pos_emb"):
+            yield sys.modules[name]
+
+
+class _Rotary:
+    """Stands for ``apply_rotary_pos_emb`` of a modeling module, whose attention classes look it up when they run."""
+
+    def __init__(self, library: kernels.Kernels, original: Callable[..., Any]) -> None:
+        self._library, self.original = library, original
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any,
+                 **named: Any) -> Any:  # fmt: skip
+        if more or named or not self.suits(q, k, cos, sin):
+            return self.original(q, k, cos, sin, *more, **named)
+        return self._library.rotate(q, cos, sin), self._library.rotate(k, cos, sin)
+
+    @staticmethod
+    def suits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+        """The packed tokens of a step, all of each head rotated, on the CPU and without gradients."""
+        return (
+            cos.dim() == 3
+            and q.dim() == 4
+            and q.shape[0] == k.shape[0] == 1
+            and cos.shape == (1, q.shape[2], q.shape[3]) == (1, k.shape[2], k.shape[3])
+            and sin.shape == cos.shape
+            and sin.stride(1) == cos.stride(1)
+            and q.stride(3) == k.stride(3) == cos.stride(2) == sin.stride(2) == 1
+            and q.dtype == k.dtype == cos.dtype == sin.dtype
+            and q.dtype in _TOLERANCE
+            and q.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        )
+
+
+def _replace_rotary(modeling: Any) -> bool:
+    """The function itself, for the whole process: where it is used for anything but a step it is what it was."""
+    library, original = kernels.load(), modeling.apply_rotary_pos_emb
+    if library is None or isinstance(original, _Rotary):
+        return library is not None
+    mine = _Rotary(library, original)
+    for dtype in _TOLERANCE:
+        q, k = _random(1, 4, _ROWS, 32, dtype=dtype), _random(1, 2, _ROWS, 32, dtype=dtype)
+        cos, sin = _random(2, 1, _ROWS, 32, dtype=dtype).unbind(0)
+        assert mine.suits(q, k, cos, sin), "the original would be compared with itself"
+        try:
+            expected = original(q, k, cos, sin)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False  # another function under this name
+        if len(expected) != 2 or not all(_agree(a, b) for a, b in zip(mine(q, k, cos, sin), expected, strict=True)):
+            return False
+    modeling.apply_rotary_pos_emb = mine
+    return True

@@ -1,0 +1,43 @@
+"""A rank as far as loading goes: ``python loading_process.py FOLDER RANK RANKS DTYPE`` loads its shard and tells bytes.
+
+Tensors whose name ends in "row" are cut by columns, others by rows. Each target is compared with one of its elements.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from cluster.checkpoint.layout import read_checkpoint
+from cluster.engine.host_memory import AnonymousPeak
+from cluster.engine.model import weights
+from cluster.engine.model.shards import Shard
+
+
+def main(folder, rank, ranks, dtype):
+    checkpoint = read_checkpoint(Path(folder))
+    reads = []
+    torch.ones(8, 8) @ torch.ones(8, 8)  # what the first product takes is no matter of loading
+    with AnonymousPeak() as peak:
+        for name, header in checkpoint.tensors.items():
+            rows, columns = header.shape
+            if name.endswith("row"):
+                shape, shard = (
+                    (rows, columns // ranks),
+                    Shard(columns=((columns * rank // ranks, columns * (rank + 1) // ranks),)),
+                )
+            else:
+                shape, shard = (
+                    (rows // ranks, columns),
+                    Shard(rows=((rows * rank // ranks, rows * (rank + 1) // ranks),)),
+                )
+            reads.append(weights.ShardRead(torch.empty(shape, dtype=getattr(torch, dtype)), header, shard))
+        weights.load(reads, lambda count: None)
+    assert all(float(read.target[-1, -1]) == float(read.header.name.split(".")[0]) for read in reads)
+    shard_bytes, slices = sum(read.target.nbytes for read in reads), [read.target.nbytes for read in reads]
+    print(json.dumps({"shard": shard_bytes, "slice": max(slices), "peak": peak.bytes, "baseline": "RssAnon"}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,0 +1,211 @@
+"""Models made fast for the CPU give what they gave before, and what is not known stays as it is."""
+
+import gc
+import sys
+import weakref
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from cluster.engine.model import attention, cpu, kernels, products
+from cluster.engine.model.attention import BlockTables, LayerKV, PagedKVCache, layout_step
+from cluster.engine.model.tensor_parallel import TensorParallelGroup
+from cluster.engine.step import SequenceKey, StepEntry
+
+CPU = torch.device("cpu")
+ALONE = TensorParallelGroup(0, 1, "gloo")
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+MODELS = {
+    "LlamaConfig": SMALL,
+    "Qwen2Config": SMALL,
+    "Qwen3Config": SMALL | {"head_dim": 16},
+    "Gemma2Config": SMALL | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4},
+    "Phi3Config": SMALL,
+    "GPTNeoXConfig": NEOX | {"rotary_pct": 0.25},
+    "CohereConfig": SMALL,
+    "GptOssConfig": SMALL | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+}
+needs_kernels = pytest.mark.skipif(kernels.load() is None, reason="the CPU kernels are not compiled here")
+
+
+def build(name, dtype=torch.float32):
+    attention.register()
+    config = getattr(transformers, name)(**MODELS[name])
+    config._attn_implementation = attention.IMPLEMENTATION
+    torch.manual_seed(3)
+    model = transformers.AutoModel.from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():  # biases and norms that do something
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    head_dim = getattr(config, "head_dim", None) or 16
+    kv_heads = getattr(config, "num_key_value_heads", 4)
+    kv = LayerKV(kv_heads, head_dim, head_dim)
+    return model, PagedKVCache({0: kv, 1: kv}, 16, 4, dtype, CPU)
+
+
+@torch.inference_mode()
+def hidden(model, cache):
+    """A prompt, then a decode beside a chunk of another prompt."""
+    attention.install(model, cache)
+    tables, seen = BlockTables(2, 8, CPU), []
+    for entries in (
+        [StepEntry(SequenceKey(0, 0), 1, tuple(range(7)), 0, 0, (3, 9), True, 7)],
+        [
+            StepEntry(SequenceKey(0, 0), 1, (5,), 7, 2, (), True, 7),
+            StepEntry(SequenceKey(0, 1), 0, (8, 9, 10, 11, 12), 0, 0, (1, 2), True, 5),
+        ],
+    ):
+        tables.apply(entries)
+        cache.layout = layout = layout_step(entries, tables, 4)
+        seen.append(
+            model(
+                input_ids=layout.token_ids[None], position_ids=layout.positions[None], use_cache=False
+            ).last_hidden_state[0]
+        )
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prepared_model_gives_the_same(name):
+    model, cache = build(name)
+    before = hidden(model, cache)
+    done = cpu.prepare(model, ALONE)
+    assert done.products > 0, done
+    torch.testing.assert_close(hidden(model, cache), before, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Gemma2Config", "Phi3Config"])
+def test_bfloat16(name):
+    model, cache = build(name, torch.bfloat16)
+    before = hidden(model, cache).float()
+    done = cpu.prepare(model, ALONE)
+    assert done.products > 0, done
+    difference = (hidden(model, cache).float() - before).abs()
+    assert difference.mean() < 0.02 * before.abs().mean()
+
+
+@needs_kernels
+def test_what_is_replaced_in_the_usual_families():
+    counts = {}
+    for name in ("LlamaConfig", "Qwen3Config", "Gemma2Config", "Phi3Config"):
+        done = cpu.prepare(build(name)[0], ALONE)
+        counts[name] = (done.merged, done.mlps, done.products, done.norms, done.rotary)
+    assert counts == {
+        "LlamaConfig": (2, 2, 2, 5, 1),
+        "Qwen3Config": (2, 2, 2, 9, 1),
+        "Gemma2Config": (2, 2, 2, 9, 1),
+        "Phi3Config": (0, 2, 4, 5, 1),
+    }
+
+
+def test_another_rotary_embedding_under_the_same_name_is_kept():
+    """Cohere rotates neighbours instead of halves."""
+    model, _ = build("CohereConfig")
+    assert cpu.prepare(model, ALONE).rotary == 0
+    assert not isinstance(sys.modules[type(model).__module__].apply_rotary_pos_emb, cpu._Rotary)
+
+
+@needs_kernels
+def test_the_replaced_rotary_function_is_what_it_was_for_everyone_else():
+    cpu.prepare(build("LlamaConfig")[0], ALONE)
+    mine = sys.modules["transformers.models.llama.modeling_llama"].apply_rotary_pos_emb
+    q, k = torch.randn(2, 4, 6, 16, requires_grad=True), torch.randn(2, 2, 6, 16)
+    cos, sin = torch.randn(2, 6, 16), torch.randn(2, 6, 16)
+    assert all(torch.equal(a, b) for a, b in zip(mine(q, k, cos, sin), mine.original(q, k, cos, sin), strict=True))
+    with torch.inference_mode():  # steps of a model on the packed path
+        q, cos, sin = torch.randn(1, 6, 4, 16).transpose(1, 2), torch.randn(1, 6, 16), torch.randn(1, 6, 16)
+        for a, b in zip(mine(q, q, cos, sin), mine.original(q, q, cos, sin), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+class OtherMLP(nn.Module):
+    """Named like Llama's, and does something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=True)
+        self.down_proj, self.act_fn = nn.Linear(16, 8), nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class OtherRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8)), 1e-6
+
+    def forward(self, x):
+        return x * self.weight / (x.abs().mean(-1, keepdim=True) + self.eps)
+
+
+@torch.inference_mode()
+def test_modules_that_only_look_alike_are_kept():
+    model = nn.Sequential(OtherMLP(), OtherRMSNorm())
+    x = torch.randn(1, 3, 8)
+    before = model(x)
+    done = cpu.prepare(model, ALONE)
+    assert (done.mlps, done.norms, done.products) == (0, 0, 3)
+    torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-6)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 4, bias=False), nn.Linear(8, 4)
+
+
+@torch.inference_mode()
+def test_merged_products_are_right_in_any_order_of_calls():
+    module = Attention()
+    x, y = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
+    names = ("q_proj", "k_proj", "v_proj")
+    wanted = {(name, t): getattr(module, name)(t) for name in names for t in (x, y)}
+    assert cpu.prepare(module, ALONE).merged == 1
+    for order in ("qkv", "kqv", "qqkv", "vkq", "qk"):
+        for t in (x, y):
+            for letter in order:
+                name = f"{letter}_proj"
+                torch.testing.assert_close(getattr(module, name)(t), wanted[name, t], atol=1e-6, rtol=1e-6)
+
+
+@torch.inference_mode()
+def test_original_weights_are_let_go():
+    model, _ = build("LlamaConfig")
+    gone = [weakref.ref(p) for name, p in model.named_parameters() if "_proj" in name]
+    assert len(gone) == 14
+    cpu.prepare(model, ALONE)
+    gc.collect()
+    assert all(ref() is None for ref in gone)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products(rows, dtype):
+    weight, bias = torch.randn(24, 40).to(dtype), torch.randn(24).to(dtype)
+    x = torch.randn(rows, 40).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    expected = nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(products.Product(weight, bias)(x), expected, atol=tolerance, rtol=tolerance)
+    doubled = products.Product(weight, bias, reduce=lambda t: t.mul_(2))  # as two ranks with the same part would
+    torch.testing.assert_close(doubled(x), expected * 2 - bias, atol=2 * tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        cpu.head_product(weight)(x), nn.functional.linear(x, weight), atol=tolerance, rtol=tolerance
+    )
+
+
+@needs_kernels
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 64, 1376])
+def test_silu_mul(width):
+    both = torch.randn(3, 2 * width) * 30
+    gate, up = both.double().chunk(2, dim=-1)
+    expected = (gate * torch.sigmoid(gate) * up).float()
+    torch.testing.assert_close(kernels.load().silu_mul(both), expected, atol=1e-6, rtol=1e-6)

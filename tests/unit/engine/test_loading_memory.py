@@ -1,0 +1,71 @@
+"""Anonymous memory of real processes that load: the shard, a few staging buffers, and nothing that grows with the model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cluster.engine.host_memory import AnonymousPeak, anonymous_bytes
+
+MB = 10**6
+HERE = Path(__file__).resolve()
+SIDE, COUNT = 2048, 33
+TYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """About 370 MB in three element types; the value of every element is the number of its tensor."""
+    folder = tmp_path_factory.mktemp("model")
+    tensors = {
+        f"{i}.{'row' if i % 2 else 'column'}": torch.full((SIDE, SIDE), float(i), dtype=TYPES[i % 3])
+        for i in range(COUNT)
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    yield folder
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "float32"), (2, "bfloat16"), (2, "float32"), (1, "float16")])
+def test_a_rank_takes_its_shard_and_little_more(model, ranks, dtype):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE.parent / "loading_process.py"), str(model), str(rank), str(ranks), dtype],
+            stdout=subprocess.PIPE, text=True, cwd=HERE.parents[3],
+            env={"PYTHONPATH": str(HERE.parents[3]), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    whole = COUNT * SIDE * SIDE * getattr(torch, dtype).itemsize
+    for process in processes:
+        told = json.loads(process.communicate(timeout=120)[0])
+        assert process.returncode == 0
+        assert told["shard"] == whole // ranks
+        assert 0.9 * told["shard"] < told["peak"] <= told["shard"] + told["slice"] + 100 * MB
+        assert told["peak"] <= told["shard"] + 40 * MB  # four buffers of 4 MiB, threads, the plan of the reads
+        assert told["shard"] + told["slice"] + 100 * MB < whole or ranks == 1
+
+
+def test_the_peak_counts_what_was_written_and_is_gone():
+    before = anonymous_bytes()
+    with AnonymousPeak() as peak:
+        torch.ones(30 * MB // 4).sum()
+        peak.sample()
+        held = torch.ones(50 * MB // 4)
+        peak.sample()
+        assert float(held[0]) == 1
+        del held
+    assert before > 0
+    assert 50 * MB <= peak.bytes < 100 * MB
+
+
+def test_files_that_are_read_do_not_count(model):
+    with AnonymousPeak() as peak, (model / "model.safetensors").open("rb") as stream:
+        while stream.read(MB):
+            pass
+    assert peak.bytes < 10 * MB
