@@ -70,7 +70,7 @@ class Stage:
 
 
 def grain_size(size: int, tensor_parallel_size: int) -> int:
-    """DeepSpeed's ``tp_grain_size`` for a dimension: 64, or the largest power of two below it that leaves no rank empty.
+    """DeepSpeed's ``tp_grain_size`` for a dimension: 64, or the largest lower power of two that leaves no rank empty.
 
     Planner and engine both call this, so that the ledger and the shards agree.
     """

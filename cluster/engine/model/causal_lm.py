@@ -80,19 +80,23 @@ class ShardedCausalLM:
 
     def load(self, started: Callable[[int], None], progress: weights.Progress) -> None:
         """Reads this rank's slices. ``started`` is told the number of bytes to come, ``progress`` each part of them."""
+        self._fill(started, progress)
+        self._rotary = rotary.rebuild(self._model, self._device)
+        held = (*self._model.named_parameters(), *self._model.named_buffers())
+        left = [name for name, tensor in held if tensor.is_meta]
+        assert not left, f"never loaded: {left}"
+        del held  # whatever still names a weight here keeps it alive while the next line makes another of it
+        if self._device.type == "cpu":
+            self._prepare_cpu()
+        if self._stage.is_last:
+            self._logits = self._choose_head()
+
+    def _fill(self, started: Callable[[int], None], progress: weights.Progress) -> None:
         reads = [read for name, target in self._materialised() for read in self._reads(name, target)]
         if self._stage.is_last and self._tied:
             reads += self._tie_head()
         started(weights.bytes_to_read(reads))
         weights.load(reads, progress)
-        self._rotary = rotary.rebuild(self._model, self._device)
-        held = (*self._model.named_parameters(), *self._model.named_buffers())
-        left = [name for name, tensor in held if tensor.is_meta]
-        assert not left, f"never loaded: {left}"
-        if self._device.type == "cpu":
-            self._prepare_cpu()
-        if self._stage.is_last:
-            self._logits = self._choose_head()
 
     def make_cache(self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
         """Allocates the KV pool, this rank's KV heads of its stage's layers, and the block tables."""

@@ -52,12 +52,17 @@ def prepare(model: nn.Module, group: TensorParallelGroup) -> Replaced:
         done.norms = sum(_replace_norm(module) for module in list(model.modules()))
         done.rotary = sum(_replace_rotary(module) for module in _modeling_modules(model))
     if products.available():
-        for module in list(model.modules()):
+        for module in _parents(model):
             done.mlps += _replace_mlp(module, group)
             done.merged += sum(_replace_merged(module, names) for names in _MERGED)
-        for module in list(model.modules()):
+        for module in _parents(model):
             done.products += _replace_children(module, group)
     return done
+
+
+def _parents(model: nn.Module) -> list[nn.Module]:
+    """Modules with children. A list of all modules would keep what is replaced, and its weights, alive."""
+    return [module for module in model.modules() if next(module.children(), None) is not None]
 
 
 def head_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

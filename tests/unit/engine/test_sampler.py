@@ -120,7 +120,7 @@ def params_of(vocabulary: int) -> st.SearchStrategy[SamplingParams]:
         repetition_penalty=st.sampled_from([1.0, 1.0, 0.5, 1.3]),
         presence_penalty=st.sampled_from([0.0, 0.0, -0.5, 0.75]),
         frequency_penalty=st.sampled_from([0.0, 0.0, -0.25, 1.5]),
-        stop_token_ids=st.frozensets(st.integers(0, vocabulary + 3), max_size=3),
+        stop_token_ids=st.frozensets(st.integers(0, vocabulary + 3), max_size=min(3, vocabulary - 1)),  # never all
         min_tokens=st.integers(0, 6),
         logit_bias=st.dictionaries(token, st.sampled_from([-100.0, -2.0, 1.5, 4.0]), max_size=3),
         logprobs=st.sampled_from([0, 0, 1, 5, 400]),
