@@ -18,7 +18,7 @@ from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.request import SequenceEnd
 from cluster.engine.prefill_pace import PrefillPace
 from cluster.engine.progress import RankProgress
-from cluster.engine.scheduler import Scheduler
+from cluster.engine.scheduler import Scheduled, Scheduler
 from cluster.engine.sequence import Sequence as EngineSequence
 from cluster.engine.step import SequenceKey, SequenceProgress, StepPlan, StepResult, step_kind
 from cluster.engine.step_series import StepSeries
@@ -158,7 +158,7 @@ class EngineLoop:
         """Dispatches for as long as the scheduler has a plan; it bounds how many are outstanding."""
         while self._scheduler.can_schedule:
             now_s = self._clock.now()
-            scheduled = self._scheduler.schedule(now_s, self._prefill_tokens())
+            scheduled = self._schedule(now_s)
             self._news += scheduled.ended
             if scheduled.plan is None:
                 return
@@ -169,11 +169,14 @@ class EngineLoop:
             self._runner.dispatch(scheduled.plan)
             self._outstanding.append((scheduled.plan, now_s))
 
-    def _prefill_tokens(self) -> int | None:
-        if self._pace is None:
-            return None
-        depth = self._runner.depth
-        return self._pace.budget((self._scheduler.num_decoding + depth - 1) // depth)  # one plan's part of them
+    def _schedule(self, now_s: float) -> Scheduled:
+        scheduler, pace, depth = self._scheduler, self._pace, self._runner.depth
+        if pace is None:
+            return scheduler.schedule(now_s)
+        without_token = scheduler.num_waiting + scheduler.num_running - scheduler.num_decoding
+        # One plan's part of them.
+        decodes, without_token = -(-scheduler.num_decoding // depth), -(-without_token // depth)
+        return scheduler.schedule(now_s, pace.budget(decodes, without_token), short_prompt=pace.short_prompt(decodes))
 
     def _collect(self) -> None:
         cpu_started = time.thread_time()

@@ -46,6 +46,7 @@ from cluster.engine.step import (
     StepPlan,
     StepResult,
 )
+from cluster.engine.step_room import StepRoom
 from cluster.engine.waiting_queue import RANK, WaitingQueue
 
 __all__ = ["Scheduled", "Scheduler", "SchedulerLimits"]
@@ -167,15 +168,15 @@ class Scheduler:
 
     # ---- a step
 
-    def schedule(self, now_s: float, prefill_tokens: int | None = None) -> Scheduled:
+    def schedule(self, now_s: float, prefill_tokens: int | None = None, *, short_prompt: int = 0) -> Scheduled:
         """Plans the next step, while ``depth`` allows one more.
 
-        ``prefill_tokens``: while sequences decode, a plan takes at most so many tokens of prompts, so that these do
-        not slow the decodes down; None: what the budget leaves.
+        ``prefill_tokens``: while sequences decode, a plan takes at most so many tokens of sequences with more than
+        ``short_prompt`` known tokens, so that these do not slow the decodes down; None: what the budget leaves.
         """
         assert len(self._outstanding) < self._depth, "commit the oldest outstanding plan first"
         ended = self._expire(now_s)
-        shares = self._share_out(prefill_tokens)
+        shares = self._share_out(prefill_tokens, short_prompt)
         if not shares:
             assert self._outstanding or not self._live, "work without a plan"
             self._stalled = True
@@ -269,31 +270,28 @@ class Scheduler:
 
     # ---- sharing out a step
 
-    def _share_out(self, prefill_tokens: int | None) -> list[tuple[Sequence, int]]:
+    def _share_out(self, prefill_tokens: int | None, short_prompt: int) -> list[tuple[Sequence, int]]:
         """Who computes how many tokens: decodes, chunks under way, newcomers."""
         assert prefill_tokens is None or prefill_tokens > 0, "prompts must come to their end"
-        budget = self._limits.max_num_batched_tokens
         decoding = self.num_decoding
         held_back: list[Sequence] = []
+        budget = self._limits.max_num_batched_tokens
         shares = [(s, 1) for s in self._decodes(min(budget, -(-decoding // self._depth)), held_back)]
-        budget -= len(shares)
-        if decoding and prefill_tokens is not None:
-            budget = min(budget, prefill_tokens)
+        room = StepRoom(budget - len(shares), prefill_tokens if decoding else None, short_prompt)
         chunks = []
         for sequence in self._running:
             left = sequence.num_tokens - sequence.num_planned
-            if budget and left > 1 and sequence not in held_back:
-                count = min(budget, left)
+            if left > 1 and sequence not in held_back and (count := room.take(sequence.num_tokens, left)):
                 chunks.append((sequence, count))
-                budget -= count
                 self.num_decoding += left - count < 2
-        while budget and (newcomer := self._admit_next()) is not None:
+        while (
+            self._waiting and room.of(self._waiting.first.num_tokens) and (newcomer := self._admit_next()) is not None
+        ):
             left = newcomer.num_tokens - newcomer.num_planned
             # One that was found in the cache but for its last token is a decode to all who compute.
             kind = shares if left == 1 and newcomer.num_planned else chunks
-            count = min(budget, left)
+            count = room.take(newcomer.num_tokens, left)
             kind.append((newcomer, count))
-            budget -= count
             self.num_decoding += left - count < 2
         return shares + chunks
 

@@ -24,6 +24,27 @@ def test_the_budget_keeps_a_step_at_its_slowdown():
     assert pace.budget(8) == 40
 
 
+def test_a_crowd_without_a_token_is_worth_as_many_slowdowns_as_come_on_each_stream():
+    pace = PrefillPace(2.0, 2048)
+    pace.observe(8, 0, 0.010)
+    pace.observe(8, 100, 0.010 + 100 * 0.00025)
+    assert pace.budget(8, 1) == pace.budget(8, 8) == 40
+    assert pace.budget(8, 24) == 120
+    assert pace.budget(1, 31) == min(31 * 40, 2048)
+
+
+def test_a_prompt_is_short_up_to_eight_steps_of_the_decodes():
+    pace = PrefillPace(2.0, 512)
+    assert pace.short_prompt(8) == 0
+    pace.observe(8, 0, 0.010)
+    assert pace.short_prompt(8) == 0
+    pace.observe(8, 100, 0.010 + 100 * 0.00025)
+    assert pace.short_prompt(8) == 320
+    pace.observe(32, 0, 0.040)
+    assert pace.short_prompt(32) == 512
+    assert pace.short_prompt(0) == 0
+
+
 def test_a_prompt_before_any_decode_was_seen_leaves_the_least_chunk():
     pace = PrefillPace(2.0, 2048)
     pace.observe(0, 2048, 0.5)

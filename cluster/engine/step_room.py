@@ -1,0 +1,24 @@
+"""What a step still has room for while it is being planned."""
+
+from __future__ import annotations
+
+
+class StepRoom:
+    """``tokens`` of a step; prompts of more than ``short_prompt`` tokens may take ``long_tokens`` of them, None: all."""
+
+    def __init__(self, tokens: int, long_tokens: int | None, short_prompt: int) -> None:
+        self._tokens = tokens
+        self._long_tokens = tokens if long_tokens is None else min(tokens, long_tokens)
+        self._short_prompt = short_prompt
+
+    def of(self, known_tokens: int) -> int:
+        """Tokens that a sequence with so many known tokens could have."""
+        return self._tokens if known_tokens <= self._short_prompt else min(self._tokens, self._long_tokens)
+
+    def take(self, known_tokens: int, wanted: int) -> int:
+        """As many of the ``wanted`` tokens as there is room for; they are taken."""
+        count = min(wanted, self.of(known_tokens))
+        self._tokens -= count
+        if known_tokens > self._short_prompt:
+            self._long_tokens -= count
+        return count
