@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class StepRoom:
-    """``tokens`` of a step; prompts of more than ``short_prompt`` tokens may take ``long_tokens`` of them, None: all."""
+    """``tokens`` of a step: prompts of more than ``short_prompt`` tokens take ``long_tokens`` at most (None: all)."""
 
     def __init__(self, tokens: int, long_tokens: int | None, short_prompt: int) -> None:
         self._tokens = tokens
