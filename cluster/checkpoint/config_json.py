@@ -13,7 +13,9 @@ from cluster.checkpoint.fields import Fields
 from cluster.checkpoint.generic import generic_values, refuse_unserved
 from cluster.checkpoint.headers import TensorHeader
 from cluster.checkpoint.openelm import openelm_layers
+from cluster.checkpoint.phi3_small import ffn_size
 from cluster.checkpoint.rope_scaling import rope_by_length, scaled_context
+from cluster.checkpoint.transformers_types import CLASS_BY_MODEL_TYPE
 from cluster.domain.errors import CheckpointError, UnsupportedModelError
 from cluster.domain.model_spec import Dtype, ModelSpec
 
@@ -37,6 +39,11 @@ def model_spec(
     refuse_unserved(architecture, str(config.get("model_type", "")), config)
     fields = Fields(config)
     rule = _FAMILIES.get(architecture)
+    if rule is None and architecture not in CLASS_BY_MODEL_TYPE.values():
+        raise UnsupportedModelError(
+            f"{architecture or 'A config without architectures'} is no causal language model that transformers has; "
+            "use a checkpoint of an architecture that it knows."
+        )
     values = rule(fields) if rule else generic_values(architecture, fields, tensors)
     if values.pop("by_headers", False):
         values["stored_tensors"] = generic_values(architecture, fields, tensors)["stored_tensors"]
@@ -61,7 +68,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
         return _ALIASES.get(names[0], names[0])
-    return _BY_MODEL_TYPE.get(str(config.get("model_type")), "")
+    model_type = str(config.get("model_type"))
+    return _BY_MODEL_TYPE.get(model_type) or CLASS_BY_MODEL_TYPE.get(model_type, "")
 
 
 def _dtype(config: Mapping[str, Any], stored: Dtype | None) -> Dtype:
@@ -173,7 +181,7 @@ def _phi3_small(fields: Fields) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": fields.whole("num_key_value_heads", 8),
         "head_dim": fields.head_dim(hidden, heads, None),
-        "ffn_size": fields.whole("ff_intermediate_size", 14336),
+        "ffn_size": ffn_size(fields),
         "vocab_size": fields.whole("vocab_size", 100352),
         "max_position_embeddings": fields.whole("max_position_embeddings", 8192),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", True),

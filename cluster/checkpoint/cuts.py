@@ -27,6 +27,10 @@ _KEY = frozenset({"k_proj", "key_proj", "wk", "k", "key"})
 _VALUE = frozenset({"v_proj", "value_proj", "wv", "v", "value"})
 _FUSED = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
 _OUTPUT = frozenset({"o_proj", "out_proj", "dense", "c_proj", "wo"})
+# Latent attention: what makes heads out of the latents, and what makes and norms the latents.
+_LATENT_QUERY = frozenset({"q_b_proj", "q_proj"})
+_LATENT_KV = frozenset({"kv_b_proj"})
+_LATENTS = frozenset({"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"})
 # A norm over each head's own width, the same for all heads.
 _HEAD_NORMS = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
 _FFN_IN = frozenset({
@@ -87,7 +91,7 @@ def layer_cuts(architecture: str, head_dim: int, shape: LayerShape, tensors: Lay
     found: _Attention | None = None
     reduced = []
     for block in blocks:
-        attention = _attention(architecture, head_dim, shape, block)
+        attention = _latent_attention(head_dim, block) or _attention(architecture, head_dim, shape, block)
         if attention is not None and found is not None:
             return LayerCuts(cuts, objection="its layers have two attention blocks")
         if attention is not None:
@@ -201,6 +205,31 @@ def _attention(architecture: str, head_dim: int, shape: LayerShape, block: _Bloc
     cuts[block.weight(output[0])] = HeadCut(out, heads, kv_heads, HeadOrder.QUERY, value_unit, reduced=True)
     known = {*query, *key, *value, *fused, *output}
     return _Attention(block.parent, cuts, (heads, kv_heads), _extras(block, known, cuts, (heads, kv_heads), head_dim))
+
+
+def _latent_attention(head_dim: int, block: _Block) -> _Attention | None:
+    """DeepSeek's: every rank makes the narrow latents whole, and its own heads' queries, keys and values of them."""
+    query, latent, output = block.pick(_LATENT_QUERY), block.pick(_LATENT_KV), block.pick(_OUTPUT)
+    if not latent:
+        return None
+    of_heads = (*query, *latent, *output)
+    if len(of_heads) != 3 or any(len(block.shape(child)) != 2 for child in of_heads):
+        return _Attention(block.parent, {}, None, f"the latent attention of {block.parent} is not understood")
+    rows, widened, width = block.shape(query[0])[0], block.shape(latent[0])[0], block.shape(output[0])[1]
+    heads = rows // head_dim
+    if not heads or rows % head_dim or widened % heads or width % heads:
+        return _Attention(block.parent, {}, None, f"{block.parent} has projections that are not made of whole heads")
+    prefix = f"{block.parent}." if block.parent else ""
+    known = _LATENTS | set(of_heads)
+    strange = [name for name in block.shapes if name.removeprefix(prefix).partition(".")[0] not in known]
+    if strange:
+        return _Attention(block.parent, {}, None, f"what {strange[0]} does across heads is not known")
+    cuts: dict[str, Cut] = {}
+    for child, unit in ((query[0], head_dim), (latent[0], widened // heads)):
+        for name in block.children[child].values():
+            cuts[name] = HeadCut(0, heads, heads, HeadOrder.QUERY, unit)
+    cuts[block.weight(output[0])] = HeadCut(1, heads, heads, HeadOrder.QUERY, width // heads, reduced=True)
+    return _Attention(block.parent, cuts, (heads, heads))
 
 
 def _extras(

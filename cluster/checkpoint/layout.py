@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.checkpoint.headers import FileHeader, TensorHeader, read_header
 from cluster.checkpoint.manifest import read_manifest, require_sizes
+from cluster.checkpoint.transformers_types import CLASS_BY_MODEL_TYPE
 from cluster.domain.errors import CheckpointError, UnsupportedModelError
 
 CONFIG_FILE = "config.json"
@@ -28,14 +29,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-# Model types whose published checkpoints name Python code of their own (auto_map), which transformers or our own tree
-# has by now. The code in the checkpoint is passed over.
-WITHOUT_OWN_CODE = frozenset({
-    "RefinedWeb", "RefinedWebModel", "apertus", "dbrx", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5",
-    "ernie4_5_moe", "exaone4", "falcon", "glm", "glm4", "glm4_moe", "gpt_bigcode", "hunyuan_v1_dense",
-    "hunyuan_v1_moe", "minicpm3", "minimax_m2", "mpt", "olmo", "openelm", "persimmon", "phi", "phi3", "phimoe",
-    "solar_open", "stablelm", "starcoder2",
-})  # fmt: skip
+# Many published checkpoints name Python code of their own (auto_map), from before transformers had them; these are in
+# our own tree, or published under an older name. The code in the checkpoint is passed over.
+IN_OUR_TREE = frozenset({"RefinedWeb", "RefinedWebModel", "openelm", "phi3small"})
 # A JSON file of a checkpoint that is larger than this is something else.
 _MAX_JSON_BYTES = 256 * 2**20
 
@@ -119,9 +115,10 @@ def read_generation_config(path: Path) -> dict[str, Any] | None:
 def refuse_custom_code(path: Path, config: dict[str, Any]) -> None:
     """UnsupportedModelError when ``config`` names Python code of its own for a model type that we do not know.
 
-    Checkpoints of families that came to transformers later, or are in our tree, keep naming it: it is passed over.
+    As transformers does by default, where it has the type itself. An architecture that is not the type's own is found
+    when the model is built.
     """
-    if "auto_map" in config and config.get("model_type") not in WITHOUT_OWN_CODE:
+    if "auto_map" in config and config.get("model_type") not in CLASS_BY_MODEL_TYPE.keys() | IN_OUR_TREE:
         raise UnsupportedModelError(
             f"{path / CONFIG_FILE} asks for its own code (auto_map), which is never run here; "
             "use a checkpoint of an architecture that transformers itself knows."

@@ -39,6 +39,8 @@ def ropes(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 def rope_type(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Any:
     """The name that transformers gives the type, which some models' configs call otherwise."""
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if config.get("model_type") == "phi3small":
+        return "longrope" if kind == "su" or (kind == "default" and "short_factor" in rope) else kind
     return "longrope" if config.get("model_type") in _SWITCHING and kind in _LONGROPE_NAMES else kind
 
 

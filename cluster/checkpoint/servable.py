@@ -60,7 +60,7 @@ def check_functions(config: Mapping[str, Any]) -> None:
             known = ", ".join(sorted(ROPE_TYPES))
             raise CheckpointError(f"config.json asks for the rope type {kind!r}; known are {known}.")
     activation = config.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
+    if activation not in ACTIVATIONS and (config.get("model_type"), activation) != ("phi3small", "gegelu"):
         known = ", ".join(sorted(ACTIVATIONS))
         raise CheckpointError(f"config.json asks for hidden_act {activation!r}; known are {known}.")
 

@@ -213,7 +213,9 @@ class RankProcess:
             channels.sender.await_loaded(MEETING_DEADLINE_S)
         depth = spec.layout.pipeline_parallel_size
         runner = LeaderRunner(self._share(model, channels), channels.sender, progress, depth)
-        runner.warm_up(spec.max_model_len, spec.kv_blocks, spec.block_size)
+        # Its prompt is a step of its own, and stages have room for the rows of the largest step only.
+        longest = min(spec.max_model_len, spec.max_num_batched_tokens + 1)
+        runner.warm_up(longest, spec.kv_blocks, spec.block_size)
         scheduler = self._scheduler(shape)
         progress.load = scheduler.load()
         server = LeaderServer(spec.bind_host, spec.engine_port)

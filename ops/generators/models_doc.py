@@ -16,9 +16,9 @@ fails when the two differ. A tiny random checkpoint of each family runs in five 
 and pipeline stages (PP), in float32 on CPUs: five prompts in one continuous batch, in an engine so narrow that prompts
 are computed in chunks, a sequence is preempted and blocks are found in the prefix cache.
 
-**exact**: every token equals what `generate` of transformers {transformers} makes of the same prompt alone. (OpenELM,
-which transformers does not have, is compared with a plain forward written in the test.) A difference counts unless the
-reference's two best logits are closer than 1e-4 there. Numbers refer to the refusals below the table.
+**exact**: every token equals what `generate` of transformers {transformers} makes of the same prompt alone. (OpenELM
+and Phi-3-small, which transformers does not have, are compared with plain forwards written in the test.) A difference
+counts unless the reference's two best logits are closer than 1e-4 there. Numbers refer to the refusals below the table.
 """
 DRAWN = """\
 The last {count} rows were drawn at random (seed {seed}) from the other families for which transformers has a causal
@@ -39,12 +39,12 @@ serves wrongly:
 - a model of which transformers' own cache forgets tokens that its attention would see (Moshi);
 - an encoder with a decoder, and a checkpoint whose architecture exists only as code in its own directory. `auto_map` is
   passed over where transformers or this repository has the architecture; code from a checkpoint never runs;
-- Phi-3-small, whose block-sparse attention is nowhere but in its checkpoint's own code (it can be planned, not served);
 - quantised checkpoints, and tensors stored in a form that cannot be read in place.
 
 Falcon, MPT, BLOOM, GPT-J, CodeGen, GPT-Neo and GPT-NeoX-Japanese have attention code of their own in transformers; a
-few lines in `cluster/engine/model/families.py` put the paged attention in its place. OpenELM is in this repository
-(`cluster/engine/model/openelm.py`).
+few lines in `cluster/engine/model/families.py` put the paged attention in its place. OpenELM and Phi-3-small are in
+this repository (`openelm.py` and `phi3_small.py` in `cluster/engine/model`); Phi-3-small's block-sparse layers run on
+the torch attention kernel, which masks what a head does not see and does not skip it.
 
 More ranks than KV heads: each KV head is held by several ranks, and none is idle. More ranks than query heads, or more
 stages than layers, is refused by the planner, and so is tensor parallelism for a model whose attention cannot be cut by

@@ -32,7 +32,9 @@ class Model:
         import transformers as hf
 
         if self.model_type == "openelm":
-            return _save_openelm(self.config, folder)
+            return _save_plain(self.config, openelm_shapes(self.config), folder)
+        if self.model_type == "phi3small":
+            return _save_plain(self.config, phi3_small_shapes(self.config), folder)
         return save(hf.CONFIG_MAPPING[self.model_type](**self.config), folder)
 
 
@@ -57,6 +59,28 @@ _OPENELM = {
     "ffn_multipliers": [0.5, 4.0], "qkv_multipliers": [0.5, 1.0], "ffn_dim_divisor": 32, "max_context_length": 256,
     "rope_freq_constant": 10000, "eos_token_id": 2, "bos_token_id": 1, "torch_dtype": "float32",
     "auto_map": {"AutoConfig": "configuration_openelm.OpenELMConfig"},
+}  # fmt: skip
+
+_DEEPSEEK = _LLAMA | {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+_PHI3_SMALL = {
+    "model_type": "phi3small", "architectures": ["Phi3SmallForCausalLM"], "vocab_size": 320, "eos_token_id": 2,
+    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "hidden_act": "gegelu", "gegelu_limit": 1.5, "ff_intermediate_size": 96, "max_position_embeddings": 256,
+    "rope_embedding_base": 1000000, "blocksparse_block_size": 4, "blocksparse_num_local_blocks": 2,
+    "blocksparse_vert_stride": 3, "blocksparse_homo_head_pattern": False, "dense_attention_every_n_layers": 2,
+    "mup_use_scaling": True, "mup_width_multiplier": 8.0, "mup_embedding_multiplier": 3.0, "mup_attn_multiplier": 1.5,
+    "dummy_token_indices": list(range(4, 320, 5)), "tie_word_embeddings": True,
+    "auto_map": {"AutoConfig": "configuration_phi3_small.Phi3SmallConfig"},
+}  # fmt: skip
+_PHI3_SMALL_LONG = _PHI3_SMALL | {
+    "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "ff_intermediate_size": None,
+    "ff_dim_multiplier": 3, "gegelu_pad_to_256": False, "dense_attention_every_n_layers": None,
+    "blocksparse_vert_stride": 12, "tie_word_embeddings": False,
+    "rope_scaling": {"type": "su", **_LONG, "short_mscale": 1.1, "long_mscale": 1.4},
 }  # fmt: skip
 
 NAMED: dict[str, Model] = {
@@ -85,9 +109,10 @@ NAMED: dict[str, Model] = {
     "cohere": _llama("Cohere, interleaved rotary, q/k norm", "cohere", num_attention_heads=8, num_key_value_heads=2, use_qk_norm=True),
     "gemma-2": _llama("Gemma 2, soft caps, alternating windows", "gemma2", num_key_value_heads=2, head_dim=24, sliding_window=8, query_pre_attn_scalar=24),
     "gpt-oss": _llama("GPT-OSS, sinks and experts", "gpt_oss", num_key_value_heads=2, head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2, **_rope("default")),
-    "deepseek-v3": Model(
-        "DeepSeek-V3, latent attention and experts", "deepseek_v3",
-        _LLAMA | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "deepseek-v3": Model("DeepSeek-V3, latent attention and experts", "deepseek_v3", _DEEPSEEK),
+    "deepseek-v3-direct": Model(
+        "DeepSeek-V3, 5 heads, queries without latents", "deepseek_v3",
+        _DEEPSEEK | {"num_attention_heads": 5, "num_key_value_heads": 5, "q_lora_rank": None},
     ),
     "bloom": Model("BLOOM, ALiBi", "bloom", _SHARED | {"hidden_size": 72, "n_head": 6, "n_layer": 3}),
     "gpt-neox": _llama("GPT-NeoX, partial rotary", "gpt_neox"),
@@ -108,6 +133,8 @@ NAMED: dict[str, Model] = {
         {"d_model": 72, "n_heads": 6, "n_layers": 3, "vocab_size": 320, "max_seq_len": 256, "eos_token_id": 2, "expansion_ratio": 4},
     ),
     "openelm": Model("OpenELM, layers that differ", "openelm", _OPENELM),
+    "phi-3-small": Model("Phi-3 small, block-sparse", "phi3small", _PHI3_SMALL),
+    "phi-3-small-128k": Model("Phi-3 small 128k, longrope past its length", "phi3small", _PHI3_SMALL_LONG),
 }  # fmt: skip
 
 
@@ -135,7 +162,7 @@ def _randomise(model: Any) -> None:
         torch.nn.init.normal_(parameter, mean=1.0 if around_one else 0.0, std=0.2)
 
 
-def _save_openelm(fields: dict[str, Any], folder: Path) -> Path:
+def _save_plain(fields: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> Path:
     """Names and shapes as in the published checkpoints, config.json with its auto_map."""
     import torch
     from safetensors.torch import save_file
@@ -143,8 +170,8 @@ def _save_openelm(fields: dict[str, Any], folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: torch.randn(shape, generator=generator) * 0.2 + (1.0 if "norm" in name else 0.0)
-        for name, shape in openelm_shapes(fields).items()
+        name: torch.randn(shape, generator=generator) * 0.2 + (1.0 if name.endswith("norm.weight") else 0.0)
+        for name, shape in shapes.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(fields))
@@ -175,6 +202,28 @@ def openelm_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }
     shapes["transformer.norm.weight"] = (width,)
     return shapes
+
+
+def phi3_small_shapes(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Phi-3-small."""
+    width, heads, kv_heads = fields["hidden_size"], fields["num_attention_heads"], fields["num_key_value_heads"]
+    head = width // heads
+    ffn = fields["ff_intermediate_size"] or fields["ff_dim_multiplier"] * (width // 3) * 2
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (fields["vocab_size"], width)}
+    if not fields["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (fields["vocab_size"], width)
+    norms = ["model.final_layernorm"]
+    for i in range(fields["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+        for name, rows, columns in (
+            ("self_attn.query_key_value", (heads + 2 * kv_heads) * head, width),
+            ("self_attn.dense", width, heads * head),
+            ("mlp.up_proj", 2 * ffn, width),
+            ("mlp.down_proj", width, ffn),
+        ):
+            shapes |= {f"{layer}.{name}.weight": (rows, columns), f"{layer}.{name}.bias": (rows,)}
+    return shapes | {f"{norm}.{kind}": (width,) for norm in norms for kind in ("weight", "bias")}
 
 
 # What a config of any family is shrunk to, where it has the field.

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 MB = 2**20
 MAX_TOKENS = 24
-# Each batch is served at once; three KV heads cannot be spread over four ranks.
+# Each batch is served at once.
 BATCHES = (
     (("llama_mha", 1), ("llama_mha", 4), ("llama_uneven", 1), ("llama_uneven", 2), ("llama_tied", 2), ("qwen2", 4)),
     (("llama_gqa", 1), ("llama_gqa", 2), ("llama_gqa", 4), ("llama_tied", 1), ("qwen2", 1), ("qwen2", 2)),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from family_models import NAMED, TOO_BIG, Model, drawn, save, tiny_config
 from plain_openelm import PlainOpenELM
+from plain_phi3_small import PlainPhi3Small
 from rank_pool import Batch, RankPool, Refused
 from tiny_models import Reference
 
@@ -87,18 +88,22 @@ class Cases:
         except (UnsupportedModelError, CheckpointError) as error:
             case.refusal = str(error).replace(f"{folder}/", "")
             return case
-        case.reference = PlainReference(folder, model.config) if name == "openelm" else Reference(folder)
+        plain = PLAIN.get(model.model_type)
+        case.reference = Reference(folder) if plain is None else PlainReference(plain(folder, model.config))
         case.prompts = _prompts(case.spec.vocab_size)
         case.expected = tuple(case.reference.generate(list(prompt), MAX_TOKENS) for prompt in case.prompts)
         return case
 
 
 class PlainReference(Reference):
-    """Reference's tie rule around the plain forward."""
+    """Reference's tie rule around a plain forward."""
 
-    def __init__(self, folder: Path, fields: dict[str, Any]) -> None:
-        self._plain = PlainOpenELM(folder, fields)
-        self.generate, self.logits = self._plain.generate, self._plain.logits
+    def __init__(self, plain: PlainOpenELM | PlainPhi3Small) -> None:
+        self.generate, self.logits = plain.generate, plain.logits
+
+
+# Families that transformers does not have.
+PLAIN = {"openelm": PlainOpenELM, "phi3small": PlainPhi3Small}
 
 
 def _prompts(vocab_size: int) -> tuple[tuple[int, ...], ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cluster.engine.model import kernels, native_attention, torch_attention
-from cluster.engine.model.attention_features import Features
+from cluster.engine.model.attention_features import BlockSparse, Features
 from cluster.engine.model.block_tables import BlockTables, StepLayout, layout_step
 from cluster.engine.model.kv_cache import LayerKV, LayerPool, PagedKVCache
 
@@ -71,6 +71,9 @@ def install(model: nn.Module, cache: PagedKVCache) -> None:
             for name in ("alibi_slopes", "alibi_table"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(module, name).to(device))
+            sparse = getattr(module, "block_sparse", None)
+            if isinstance(sparse, BlockSparse):
+                setattr(module, "block_sparse", sparse.to(device))  # noqa: B010 - as below
             bound = Bound(cache, pool, choose_kernel(pool.keys.dtype, device))
             setattr(module, "paged", bound)  # noqa: B010 - mypy knows no new attributes of modules
 
@@ -98,8 +101,8 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - the interface is transformers'
 
     query ``[1, heads, tokens, key_dim]``, key and value ``[1, kv_heads, tokens, dim]`` (this rank's heads); returns
     ``[1, tokens, heads, value_dim]``. ``scaling`` None: ``key_dim ** -0.5``; the rest as in ``Features``;
-    ``module.alibi_slopes`` where a family set it, ``module.mask_window`` where a family tells its window to its masks
-    only.
+    ``module.alibi_slopes`` and ``module.block_sparse`` where a family set them, ``module.mask_window`` where a family
+    tells its window to its masks only.
     """
     assert attention_mask is None, "the step's layout says who sees whom"
     bound = module.paged
@@ -113,6 +116,7 @@ def paged_attention(  # noqa: PLR0913, PLR0917 - the interface is transformers'
         sinks=s_aux,
         alibi_slopes=getattr(module, "alibi_slopes", None),
         alibi_table=getattr(module, "alibi_table", None),
+        block_sparse=getattr(module, "block_sparse", None),
     )
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return bound.kernel(query, key, value, bound.pool, layout, features).unsqueeze(0), None

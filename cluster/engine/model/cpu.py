@@ -1,7 +1,8 @@
 """A loaded model made fast on a CPU: products with reordered weights, and fused operations in their place.
 
 Modules are recognised by their structure. Every replacement is computed beside the original, on this very module with
-random input, and is used only where both agree to the last bits; whatever is not known or does not agree stays.
+random input, large and small, and is used only where both agree to the last bits; whatever is not known or does not
+agree stays.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from cluster.engine.model.tensor_parallel import TensorParallelGroup
 # The largest difference, relative to the largest number of the original's result.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _ROWS = 5  # of the random inputs
+# Their sizes where an operation is not linear: some families clamp what is large, and norms add something to what is
+# small.
+_SCALES = (1.0, 1e-3, 1e4)
 _MERGED = (("q_proj", "k_proj", "v_proj"),)
 _MLPS = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("gate_up_proj", "down_proj", "activation_fn"))
 Forward = Callable[..., torch.Tensor]
@@ -51,12 +55,11 @@ def prepare(model: nn.Module, group: TensorParallelGroup) -> Replaced:
     if kernels.load() is not None:
         done.norms = sum(_replace_norm(module) for module in list(model.modules()))
         done.rotary = sum(_replace_rotary(module) for module in _modeling_modules(model))
-    if products.available():
-        for module in _parents(model):
-            done.mlps += _replace_mlp(module, group)
-            done.merged += sum(_replace_merged(module, names) for names in _MERGED)
-        for module in _parents(model):
-            done.products += _replace_children(module, group)
+    for module in _parents(model):
+        done.mlps += _replace_mlp(module)
+        done.merged += sum(_replace_merged(module, names) for names in _MERGED)
+    for module in _parents(model):
+        done.products += _replace_children(module, group)
     return done
 
 
@@ -67,9 +70,13 @@ def _parents(model: nn.Module) -> list[nn.Module]:
 
 def head_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """``rows @ weight.T`` for an output head that nothing else uses; the caller lets go of ``weight``."""
-    if products.available() and weight.dtype in _TOLERANCE:
+    if _can_reorder(weight.dtype):
         return products.Product(weight, None)
     return lambda rows: nn.functional.linear(rows, weight)
+
+
+def _can_reorder(dtype: torch.dtype) -> bool:
+    return dtype in _TOLERANCE and products.available(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- the proof
@@ -82,8 +89,21 @@ def _agree(mine: torch.Tensor, original: torch.Tensor) -> bool:
     return bool(difference <= _TOLERANCE[original.dtype] * original.float().abs().max())
 
 
+def _agree_at_all_scales(mine: torch.Tensor, original: torch.Tensor) -> bool:
+    """``_agree`` for each part of what was made of ``_at_all_scales``."""
+    if mine.shape != original.shape:
+        return False
+    return all(_agree(a, b) for a, b in zip(mine.split(_ROWS, dim=1), original.split(_ROWS, dim=1), strict=True))
+
+
 def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])).to(dtype)
+
+
+def _at_all_scales(width: int, dtype: torch.dtype) -> torch.Tensor:
+    """``[1, rows, width]``: ``_ROWS`` random rows of each scale."""
+    rows = _random(1, _ROWS, width, dtype=torch.float32)
+    return torch.cat([rows * scale for scale in _SCALES], dim=1).to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- products
@@ -104,7 +124,7 @@ def _linear(module: object) -> _Linear | None:
         return None
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, torch.Tensor)
-    if weight.dim() != 2 or weight.is_meta or weight.dtype not in _TOLERANCE or _is_hooked(module):
+    if weight.dim() != 2 or weight.is_meta or not _can_reorder(weight.dtype) or _is_hooked(module):
         return None
     name = f"{type(module).__module__}.{type(module).__name__}"
     if type(module) is nn.Linear:
@@ -165,13 +185,35 @@ def _columns(parent: nn.Module, names: Sequence[str]) -> list[_Linear] | None:
     return linears
 
 
+def _merged(parent: nn.Module, names: Sequence[str]) -> products.Product:
+    """One product for the Linears ``names`` of ``parent``."""
+    weight, bias = _joined(parent, names)
+    return products.Product(weight, bias)
+
+
+def _joined(parent: nn.Module, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases side by side. The Linears' own become views of them, so that no weight is there twice."""
+    linears = _columns(parent, names)
+    assert linears is not None, names
+    widths, biases = [len(linear.weight) for linear in linears], [linear.bias for linear in linears]
+    whole = linears[0].weight.detach()
+    if len(linears) > 1:
+        whole = torch.cat([linear.weight.detach() for linear in linears])
+        for name, linear, part in zip(names, linears, whole.split(widths), strict=True):
+            child = getattr(parent, name)
+            if child.weight is linear.weight:
+                child.weight = nn.Parameter(part, requires_grad=False)
+    return whole, products.merged_bias(widths, biases, whole)
+
+
 def _replace_merged(parent: nn.Module, names: Sequence[str]) -> bool:
     linears = _columns(parent, names)
     if linears is None:
         return False
-    x = _random(1, _ROWS, linears[0].weight.shape[1], dtype=linears[0].weight.dtype)
-    product = products.merged([linear.weight for linear in linears], [linear.bias for linear in linears])
-    parts = products.parts(product, [len(linear.weight) for linear in linears])
+    shapes = [linear.weight.shape for linear in linears]
+    x = _random(1, _ROWS, shapes[0][1], dtype=linears[0].weight.dtype)
+    del linears  # they would keep the weights that are let go of
+    parts = products.parts(_merged(parent, names), [rows for rows, _ in shapes])
     if not all(_agree(part(x), getattr(parent, name)(x)) for name, part in zip(names, parts, strict=True)):
         return False
     for name, part in zip(names, parts, strict=True):
@@ -183,9 +225,9 @@ def _replace_merged(parent: nn.Module, names: Sequence[str]) -> bool:
 
 
 class _FusedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``, gate and up in one product."""
+    """``down(act(gate(x)) * up(x))``, gate and up in one product; ``down`` is the family's own, or what replaces it."""
 
-    def __init__(self, gate_up: products.Product, down: products.Product, act: Any, silu_mul: Forward | None) -> None:
+    def __init__(self, gate_up: products.Product, down: nn.Module, act: Any, silu_mul: Forward | None) -> None:
         super().__init__()
         self.gate_up, self.down, self.act, self._silu_mul = gate_up, down, act, silu_mul
 
@@ -197,26 +239,23 @@ class _FusedMLP(nn.Module):
         return self.down(self.act(gate) * up)  # type: ignore[no-any-return]
 
 
-def _replace_mlp(module: nn.Module, group: TensorParallelGroup) -> bool:
+def _replace_mlp(module: nn.Module) -> bool:
     """Gated MLPs whose parts bear the names of Llama or of Phi-3."""
     children = {name for name, _ in module.named_children()}
     names = next((names for names in _MLPS if set(names) == children), None)
     if names is None:
         return False
     *inner, down_name, act_name = names
-    linears, down, act = _columns(module, inner), _linear(getattr(module, down_name)), getattr(module, act_name)
-    if linears is None or down is None or len({len(linear.weight) for linear in linears}) > 1:
+    linears, down, act = _columns(module, inner), getattr(module, down_name), getattr(module, act_name)
+    if linears is None or _linear(down) is None or len({len(linear.weight) for linear in linears}) > 1:
         return False
+    x = _at_all_scales(linears[0].weight.shape[1], linears[0].weight.dtype)
+    del linears  # they would keep the weights that are let go of
     library = kernels.load()
     is_silu = type(act).__name__ in {"SiLU", "SiLUActivation"}
-    fused = _FusedMLP(
-        products.merged([linear.weight for linear in linears], [linear.bias for linear in linears]),
-        _product(down, group),
-        act,
-        library.silu_mul if library is not None and is_silu else None,
-    )
-    x = _random(1, _ROWS, linears[0].weight.shape[1], dtype=down.weight.dtype)
-    if not _agree(fused(x), module.forward(x)):  # without hooks: they stay
+    silu_mul = library.silu_mul if library is not None and is_silu else None
+    fused = _FusedMLP(_merged(module, inner), down, act, silu_mul)
+    if not _agree_at_all_scales(fused(x), module.forward(x)):  # without hooks: they stay
         return False
     for name in (*inner, down_name):
         delattr(module, name)
@@ -237,10 +276,10 @@ def _replace_norm(module: nn.Module) -> bool:
         return False
     if weight.dim() != 1 or weight.is_meta or weight.dtype not in _TOLERANCE or not _takes_one(module.forward):
         return False
-    x, original = 3 * _random(1, _ROWS, len(weight), dtype=weight.dtype), module.forward
+    x, original = _at_all_scales(len(weight), weight.dtype), module.forward
     expected = original(x)
     for offset, early in ((0.0, True), (1.0, False), (0.0, False), (1.0, True)):
-        if _agree(library.rms_norm(x, weight, eps, offset, early=early), expected):
+        if _agree_at_all_scales(library.rms_norm(x, weight, eps, offset, early=early), expected):
             module.forward = _norm(library, weight, eps, offset, original, early=early)
             return True
     return False

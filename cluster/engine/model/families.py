@@ -19,6 +19,7 @@ from torch import nn
 
 from cluster.domain.errors import CheckpointError, UnsupportedModelError
 from cluster.engine.model import attention, probe
+from cluster.engine.model.attention_features import BlockSparse
 from cluster.engine.model.probe import AttentionLayer
 
 
@@ -134,6 +135,9 @@ def localise(module: nn.Module, heads: range, kv_heads: range) -> None:
     for name in ("alibi_slopes", "alibi_table"):
         if isinstance(whole.get(name), torch.Tensor):
             setattr(module, name, whole[name][heads.start : heads.stop].clone())
+    sparse = whole.get("block_sparse")
+    if isinstance(sparse, BlockSparse):
+        setattr(module, "block_sparse", sparse.of_heads(heads))  # noqa: B010 - mypy knows no new attributes of modules
     if type(module).__name__ in _READS_CONFIG:
         own = copy.copy(whole["config"])
         own.num_attention_heads, own.num_key_value_heads = count, kv_count
@@ -150,11 +154,12 @@ _READS_CONFIG = frozenset({"Phi3Attention", "Phi4MultimodalAttention", "GPTNeoXA
 
 def _register() -> None:
     """Everything of ours that transformers must know in this process."""
-    from cluster.engine.model import openelm
+    from cluster.engine.model import openelm, phi3_small
 
     attention.register()
     probe.register()
     openelm.register()
+    phi3_small.register()
     _own_attention_classes()
 
 

@@ -128,10 +128,11 @@ inline float max(vec v) {
   return fold_max<1>(fold_max<2>(fold_max<4>(v)))[0];
 }
 
-// exp(x) to 1-2 ulp (the polynomial of Cephes' expf); 0 below -87.3, x <= 88.
+// exp(x) to 1-2 ulp (the polynomial of Cephes' expf); 0 below -87.3, x <= 88; NaN stays NaN, or damaged weights would
+// go unnoticed.
 inline vec exponential(vec x) {
   const ivec tiny = x < splat(-87.3f);
-  x = larger(x, splat(-87.3f));
+  x = larger(splat(-87.3f), x);
   const vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   vec shifted = x * 1.44269504088896341f + magic;
   vec n = shifted - magic;
@@ -146,7 +147,7 @@ inline vec exponential(vec x) {
   vec y = p * (r * r) + r + 1.f;
   ivec exponent = ((ivec)shifted - (ivec)magic) << 23;
   y = (vec)((ivec)y + exponent);
-  return (vec)(~tiny & (ivec)y);
+  return select(x == x, (vec)(~tiny & (ivec)y), x);
 }
 
 // Runs task(i) for i in 0..n-1 on torch's own OpenMP threads. A smaller team than the pool would end threads of it,

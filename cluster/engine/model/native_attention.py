@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from cluster.engine.model import kernels
+from cluster.engine.model import kernels, torch_attention
 from cluster.engine.model.attention_features import Features
 from cluster.engine.model.block_tables import StepLayout
 from cluster.engine.model.kv_cache import LayerPool
@@ -24,7 +24,9 @@ def attend(
     layout: StepLayout,
     features: Features,
 ) -> torch.Tensor:
-    """See ``AttentionKernel``. Works in tiles of a few hundred KiB per thread."""
+    """See ``AttentionKernel``. Works in tiles of a few hundred KiB per thread; leaves block-sparse layers to torch."""
+    if features.block_sparse is not None:
+        return torch_attention.attend(query, key, value, pool, layout, features)
     library = kernels.load()
     assert library is not None
     (tokens, heads, key_dim), (_, kv_heads, value_dim) = query.shape, value.shape

@@ -16,8 +16,11 @@ _ROWS = 64
 Reduce = Callable[[torch.Tensor], None]
 
 
-def available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+def available(dtype: torch.dtype) -> bool:
+    """Whether weights of ``dtype`` can be reordered here: torch refuses bfloat16 where the processor lacks support."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
 
 
 class Product(nn.Module):
@@ -77,13 +80,15 @@ class Part(nn.Module):
         return self._shared.part(self._index, x)
 
 
-def merged(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> Product:
-    """One product that gives those of all ``weights`` side by side."""
-    bias = None
-    if any(b is not None for b in biases):
-        rows = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-        bias = torch.cat([row.detach() for row in rows])
-    return Product(torch.cat([w.detach() for w in weights]), bias)
+def merged_bias(
+    widths: Sequence[int], biases: Sequence[torch.Tensor | None], like: torch.Tensor
+) -> torch.Tensor | None:  # fmt: skip
+    """The bias of several Linears side by side, zeros for one that has none; None where none has."""
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [like.new_zeros(width) if bias is None else bias.detach() for width, bias in zip(widths, biases, strict=True)]
+    )
 
 
 def parts(product: Product, widths: Sequence[int]) -> list[Part]:

@@ -132,6 +132,8 @@ def _cut_head(model: Any, rank: int, size: int) -> dict[str, Kept]:
     tied = head.weight is model.get_input_embeddings().weight
     cut = GrainCut(0, rows)
     kept = {f"{path}.weight": Kept(0, cut.pieces(size)[rank])}
+    if hasattr(model, "keep_vocabulary"):
+        model.keep_vocabulary(range(*cut.pieces(size)[rank][0]))
     if not tied and size > 1:
         kept[f"{path}.weight"] = _cut_parameter(model, f"{path}.weight", cut, rank, size)
     if getattr(head, "bias", None) is not None:

@@ -48,7 +48,7 @@ def attend(
         out[part.tokens] = _decode(query[part.tokens], pool, part, features)
     for slot, start, count, first in layout.sequences[layout.sequences[:, 2] > 1].tolist():
         rows = slice(first, first + count)
-        if start == 0 and features.plain and (features.window is None or features.window >= count):
+        if start == 0 and features.plain and features.sees_all(count):
             out[rows] = _fresh(query[rows], key[rows], value[rows], features)
         else:
             blocks = layout.tables.tensor[slot, : -(-(start + count) // layout.block_size)]
@@ -92,13 +92,19 @@ def _decode(query: torch.Tensor, pool: LayerPool, part: _Decodes, features: Feat
     positions = torch.arange(length, device=keys.device)
     offsets = positions - (part.lengths[:, None] - 1)  # [batch, length]
     visible = offsets <= 0
+    # What others left behind a sequence's end may be infinite or NaN (float16 overflows), and no weight hides that.
+    keys, values = (tensor.masked_fill_(~visible[..., None, None], 0) for tensor in (keys, values))
     if features.window is not None:
         visible &= offsets > -features.window
+    visible = visible[:, None, None]
+    if features.block_sparse is not None:
+        sparse = features.block_sparse.visible(part.lengths - 1, length)
+        visible = visible & sparse.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, length]
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if features.plain:
-        out = scaled_dot_product_attention(rows, keys, values, attn_mask=visible[:, None, None], scale=features.scaling)
+        out = scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=features.scaling)
     else:
-        out = _explicit(rows, keys, values, offsets[:, None, None], visible[:, None, None], features)
+        out = _explicit(rows, keys, values, offsets[:, None, None], visible, features)
     return out.reshape(batch, -1, values.shape[-1])
 
 
@@ -117,14 +123,18 @@ def _prefill(
     keys, values = (tensor[:stop].transpose(0, 1).unsqueeze(1) for tensor in pool.gather(blocks))
     kv_heads = keys.shape[0]
     positions = torch.arange(stop, device=query.device)
-    # Three copies of the scores where they are made step by step.
-    rows = max(1, ATTENTION_WORKSPACE_BYTES // (heads * stop * _SCORE_BYTES * (1 if features.plain else 3)))
+    # Three copies of the scores where they are made step by step, or where the mask is as large as they are.
+    copies = 1 if features.plain and features.block_sparse is None else 3
+    rows = max(1, ATTENTION_WORKSPACE_BYTES // (heads * stop * _SCORE_BYTES * copies))
     for first in range(0, count, rows):
         part = query[first : first + rows]
         offsets = positions - positions[start + first : start + first + part.shape[0], None]  # [rows, length]
         visible = offsets <= 0
         if features.window is not None:
             visible &= offsets > -features.window
+        if features.block_sparse is not None:
+            sparse = features.block_sparse.visible(offsets[:, 0].neg(), stop)  # the first key's position is 0
+            visible = visible & sparse.transpose(0, 1).unflatten(0, (kv_heads, -1))  # [kv_heads, group, rows, length]
         grouped = part.transpose(0, 1).unflatten(0, (kv_heads, -1))  # [kv_heads, group, rows, key_dim]
         if features.plain:
             shape = (*grouped.shape[:2], stop)
@@ -151,12 +161,13 @@ def _explicit(
     """Attention with every feature.
 
     In a prefill ``query`` is ``[kv_heads, group, rows, key_dim]``, in a decode
-    ``[batch, kv_heads, group, key_dim]``; offsets (key position - query position) broadcast to the scores.
+    ``[batch, kv_heads, group, key_dim]``; offsets (key position - query position), which have as many dimensions in a
+    decode and two in a prefill, and ``visible`` broadcast to the scores.
     """
     scores = (query @ keys.transpose(-1, -2)).float() * features.scaling
     if features.softcap is not None:
         scores = torch.tanh(scores / features.softcap) * features.softcap
-    per_head = (-1, *query.shape[1:2], 1, 1) if visible.dim() == 2 else (1, *query.shape[1:3], 1)
+    per_head = (-1, *query.shape[1:2], 1, 1) if offsets.dim() == 2 else (1, *query.shape[1:3], 1)
     if features.alibi_slopes is not None:
         scores = scores + features.alibi_slopes.float().view(per_head) * offsets
     if features.alibi_table is not None:

@@ -15,6 +15,11 @@ ATTENTION = {
     "self_attn.v_proj.weight": (16, 16),
     "self_attn.o_proj.weight": (16, 32),
 }
+LATENT = {
+    "self_attn.q_a_proj.weight": (10, 16), "self_attn.q_a_layernorm.weight": (10,),
+    "self_attn.q_b_proj.weight": (32, 10), "self_attn.kv_a_proj_with_mqa.weight": (9, 16),
+    "self_attn.kv_a_layernorm.weight": (6,), "self_attn.kv_b_proj.weight": (44, 6), "self_attn.o_proj.weight": (16, 24),
+}  # fmt: skip
 MLP = {"mlp.gate_proj.weight": (24, 16), "mlp.up_proj.weight": (24, 16), "mlp.down_proj.weight": (16, 24)}
 
 
@@ -111,11 +116,32 @@ def test_a_feed_forward_block_that_is_not_understood_stays_whole(extra: dict[str
         (ATTENTION | {"self_attn.k_proj.weight": (12, 16)}, "whole heads"),
         (ATTENTION | {"self_attn.o_proj.weight": (16, 30)}, "the shape of self_attn.o_proj"),
         (ATTENTION | {n.replace("self", "cross"): s for n, s in ATTENTION.items()}, "two attention blocks"),
+        (LATENT | {"self_attn.indexer.wq_b.weight": (32, 10)}, "what self_attn.indexer.wq_b.weight does across heads"),
+        (LATENT | {"self_attn.kv_b_proj.weight": (43, 6)}, "whole heads"),
+        (LATENT | {"self_attn.q_proj.weight": (32, 16)}, "the latent attention of self_attn is not understood"),
         ({"a.qkv_proj.weight": (64, 16), "a.o_proj.weight": (16, 32)}, "holds queries, keys and values is not known"),
     ],
 )
 def test_attention_that_is_not_understood_is_an_objection(tensors: dict[str, tuple[int, ...]], says: str) -> None:
     assert says in cuts(tensors).objection
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_latents_stay_whole_and_what_is_made_of_them_is_cut_by_heads(lora: bool) -> None:
+    tensors = dict(LATENT)
+    query = "self_attn.q_b_proj.weight"
+    if not lora:
+        tensors = {name: shape for name, shape in LATENT.items() if ".q_" not in name}
+        query = "self_attn.q_proj.weight"
+        tensors[query] = (32, 16)
+    found = cuts(tensors | MLP)
+    assert not found.objection
+    assert found.heads == (4, 4)
+    assert found.cuts[query] == HeadCut(0, 4, 4, HeadOrder.QUERY, 8)
+    assert found.cuts["self_attn.kv_b_proj.weight"] == HeadCut(0, 4, 4, HeadOrder.QUERY, 11)
+    assert found.cuts["self_attn.o_proj.weight"] == HeadCut(1, 4, 4, HeadOrder.QUERY, 6, reduced=True)
+    assert {cut for name, cut in found.cuts.items() if "_a_" in name} == {Whole()}
+    assert found.cuts["mlp.up_proj.weight"] == GrainCut(0, 24)
 
 
 def test_norms_of_one_head_and_of_each_head() -> None:

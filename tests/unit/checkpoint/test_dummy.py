@@ -44,6 +44,6 @@ def test_keys_stay_what_they_are():
 def test_what_is_no_model_is_refused(folder, files):
     with pytest.raises(CheckpointError, match="is not a directory"):
         dummy_checkpoint(folder / "config.json", 0)
-    (folder / "config.json").write_text(json.dumps(files.TINY_LLAMA | {"auto_map": {}}))
+    (folder / "config.json").write_text(json.dumps(files.TINY_LLAMA | {"model_type": "martian", "auto_map": {}}))
     with pytest.raises(UnsupportedModelError, match="auto_map"):
         dummy_checkpoint(folder, 0)

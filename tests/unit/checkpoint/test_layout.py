@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.checkpoint.config_json import model_spec
-from cluster.checkpoint.layout import INDEX_FILE, read_checkpoint
+from cluster.checkpoint.layout import IN_OUR_TREE, INDEX_FILE, read_checkpoint
+from cluster.checkpoint.transformers_types import CLASS_BY_MODEL_TYPE
 from cluster.checkpoint.validate import check_tensors, stored_dtype
 from cluster.domain.errors import CheckpointError, UnsupportedModelError
 from cluster.domain.model_spec import Dtype
@@ -131,9 +132,22 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_custom_code_is_refused(tiny: Tiny) -> None:
-    path = tiny(config={"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+    path = tiny(config={"model_type": "martian", "auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
     with pytest.raises(UnsupportedModelError, match="never run here"):
         read_checkpoint(path)
+
+
+def test_code_beside_what_transformers_has_is_passed_over(tiny: Tiny) -> None:
+    path = tiny(config={"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+    assert read_checkpoint(path).config["model_type"] == "llama"
+
+
+@pytest.mark.integration
+def test_what_transformers_has_is_listed() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == CLASS_BY_MODEL_TYPE
+    assert not CLASS_BY_MODEL_TYPE.keys() & IN_OUR_TREE
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from cluster.engine import cpu_kernels
 from cluster.engine.model import attention, kernels, native_attention, torch_attention
 from cluster.engine.model.attention import BlockTables, Features, LayerKV, PagedKVCache, layout_step
+from cluster.engine.model.attention_features import BlockSparse
 from cluster.engine.step import SequenceKey, StepEntry
 
 CPU = torch.device("cpu")
@@ -45,7 +46,14 @@ FEATURES = {
     "alibi": {"alibi_slopes": 0.3},
     "alibi-table": {"alibi_table": 0.5},
     "all": {"window": 7, "softcap": 3.0, "sinks": 1.0, "alibi_slopes": 0.1},
-}
+    "sparse": {"block_sparse": {"block": 4, "local_blocks": 2, "stride": 3, "alike": False}},
+    "sparse-alike": {"block_sparse": {"block": 3, "local_blocks": 1, "stride": 2, "alike": True}},
+    "sparse-steps": {"block_sparse": {"block": 8, "local_blocks": 1, "stride": 13, "alike": False}},
+    "sparse-all": {
+        "block_sparse": {"block": 2, "local_blocks": 2, "stride": 4, "alike": False},
+        "window": 20, "softcap": 3.0, "sinks": 1.0, "alibi_slopes": 0.1,
+    },
+}  # fmt: skip
 
 
 def plain(query, keys, values, features):
@@ -64,6 +72,12 @@ def plain(query, keys, values, features):
     visible = offsets <= 0
     if features.window is not None:
         visible &= offsets > -features.window
+    if features.block_sparse is not None:
+        sparse = features.block_sparse
+        block = torch.arange(length) // sparse.block
+        near = block[:, None] - block < sparse.local_blocks
+        of_heads = [near | ((block + phase) % sparse.stride == 0) for phase in sparse.phases.tolist()]
+        visible = visible & torch.stack(of_heads)
     scores = scores.masked_fill(~visible, -torch.inf)
     if features.sinks is not None:
         sinks = features.sinks.double()[:, None, None].expand(heads, length, 1)
@@ -111,6 +125,8 @@ def features_of(name, shape, seed):
             found[per_head] = torch.rand(shape.heads, generator=generator) * found[per_head]
     if "alibi_table" in found:
         found["alibi_table"] = torch.rand(shape.heads, 240, generator=generator) * found["alibi_table"]
+    if "block_sparse" in found:
+        found["block_sparse"] = BlockSparse.strided(shape.heads, **found["block_sparse"])
     return Features(scaling=shape.key_dim**-0.5, **found)
 
 
@@ -126,7 +142,7 @@ def run(kernel, shape, features, seed, dtype, layer_width=None):
     tables = BlockTables(len(lengths) + 2, 60, CPU)
     bound = attention.Bound(cache, cache.pools[5], kernel)
     module = SimpleNamespace(paged=bound, layer_idx=5)
-    for name in ("alibi_slopes", "alibi_table"):
+    for name in ("alibi_slopes", "alibi_table", "block_sparse"):
         if getattr(features, name) is not None:
             setattr(module, name, getattr(features, name))
     got = [[] for _ in lengths]
@@ -193,6 +209,66 @@ def test_large_scores_neither_overflow_nor_vanish(kernel):
     got, expected = run(kernel, SHAPES["vectors"], wanted, 0, torch.float32)
     for mine, right in zip(got, expected, strict=True):
         torch.testing.assert_close(mine.double(), right, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "vectors"])
+@pytest.mark.parametrize("bits", [0x7FC00000, -1], ids=["ordinary", "all-ones"])
+@pytest.mark.parametrize("damaged", ["query", "key", "value"])
+def test_what_is_not_a_number_does_not_vanish(kernel, shape, bits, damaged):
+    """The warm-up tells damaged weights by logits that are not finite."""
+    shape = SHAPES[shape]
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    kv = LayerKV(shape.kv_heads, shape.key_dim, shape.value_dim)
+    for count in (1, 70):  # rows that are few, and many
+        blocks = tuple(range(-(-count // shape.block_size)))
+        entries = [StepEntry(SequenceKey(0, 0), 0, (0,) * count, 0, 0, blocks, sample=True, num_prompt=count)]
+        tables = BlockTables(1, len(blocks), CPU)
+        tables.apply(entries)
+        rows = {
+            "query": torch.ones(count, shape.heads, shape.key_dim),
+            "key": torch.ones(count, shape.kv_heads, shape.key_dim),
+            "value": torch.ones(count, shape.kv_heads, shape.value_dim),
+        }
+        rows[damaged][..., 3] = nan
+        pool = PagedKVCache({0: kv}, len(blocks), shape.block_size, torch.float32, CPU).pools[0]
+        layout = layout_step(entries, tables, shape.block_size)
+        got = kernel(rows["query"], rows["key"], rows["value"], pool, layout, Features(scaling=0.1))
+        assert got.isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("features", ["plain", "all"])
+@pytest.mark.parametrize("left", [torch.nan, torch.inf])
+def test_what_a_sequence_leaves_in_its_blocks_does_not_reach_the_next_one(kernel, features, left):
+    """Float16 overflows; that must stay the trouble of the one whose numbers do."""
+    shape = SHAPES["gqa"]
+    wanted = features_of(features, shape, 0)
+    q, k, v = (torch.randn(7, heads, 8) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    cache = PagedKVCache({0: LayerKV(shape.kv_heads, 8, 8)}, 6, 4, torch.float32, CPU)
+    tables = BlockTables(2, 4, CPU)
+    for stored in (cache.pools[0].keys, cache.pools[0].values):
+        stored.fill_(left)
+
+    def step(*entries):
+        tables.apply(entries)
+        rows = [torch.cat([t[e.start : e.end] for e in entries]) for t in (q, k, v)]
+        return kernel(*rows, cache.pools[0], layout_step(entries, tables, 4), wanted)
+
+    step(entry(0, (0,) * 5, 0, 0, (5, 2)), entry(1, (0,), 0, 0, (3,)))
+    got = step(entry(0, (0,), 5, 2, ()), entry(1, (0,), 1, 1, ()))  # the shorter one is padded
+    expected = [plain(q[:n], k[:n], v[:n], wanted)[-1] for n in (6, 2)]
+    torch.testing.assert_close(got.double(), torch.stack(expected), atol=2e-6, rtol=2e-6)
+
+
+def test_phases_of_heads_are_those_that_were_published():
+    """(k + head * step + 1) % stride, with steps that spread few heads over a wide stride."""
+    assert BlockSparse.strided(4, block=64, local_blocks=16, stride=8, alike=False).phases.tolist() == [1, 3, 5, 7]
+    assert BlockSparse.strided(4, block=64, local_blocks=16, stride=3, alike=False).phases.tolist() == [1, 2, 3, 4]
+    assert BlockSparse.strided(4, block=64, local_blocks=16, stride=8, alike=True).phases.tolist() == [1, 1, 1, 1]
+    phi = BlockSparse.strided(32, block=64, local_blocks=16, stride=8, alike=False)
+    seen = phi.visible(torch.tensor([20 * 64 + 5]), 21 * 64)[0].view(32, 21, 64)
+    assert [block for block in range(21) if seen[9, block].all()] == [*range(5, 21)]
+    assert [block for block in range(21) if seen[6, block].all()] == [1, *range(5, 21)]
+    assert torch.equal(phi.of_heads(range(6, 10)).phases, phi.phases[6:10])
 
 
 def test_queries_may_have_any_stride(kernel):

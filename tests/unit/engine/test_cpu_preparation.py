@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from cluster.engine import host_memory
 from cluster.engine.model import attention, cpu, kernels, products
 from cluster.engine.model.attention import BlockTables, LayerKV, PagedKVCache, layout_step
 from cluster.engine.model.tensor_parallel import TensorParallelGroup
@@ -97,10 +98,10 @@ def test_what_is_replaced_in_the_usual_families():
         done = cpu.prepare(build(name)[0], ALONE)
         counts[name] = (done.merged, done.mlps, done.products, done.norms, done.rotary)
     assert counts == {
-        "LlamaConfig": (2, 2, 2, 5, 1),
-        "Qwen3Config": (2, 2, 2, 9, 1),
-        "Gemma2Config": (2, 2, 2, 9, 1),
-        "Phi3Config": (0, 2, 4, 5, 1),
+        "LlamaConfig": (2, 2, 4, 5, 1),
+        "Qwen3Config": (2, 2, 4, 9, 1),
+        "Gemma2Config": (2, 2, 4, 9, 1),
+        "Phi3Config": (0, 2, 6, 5, 1),
     }
 
 
@@ -153,6 +154,71 @@ def test_modules_that_only_look_alike_are_kept():
     done = cpu.prepare(model, ALONE)
     assert (done.mlps, done.norms, done.products) == (0, 0, 3)
     torch.testing.assert_close(model(x), before, atol=1e-6, rtol=1e-6)
+
+
+class ClampedMLP(nn.Module):
+    """Llama's but for what is large (Step-3.7, DeepSeek-V4, GLM-5)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(16, 8, bias=False), nn.SiLU()
+
+    def forward(self, x):
+        gate, up = self.act_fn(self.gate_proj(x)), self.up_proj(x)
+        return self.down_proj(gate.clamp(max=10.0) * up.clamp(min=-10.0, max=10.0))
+
+
+class FarRMSNorm(nn.Module):
+    """Like any other but for what is small."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(8)), 1e-6
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True).clamp(min=10 * self.eps))
+
+
+@torch.inference_mode()
+def test_modules_that_differ_for_large_or_small_numbers_only_are_kept():
+    model = nn.Sequential(ClampedMLP(), FarRMSNorm())
+    inputs = [torch.randn(1, 3, 8) * scale for scale in (1e-4, 1.0, 100.0)]
+    before = [model(x) for x in inputs]
+    done = cpu.prepare(model, ALONE)
+    assert (done.mlps, done.norms, done.products) == (0, 0, 3)
+    for x, expected in zip(inputs, before, strict=True):
+        torch.testing.assert_close(model(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_processor_without_bfloat16_products_keeps_torchs(monkeypatch):
+    """AVX2 alone: torch refuses to reorder such a weight."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model, cache = build("LlamaConfig", torch.bfloat16)
+    before = hidden(model, cache).float()
+    done = cpu.prepare(model, ALONE)
+    assert (done.products, done.merged, done.mlps) == (0, 0, 0)
+    assert (hidden(model, cache).float() - before).abs().mean() < 0.02 * before.abs().mean()
+    assert not isinstance(cpu.head_product(torch.ones(8, 8, dtype=torch.bfloat16)), products.Product)
+    assert isinstance(cpu.head_product(torch.ones(8, 8)), products.Product)
+
+
+@torch.inference_mode()
+def test_packing_takes_twice_the_largest_weight_at_most():
+    """Gate and up at once; 25 MB each here, and what else an allocator keeps."""
+    hidden_size, inner = 1024, 6144
+    parts = {"gate_proj": (hidden_size, inner), "up_proj": (hidden_size, inner), "down_proj": (inner, hidden_size)}
+    models = nn.ModuleList(OtherMLP() for _ in range(3))
+    for mlp in models:
+        for name, (columns, rows) in parts.items():
+            setattr(mlp, name, nn.Linear(columns, rows, bias=False))
+        # Llama's own
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    cpu.prepare(nn.Sequential(nn.Linear(64, 64)), ALONE)  # what the first product takes is no matter of packing
+    with host_memory.AnonymousPeak() as peak:
+        assert cpu.prepare(models, ALONE).mlps == 3
+    assert peak.bytes < 3 * 4 * hidden_size * inner
 
 
 class Attention(nn.Module):

@@ -60,6 +60,13 @@ def _phi3(hidden: int, layers: int, heads: int, kv: int, ffn: int, **more: Any) 
     } | more  # fmt: skip
 
 
+def _phi3_128k(hidden: int, layers: int, heads: int, kv: int, ffn: int) -> dict[str, Any]:
+    """The factors are made up: they change no shape."""
+    factors = [1.0 + i / 10 for i in range(hidden // heads // 2)]
+    rope = {"type": "longrope", "short_factor": factors, "long_factor": [4 * factor for factor in factors]}
+    return _phi3(hidden, layers, heads, kv, ffn, max_position_embeddings=131072, rope_scaling=rope)
+
+
 def _openelm(model_dim: int, layers: int, head_dim: int) -> dict[str, Any]:
     return {
         "architectures": ["OpenELMForCausalLM"], "model_type": "openelm", "model_dim": model_dim,
@@ -69,6 +76,8 @@ def _openelm(model_dim: int, layers: int, head_dim: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# Those that differ in shape: Llama 2 13B is Llama 1's with a longer context, Llama 3 70B is 3.1's with a shorter one,
+# Vicuna v1.3 (7B, 13B, 33B) has the configs of Llama 1 and Vicuna v1.5 those of Llama 2.
 PUBLISHED: dict[str, Published] = {
     "llama-7b": Published(_llama(4096, 32, 32, 32, 11008), 6_738_415_616, 524_288, 2048),
     "llama-13b": Published(_llama(5120, 40, 40, 40, 13824), 13_015_864_320, 819_200, 2048),
@@ -114,6 +123,8 @@ PUBLISHED: dict[str, Published] = {
     ),
     "phi-3-mini": Published(_phi3(3072, 32, 32, 32, 8192), 3_821_079_552, 393_216, 4096),
     "phi-3-medium": Published(_phi3(5120, 40, 40, 10, 17920), 13_960_238_080, 204_800, 4096),
+    "phi-3-mini-128k": Published(_phi3_128k(3072, 32, 32, 32, 8192), 3_821_079_552, 393_216, 131072),
+    "phi-3-medium-128k": Published(_phi3_128k(5120, 40, 40, 10, 17920), 13_960_238_080, 204_800, 131072),
     "phi-3-small": Published(
         {
             "architectures": ["Phi3SmallForCausalLM"],
