@@ -51,6 +51,7 @@ def drive(start: Callable[[dict], tuple[Run, dict[str, str]]], end: Callable[[],
     """Life of a driver. ``start`` gets the configuration and returns what runs a job, and the versions in use."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)  # so that what a library prints is in the log when somebody looks
 
     def say(message: dict) -> None:
         out.write(json.dumps(message) + "\n")
