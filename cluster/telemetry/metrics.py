@@ -107,7 +107,9 @@ class EngineMetrics:
             registry=registry,
         )  # fmt: skip
         self.prefix_cache_queries = Counter(
-            f"{prefix}_prefix_cache_queries", "Tokens of admitted sequences looked up in the prefix cache.", registry=registry
+            f"{prefix}_prefix_cache_queries",
+            "Tokens looked up in the prefix cache.",
+            registry=registry,
         )
         self.prefix_cache_hits = Counter(
             f"{prefix}_prefix_cache_hits", "Tokens found in the prefix cache, and not computed again.",
