@@ -75,7 +75,10 @@ class Contender:
         return json.loads(line)
 
     def _kill(self) -> None:
+        until_s = time.monotonic() + END_DEADLINE_S
         while self._members():
+            if time.monotonic() > until_s:
+                raise ContenderError(f"processes {self._members()} outlive SIGKILL; end them by hand")
             self._signal(signal.SIGKILL)
             time.sleep(0.01)
         self._process.wait()
