@@ -14,6 +14,8 @@ from cluster.domain.errors import CheckpointError
 
 # The format's own bound on the header's JSON.
 MAX_HEADER_BYTES = 100_000_000
+# How Git LFS begins what it leaves in a file's place: "version https://git-lfs...".
+_POINTER = b"version "
 _LENGTH_BYTES = 8
 _ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -69,6 +71,8 @@ def parse_header(file: Path, size: int, read: Callable[[int], bytes]) -> FileHea
     head = read(_LENGTH_BYTES)
     if len(head) < _LENGTH_BYTES:
         raise _damaged(file, f"it has {size} bytes, too few for a safetensors header")
+    if head == _POINTER:
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; say 'git lfs pull' where it was cloned.")
     (length,) = struct.unpack("<Q", head)
     if length > MAX_HEADER_BYTES:
         raise _damaged(file, f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed")

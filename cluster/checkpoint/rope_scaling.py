@@ -22,11 +22,10 @@ _SWITCHING = frozenset({"phi3", "phimoe", "phi4_multimodal"})
 _OWN_ORIGINAL = {"phi3": 4096, "phi4_multimodal": 4096}
 # Names that these models give longrope.
 _LONGROPE_NAMES = frozenset({"longrope", "su", "yarn"})
-# Positions of another kind than rotary ones, or rotary ones that nothing stretches.
-_WITHOUT_ROPE = frozenset({
-    "bloom", "biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openelm", "opt", "phi3small",
-    "phimoe", "xglm",
-})  # fmt: skip
+# Positions of another kind than rotary ones.
+_WITHOUT_ROPE = frozenset({"bloom", "biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "mpt", "opt", "xglm"})
+# Rotary ones of the model's own code, which takes no such parameters, or whose own cannot be replaced.
+_OWN_ROPE = frozenset({"codegen", "gptj", "openelm", "phi3small", "phimoe"})
 
 
 def ropes(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -126,6 +125,10 @@ def _check_stretchable(config: Mapping[str, Any], kind: str) -> None:
         model_type in {"falcon", "RefinedWeb", "RefinedWebModel"} and config.get("alibi")
     ):
         raise ConfigError(f"--rope-scaling {kind}: {model_type} has no rotary positions to stretch; leave it out.")
+    if model_type in _OWN_ROPE:
+        raise ConfigError(
+            f"--rope-scaling {kind}: {model_type}'s rotary positions are fixed in its code; leave it out."
+        )
     if model_type in _SWITCHING and kind != "longrope":
         raise ConfigError(f"--rope-scaling {kind}: {model_type} can be stretched with longrope only.")
     if len(ropes(config)) > 1:

@@ -194,7 +194,9 @@ class Fleet:
     def _remember_failure(self, view: ReplicaView, now_s: float) -> None:
         ready_for_s = None if view.ready_at_s is None else now_s - view.ready_at_s
         history = self._history.get(view.replica, SlotHistory(view.incarnation.generation))
-        self._history[view.replica] = after_failure(history, ready_for_s, self._settings, now_s)
+        self._history[view.replica] = after_failure(
+            history, ready_for_s, self._settings, now_s, needs_change=view.needs_change
+        )
 
     # ---- reports ----
 

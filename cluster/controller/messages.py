@@ -44,6 +44,7 @@ def report_from_message(message: control_pb2.RankReport) -> Report:
         checkpoint_digest=message.checkpoint_digest,
         block_size=message.block_size,
         waits_for_peer=message.waits_for_peer,
+        needs_change=message.needs_change,
     )
 
 

@@ -28,7 +28,8 @@ class RankActivity:
 class Report:
     """One report of one rank. ``step_age_s``: 0 when idle. ``ports``: engine (leader only), metrics.
 
-    ``waits_for_peer``: its own share of the step is done, or it failed for want of another rank.
+    ``waits_for_peer``: its own share of the step is done, or it failed for want of another rank. ``needs_change``: it
+    failed over its model's files or its options, so that starting it again changes nothing.
     """
 
     rank_id: RankId
@@ -50,6 +51,7 @@ class Report:
     checkpoint_digest: str = ""
     block_size: int = 0
     waits_for_peer: bool = False
+    needs_change: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,11 @@ class ReplicaView:
     def node_ids(self) -> frozenset[str]:
         """Where it has ranks, or is about to: as placed, and as its ranks report (an adopted one was placed before)."""
         return self.placed_on | {rank.report.node_id for rank in self.ranks if rank is not None}
+
+    @property
+    def needs_change(self) -> bool:
+        """Whether a rank failed over what it was given."""
+        return any(rank is not None and rank.report.needs_change for rank in self.ranks)
 
     @property
     def half_known(self) -> bool:

@@ -49,12 +49,21 @@ def backoff_s(failures: int, settings: ControllerConfig) -> float:
 
 
 def after_failure(
-    history: SlotHistory, ready_for_s: float | None, settings: ControllerConfig, now_s: float
+    history: SlotHistory,
+    ready_for_s: float | None,
+    settings: ControllerConfig,
+    now_s: float,
+    *,
+    needs_change: bool = False,
 ) -> SlotHistory:
-    """The slot's memory once an incarnation failed that had been ready for ``ready_for_s`` (None: never)."""
+    """The slot's memory once an incarnation failed that had been ready for ``ready_for_s`` (None: never).
+
+    ``needs_change``: over files or options that somebody has to mend first; the pause is the longest at once.
+    """
     stable = ready_for_s is not None and ready_for_s >= STABLE_AFTER_S
     failures = 1 if stable else history.failures + 1
-    return SlotHistory(history.generation, failures, now_s + backoff_s(failures, settings))
+    pause_s = settings.restart_backoff_max_s if needs_change else backoff_s(failures, settings)
+    return SlotHistory(history.generation, failures, now_s + pause_s)
 
 
 def _one(replica: ReplicaView, settings: ControllerConfig, now_s: float) -> Action | None:

@@ -102,6 +102,7 @@ class Heartbeat:
             checkpoint_digest=spec.checkpoint_digest,
             block_size=spec.block_size,
             waits_for_peer=progress.waits_for_peer,
+            needs_change=progress.needs_change,
         )
         if spec.rank_id.rank == 0:
             load = progress.load

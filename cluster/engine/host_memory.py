@@ -1,13 +1,33 @@
-"""Memory of the running process as the kernel counts it (Linux)."""
+"""Memory of the running process: how the kernel counts it, and in which pages it hands it out (Linux)."""
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from types import TracebackType
 
 _STATUS = Path("/proc/self/status")
+_MAPS = Path("/proc/self/smaps_rollup")
 _INTERVAL_S = 0.01
+
+
+def prefer_huge_pages() -> None:
+    """Has torch ask for huge pages (2 MiB) for what it allocates on the CPU in pieces of 2 MiB or more.
+
+    Weights, also those that oneDNN reorders, then cost a hundredth of the page faults and miss the TLB less; numpy asks
+    for the KV pool by itself. It takes effect until torch allocates its first tensor. Whoever set the variable already
+    is left his choice; a kernel whose transparent huge pages are off ("never") does as before.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def huge_page_bytes() -> int:
+    """AnonHugePages now: the part of the anonymous memory that lies in transparent huge pages."""
+    for line in _MAPS.read_text().splitlines():
+        if line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def anonymous_bytes() -> int:

@@ -16,7 +16,7 @@ from typing import Protocol
 from cluster.domain.clock import Clock
 from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.request import SequenceEnd
-from cluster.engine.prefill_pace import PrefillPace
+from cluster.engine.prefill_pace import PrefillPace, PromptWork
 from cluster.engine.progress import RankProgress
 from cluster.engine.scheduler import Scheduled, Scheduler
 from cluster.engine.sequence import Sequence as EngineSequence
@@ -176,7 +176,8 @@ class EngineLoop:
         without_token = scheduler.num_waiting + scheduler.num_running - scheduler.num_decoding
         # One plan's part of them.
         decodes, without_token = -(-scheduler.num_decoding // depth), -(-without_token // depth)
-        return scheduler.schedule(now_s, pace.budget(decodes, without_token), short_prompt=pace.short_prompt(decodes))
+        tokens = pace.budget(decodes, without_token, scheduler.prompt_start)
+        return scheduler.schedule(now_s, tokens, short_prompt=pace.short_prompt(decodes))
 
     def _collect(self) -> None:
         cpu_started = time.thread_time()
@@ -194,9 +195,14 @@ class EngineLoop:
         decodes = plan.num_decodes
         prompt_tokens = plan.num_tokens - decodes
         if self._pace is not None:
-            self._pace.observe(decodes, prompt_tokens, seconds)
+            self._pace.observe(decodes, _prompt_work(plan) if prompt_tokens else PromptWork(), seconds)
         kind = step_kind(decodes, len(plan.entries))
         self._series.observe(kind, prompt_tokens, sum([len(progress.token_ids) for progress in news]), seconds)
+
+
+def _prompt_work(plan: StepPlan) -> PromptWork:
+    chunks = [PromptWork.chunk(entry.start, len(entry.token_ids)) for entry in plan.entries if not entry.is_decode]
+    return sum(chunks, PromptWork())
 
 
 def refused_for_capacity(key: SequenceKey, attempt: int) -> SequenceProgress:

@@ -1,19 +1,101 @@
-"""How many prompt tokens a step may carry while others stream: the tokens that keep a step near a decode's own time.
+"""How many prompt tokens a step may carry while others stream: as many as keep it near the decodes' own time.
 
-A long prompt is computed in chunks beside the decodes. A chunk's cost per token differs by machine, by model and, since
-attention looks back, along the prompt; so it is measured, step by step, and the next chunk follows from it. Pure:
-durations come in as arguments.
+A long prompt is computed in chunks beside the decodes. What a chunk costs differs by machine and by model, and grows
+along the prompt, since attention looks back; so it is measured, step by step, and the next chunk follows from it.
+Pure: durations come in as arguments. docs/adr/0016 has the reasons and the figures.
 """
 
 from __future__ import annotations
 
-# A chunk is never smaller: every step has its fixed costs, and a prompt must come to its end.
-LEAST_CHUNK_TOKENS = 8
-# The weight of the newest observation. Costs rise slowly along a prompt; one hiccup of the machine passes quickly.
-_NEWEST = 0.3
+import math
+from collections import deque
+from dataclasses import dataclass
+
+# A chunk is never smaller, so a prompt of n tokens ends within n / 2 steps (and the looks between them), whatever
+# else is asked for; smaller ones would do little but read the prompt's past.
+LEAST_CHUNK_TOKENS = 2
+# Kernels work on rows in groups: larger chunks are multiples of this, and between a half and the whole of it lies
+# nothing: there a chunk costs almost as much as a whole one.
+_ROWS = 8
+# After so many steps with prompt tokens comes one without: streams grow, so must what is known of their own time.
+_LOOK_EVERY = 64
+# Of the decodes' own time the median of so many steps counts: between prompts there are few, and one may be a hiccup.
+_RECENT = 7
+# What is expected of prompts is rather late than mean: steps count more that took longer than expected, but none for
+# more than so many times what was expected.
+_LATER, _SOONER, _HICCUP = 0.3, 0.1, 2.5
 # A prompt that costs no more than so many decode steps is short: it is computed at once, for what stays in small pieces
 # costs everybody more. 8 is what a stream's reader may notice as one pause.
 _SHORT_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWork:
+    """What chunks of prompts ask of a step: their tokens, the past they read, and the pairs of token and past.
+
+    ``past`` counts for each chunk the positions up to its end, ``pairs`` those that its tokens look at, all together.
+    """
+
+    tokens: int = 0
+    past: int = 0
+    pairs: float = 0.0
+
+    @classmethod
+    def chunk(cls, start: int, tokens: int) -> PromptWork:
+        """The chunk at positions ``start .. start + tokens - 1``."""
+        return cls(tokens, start + tokens, tokens * (start + tokens / 2))
+
+    def __add__(self, other: PromptWork) -> PromptWork:
+        return PromptWork(self.tokens + other.tokens, self.past + other.past, self.pairs + other.pairs)
+
+
+class PromptCost:
+    """Seconds of prompt work: a x tokens + b x pairs + c x past, where a, b and c follow the measurements.
+
+    Each one moves the three by normalised least mean squares, in proportion to what they had to do with it. So the
+    estimate is right where the last chunks were, and in proportion elsewhere: at another prompt's beginning, or where
+    a cached beginning ends.
+    """
+
+    # Work that may cost about the same: a token, 1,000 pairs, and a past of 250 for 4 tokens.
+    _UNITS = (1.0, 1000.0, 250.0)
+
+    def __init__(self) -> None:
+        self._seconds = [0.0, 0.0, 0.0]  # per unit
+
+    @property
+    def known(self) -> bool:
+        """Whether any work took any time yet."""
+        return any(self._seconds)
+
+    def observe(self, work: PromptWork, seconds: float) -> None:
+        """So much work took so long; it is not empty."""
+        parts = self._parts(work)
+        expected = math.fsum(s * p for s, p in zip(self._seconds, parts, strict=True))
+        rate = 1.0
+        if expected:
+            seconds = min(seconds, _HICCUP * expected)
+            rate = _LATER if seconds > expected else _SOONER
+        step = rate * (seconds - expected) / math.fsum(p * p for p in parts)
+        self._seconds = [max(0.0, s + step * p) for s, p in zip(self._seconds, parts, strict=True)]
+
+    def seconds(self, work: PromptWork) -> float:
+        return math.fsum(s * p for s, p in zip(self._seconds, self._parts(work), strict=True))
+
+    def tokens(self, seconds: float, start: int) -> int:
+        """The most tokens from position ``start`` on that take no longer; at least 0. Something must be known."""
+        a, b, c = (s / unit for s, unit in zip(self._seconds, self._UNITS, strict=True))
+        left = seconds - c * start
+        if left <= 0.0:
+            return 0
+        # b / 2 n^2 + (a + b start + c) n = left
+        each = a + b * start + c
+        root = each + math.sqrt(each * each + 2.0 * b * left)
+        return int(min(2.0 * left / root, 2.0**31)) if root else 2**31
+
+    def _parts(self, work: PromptWork) -> tuple[float, float, float]:
+        one, two, three = self._UNITS
+        return work.tokens / one, work.pairs / two, work.past / three
 
 
 class PrefillPace:
@@ -29,37 +111,53 @@ class PrefillPace:
         assert slowdown > 1.0, slowdown
         assert most_tokens >= 1, most_tokens
         self._slowdown, self._most_tokens = slowdown, most_tokens
-        self._decode_s: dict[int, float] = {}
-        self._token_s: float | None = None
+        self._recent_s: dict[int, deque[float]] = {}
+        self._decode_s: dict[int, float] = {}  # their medians
+        self._cost = PromptCost()
+        self._beside = False  # whether a chunk was measured beside decodes: one alone is large, and cheaper per token
+        self._since_look = 0
 
-    def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
-        """A step with so many decodes and prompt tokens took so long."""
+    def observe(self, num_decodes: int, prompts: PromptWork, seconds: float) -> None:
+        """A step with so many decodes and so much work on prompts took so long."""
         assert seconds >= 0.0, seconds
-        if not num_prompt_tokens:
+        if not prompts.tokens:
+            self._since_look = 0
             bucket = num_decodes.bit_length()
-            self._decode_s[bucket] = _blend(self._decode_s.get(bucket), seconds)
+            recent = self._recent_s.setdefault(bucket, deque(maxlen=_RECENT))
+            recent.append(seconds)
+            self._decode_s[bucket] = sorted(recent)[len(recent) // 2]
             return
-        rest = seconds - (self._decodes_alone_s(num_decodes) or 0.0)
+        if not num_decodes and self._beside:
+            return
+        self._beside = num_decodes > 0
+        if num_decodes:
+            self._since_look = 0 if self._since_look >= _LOOK_EVERY else self._since_look + 1
         # Decodes of which nothing is known count as prompt tokens: the chunk is then too small, not too large.
-        self._token_s = _blend(self._token_s, max(rest, 0.0) / num_prompt_tokens)
+        self._cost.observe(prompts, max(seconds - (self._decodes_alone_s(num_decodes) or 0.0), 0.0))
 
-    def budget(self, num_decodes: int, num_without_token: int = 1) -> int:
-        """Tokens of long prompts for the next step beside ``num_decodes`` decodes; so many wait for a first token."""
+    def budget(self, num_decodes: int, num_without_token: int = 1, start: int = 0) -> int:
+        """Tokens of long prompts for the next step beside ``num_decodes`` decodes; 0: none this time.
+
+        So many sequences wait for their first token, and the first of them is computed up to position ``start``.
+        """
         alone = self._decodes_alone_s(num_decodes) if num_decodes else None
-        if not num_decodes or not self._token_s:
+        if not num_decodes or not self._cost.known:
             return self._most_tokens
         if alone is None:
             return min(LEAST_CHUNK_TOKENS, self._most_tokens)
+        if self._since_look >= _LOOK_EVERY:
+            return 0
         crowd = max(1.0, num_without_token / num_decodes)
-        tokens = int((self._slowdown - 1.0) * crowd * alone / self._token_s)
+        tokens = self._cost.tokens((self._slowdown - 1.0) * crowd * alone, start)
+        tokens = tokens // _ROWS * _ROWS or min(tokens, _ROWS // 2)
         return min(max(tokens, LEAST_CHUNK_TOKENS), self._most_tokens)
 
     def short_prompt(self, num_decodes: int) -> int:
         """Tokens up to which a prompt is short beside ``num_decodes`` decodes; 0 when nothing is known."""
         alone = self._decodes_alone_s(num_decodes)
-        if not alone or not self._token_s:
+        if not alone or not self._cost.known:
             return 0
-        return min(int(_SHORT_STEPS * alone / self._token_s), self._most_tokens)
+        return min(self._cost.tokens(_SHORT_STEPS * alone, 0), self._most_tokens)
 
     def _decodes_alone_s(self, num_decodes: int) -> float | None:
         """Time of a step of so many decodes, of the nearest number that was seen; None before any."""
@@ -67,7 +165,3 @@ class PrefillPace:
             return None
         bucket = num_decodes.bit_length()
         return self._decode_s[min(self._decode_s, key=lambda seen: (abs(seen - bucket), seen))]
-
-
-def _blend(old: float | None, new: float) -> float:
-    return new if old is None else old + _NEWEST * (new - old)

@@ -14,7 +14,8 @@ class RankProgress:
     """Single writer, many readers: every field is one assignment, so that no lock is needed.
 
     ``step_started_s``: clock time at which the step now running began, None when idle. ``waits_for_peer``: this rank's
-    share of it is done and another one's is not, or it failed because another one is gone.
+    share of it is done and another one's is not, or it failed because another one is gone. ``needs_change``: it failed
+    over what it was given, files or options, and would again.
     """
 
     clock: Clock
@@ -22,6 +23,7 @@ class RankProgress:
     step: int = 0
     step_started_s: float | None = None
     waits_for_peer: bool = False
+    needs_change: bool = False
     compute_s: float = 0.0
     bytes_loaded: int = 0
     bytes_total: int = 0

@@ -21,7 +21,7 @@ from cluster.checkpoint.layout import Checkpoint, read_checkpoint
 from cluster.checkpoint.resolve import ResolvedModel, fetch, fetch_config
 from cluster.checkpoint.rope_scaling import stretched
 from cluster.domain.clock import MonotonicClock
-from cluster.domain.errors import CheckpointError, EngineFailed
+from cluster.domain.errors import CheckpointError, ConfigError, EngineFailed, PortTakenError
 from cluster.domain.model_spec import ModelSpec
 from cluster.domain.parallel_layout import Stage
 from cluster.domain.replica import RankPhase
@@ -51,10 +51,16 @@ _EXIT_FAILED = 1
 
 def start_rank(spec: RankSpec) -> None:
     """Starts the rank's threads in this process and returns; the process ends when the rank does."""
+    host_memory.prefer_huge_pages()  # torch is not imported yet
     Path(spec.log_file).parent.mkdir(parents=True, exist_ok=True)
     stream = configure_logs(f"rank {spec.rank_id}", Path(spec.log_file))
     rank = RankProcess(spec, stream)
     threading.Thread(target=rank.run, name="compute", daemon=True).start()
+
+
+def _needs_change(error: BaseException) -> bool:
+    """Whether the same start would fail again: over the model's files, or the model itself."""
+    return isinstance(error, ConfigError) and not isinstance(error, PortTakenError)
 
 
 class RankProcess:
@@ -77,6 +83,7 @@ class RankProcess:
         except BaseException as error:  # boundary: the failure is reported, then the process ends
             self._log.exception("rank_failed")
             self._progress.waits_for_peer = isinstance(error, EngineFailed) and error.retryable
+            self._progress.needs_change = _needs_change(error)
             self._fail(f"{type(error).__name__}: {error}")
         os._exit(0)
 

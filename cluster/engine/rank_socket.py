@@ -70,7 +70,7 @@ def accept_ranks(
 
 
 def join_rank(address: tuple[str, int], hello: Hello, deadline_s: float, clock: Clock) -> socket.socket:
-    """Knocks at ``address`` until somebody listens; EngineFailed after ``deadline_s``."""
+    """Knocks at ``address`` until somebody listens; EngineFailed after ``deadline_s``, or when it hangs up at once."""
     deadline, pause = clock.now() + deadline_s, threading.Event()
     while True:
         try:
@@ -82,7 +82,12 @@ def join_rank(address: tuple[str, int], hello: Hello, deadline_s: float, clock: 
                 message = f"Nobody listens at {host}:{port} for rank {hello.rank}: {error}"
                 raise EngineFailed(message, retryable=True) from error
             pause.wait(_CONNECT_PAUSE_S)
-    _settle(joined).sendall(hello.encode())
+    try:
+        _settle(joined).sendall(hello.encode())
+    except OSError as error:
+        joined.close()
+        host, port = address
+        raise EngineFailed(f"{host}:{port} hung up on rank {hello.rank}: {error}", retryable=True) from error
     return joined
 
 

@@ -39,13 +39,7 @@ from cluster.engine.block_pool import BlockPool
 from cluster.engine.limits import SchedulerLimits
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.sequence import NO_SLOT, Sequence
-from cluster.engine.step import (
-    SampledToken,
-    SequenceKey,
-    SequenceProgress,
-    StepPlan,
-    StepResult,
-)
+from cluster.engine.step import SampledToken, SequenceKey, SequenceProgress, StepPlan, StepResult
 from cluster.engine.step_room import StepRoom
 from cluster.engine.waiting_queue import RANK, WaitingQueue
 
@@ -111,6 +105,12 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def prompt_start(self) -> int:
+        """Where the first prompt under way goes on; 0 when none is."""
+        running = self._running if self.num_decoding < len(self._running) else ()  # most often, nobody prefills
+        return next((s.num_planned for s in running if s.is_prefilling), 0)
+
+    @property
     def prefix_queries(self) -> int:
         """Known tokens of all sequences that were admitted, each time they were."""
         return self._cache.queries
@@ -172,7 +172,8 @@ class Scheduler:
         """Plans the next step, while ``depth`` allows one more.
 
         ``prefill_tokens``: while sequences decode, a plan takes at most so many tokens of sequences with more than
-        ``short_prompt`` known tokens, so that these do not slow the decodes down; None: what the budget leaves.
+        ``short_prompt`` known tokens, so that these do not slow the decodes down; None: what the budget leaves. 0 means
+        1 where no decode is in the plan; ask for it now and then only, since prompts must come to their end.
         """
         assert len(self._outstanding) < self._depth, "commit the oldest outstanding plan first"
         ended = self._expire(now_s)
@@ -272,11 +273,12 @@ class Scheduler:
 
     def _share_out(self, prefill_tokens: int | None, short_prompt: int) -> list[tuple[Sequence, int]]:
         """Who computes how many tokens: decodes, chunks under way, newcomers."""
-        assert prefill_tokens is None or prefill_tokens > 0, "prompts must come to their end"
+        assert prefill_tokens is None or prefill_tokens >= 0, prefill_tokens
         decoding = self.num_decoding
         held_back: list[Sequence] = []
         budget = self._limits.max_num_batched_tokens
         shares = [(s, 1) for s in self._decodes(min(budget, -(-decoding // self._depth)), held_back)]
+        prefill_tokens = 1 if prefill_tokens == 0 and not shares else prefill_tokens
         room = StepRoom(budget - len(shares), prefill_tokens if decoding else None, short_prompt)
         chunks = []
         for sequence in self._running:

@@ -123,7 +123,7 @@ def evaluate(
 def _memory_reason(ledger: RankLedger, kind: str, bounds: Limits) -> str:
     if kind == "weights":
         return (
-            f"rank {ledger.rank} needs {format_bytes(ledger.fixed_bytes)} ({format_bytes(ledger.weight_bytes)} of "
+            f"rank {ledger.rank} needs {format_bytes(ledger.start_bytes)} ({format_bytes(ledger.weight_bytes)} of "
             f"weights) before any KV cache; {format_bytes(ledger.budget_bytes)} of its device are ours"
         )
     needed = bounds.blocks_per_sequence * bounds.block_size * ledger.kv_bytes_per_token

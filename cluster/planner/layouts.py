@@ -41,6 +41,10 @@ def candidate_layouts(
     )
 
 
+# What ranks would find out by a pass on meta (engine.model.pipeline); docs/models.md has the refusals that were seen.
+_UNDIVIDED = {"BeamForCausalLM": "they are given more than hidden states (attention_scaling)"}
+
+
 def shape_objection(spec: ModelSpec, layout: ParallelLayout, devices_per_node: int) -> str | None:
     """Why the model's shape or the nodes' size rules ``layout`` out, None when they allow it."""
     tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
@@ -56,6 +60,10 @@ def shape_objection(spec: ModelSpec, layout: ParallelLayout, devices_per_node: i
         narrowest = min(shape.ffn_size for shape in spec.distinct_layer_shapes)
         if tp > narrowest:
             return f"{tp} ranks are more than the {narrowest} columns of a feed-forward layer"
+    if pp > 1 and spec.architecture in _UNDIVIDED:
+        return (
+            f"the layers of {spec.architecture} cannot be divided into pipeline stages: {_UNDIVIDED[spec.architecture]}"
+        )
     if pp > spec.num_layers:
         return f"{pp} stages are more than the model's {spec.num_layers} layers"
     return None

@@ -10,11 +10,13 @@ from cluster.domain.hardware import DeviceKind, DeviceType
 from cluster.domain.model_spec import Dtype, ModelSpec
 from cluster.domain.parallel_layout import ATTENTION_WORKSPACE_BYTES, ParallelLayout, StageLayers
 from cluster.domain.quantities import GIB
-from cluster.planner.weights import stage_parameters
+from cluster.planner.weights import largest_slices, stage_parameters
 
 # What a process needs beside tensors: CUDA context, NCCL buffers and allocator slack; or the interpreter with
 # torch, Ray and gRPC loaded on a CPU. Round figures, not measured ones.
 RESERVE_BYTES = {DeviceKind.CUDA: 2 * GIB, DeviceKind.CPU: GIB // 2}
+# Buffers that weights are read into, and smaller weights that are joined and reordered together.
+LOADING_SPARE_BYTES = 100 * 10**6
 # A CPU's memory is shared with everything else on the machine: the cache stays modest unless told otherwise.
 CPU_KV_CAP_BYTES = 1 * GIB
 
@@ -41,7 +43,8 @@ class RankLedger:
     """One rank's bytes. ``budget_bytes``: the device's memory times its utilization.
 
     ``rotary_bytes``: the computed inverse frequencies, kept twice in float32. ``kv_bytes``: given to the cache.
-    ``read_bytes``: from storage, where the checkpoint's headers are known, else 0.
+    ``read_bytes``: from storage, where the checkpoint's headers are known, else 0. ``loading_bytes``: what loading
+    takes above the weights for a while, before there are activations or a KV cache.
     """
 
     rank: int
@@ -56,6 +59,7 @@ class RankLedger:
     kv_bytes_per_token: int
     kv_bytes: int = 0
     read_bytes: int = 0
+    loading_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -63,9 +67,16 @@ class RankLedger:
         return self.weight_bytes + self.rotary_bytes + self.activation_bytes + self.reserve_bytes
 
     @property
+    def start_bytes(self) -> int:
+        """The most that is taken before the KV cache is there: by loading, or by the first steps."""
+        return self.fixed_bytes + max(0, self.loading_bytes - self.activation_bytes)
+
+    @property
     def room_bytes(self) -> int:
         """What the budget leaves for the KV cache; negative when the rest does not fit."""
-        return self.budget_bytes - self.fixed_bytes
+        room = self.budget_bytes - self.fixed_bytes
+        start = self.budget_bytes - self.start_bytes
+        return room if start >= 0 else start
 
     @property
     def total_bytes(self) -> int:
@@ -85,6 +96,7 @@ def rank_ledgers(
     budget = int(device.memory_bytes * limits.device_memory_utilization)
     for stage, layers in enumerate(stages):
         parameters = stage_parameters(spec, layout, stage, layers)
+        slices = largest_slices(spec, layout, stage, layers)
         for index, count in enumerate(parameters):
             ledgers.append(
                 RankLedger(
@@ -98,9 +110,19 @@ def rank_ledgers(
                     reserve_bytes=RESERVE_BYTES[device.kind],
                     budget_bytes=budget,
                     kv_bytes_per_token=kv_bytes_per_token(spec, layout, dtype, layers, index),
+                    loading_bytes=loading_bytes(slices[index] * dtype.itemsize, device.kind),
                 )
             )
     return tuple(ledgers)
+
+
+def loading_bytes(largest_slice_bytes: int, kind: DeviceKind) -> int:
+    """What loading takes of the device above the shard.
+
+    On a CPU the largest slice is there twice while it is reordered; a GPU's weights come through a few buffers in the
+    host's memory.
+    """
+    return LOADING_SPARE_BYTES + largest_slice_bytes if kind is DeviceKind.CPU else 0
 
 
 def local_heads(heads: tuple[int, int], tensor_parallel_size: int, tensor_rank: int) -> tuple[int, int]:

@@ -165,6 +165,7 @@ def _ledger_json(ledger: RankLedger) -> dict[str, Any]:
         "weight_bytes": ledger.weight_bytes,
         "rotary_bytes": ledger.rotary_bytes,
         "activation_bytes": ledger.activation_bytes,
+        "loading_bytes": ledger.loading_bytes,
         "reserve_bytes": ledger.reserve_bytes,
         "kv_bytes_per_token": ledger.kv_bytes_per_token,
         "kv_bytes": ledger.kv_bytes,

@@ -25,6 +25,7 @@ class _PartWeights:
 
     per_rank: tuple[int, ...]
     total: int
+    largest: tuple[int, ...]  # the largest tensor's slice on each tensor rank
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,11 +51,12 @@ def _weights(
 
 
 def _count(spec: ModelSpec, tensors: Sequence[TensorSpec], tensor_parallel_size: int) -> _PartWeights:
-    per_rank = [0] * tensor_parallel_size
+    per_rank, largest = [0] * tensor_parallel_size, [0] * tensor_parallel_size
     for tensor in tensors:
-        shards = tensor_shards(spec, tensor, tensor_parallel_size)
-        per_rank = [count + math.prod(shape) for count, shape in zip(per_rank, shards, strict=True)]
-    return _PartWeights(tuple(per_rank), sum(tensor.numel for tensor in tensors))
+        sizes = [math.prod(shape) for shape in tensor_shards(spec, tensor, tensor_parallel_size)]
+        per_rank = [count + size for count, size in zip(per_rank, sizes, strict=True)]
+        largest = [max(pair) for pair in zip(largest, sizes, strict=True)]
+    return _PartWeights(tuple(per_rank), sum(tensor.numel for tensor in tensors), tuple(largest))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -107,17 +109,29 @@ def stage_parameters(spec: ModelSpec, layout: ParallelLayout, stage: int, layers
     The embedding is whole on every rank of the first stage. The head is cut by vocabulary rows over the last stage's
     ranks; tied to the embedding, it is a part of it where both are on one stage, and read again where they are not.
     """
+    parts = _stage_parts(spec, layout, stage, layers)
+    return tuple(sum(counts) for counts in zip(*(part.per_rank for part in parts), strict=True))
+
+
+def largest_slices(spec: ModelSpec, layout: ParallelLayout, stage: int, layers: StageLayers) -> tuple[int, ...]:
+    """Elements of the largest tensor's slice on each tensor rank of one stage."""
+    parts = _stage_parts(spec, layout, stage, layers)
+    return tuple(max(counts) for counts in zip(*(part.largest for part in parts), strict=True))
+
+
+def _stage_parts(spec: ModelSpec, layout: ParallelLayout, stage: int, layers: StageLayers) -> list[_PartWeights]:
     tp = layout.tensor_parallel_size
     outside, by_layer = _weights(spec, tp)
-    parts = [by_layer[layer].per_rank for layer in range(layers.start, layers.stop)]
+    parts = list(by_layer[layers.start : layers.stop])
     is_first, is_last = stage == 0, stage == layout.pipeline_parallel_size - 1
     if is_first:
-        parts += [outside[Part.EMBEDDING].per_rank, outside[Part.ENTRY].per_rank]
+        parts += [outside[Part.EMBEDDING], outside[Part.ENTRY]]
     elif is_last and spec.tie_word_embeddings:
-        parts.append(_tied_head(outside[Part.EMBEDDING], spec, tp))
+        head = _tied_head(outside[Part.EMBEDDING], spec, tp)
+        parts.append(_PartWeights(head, sum(head), head))
     if is_last:
-        parts += [outside[Part.FINAL_NORM].per_rank, outside[Part.HEAD].per_rank]
-    return tuple(sum(counts) for counts in zip(*parts, strict=True))
+        parts += [outside[Part.FINAL_NORM], outside[Part.HEAD]]
+    return parts
 
 
 def _tied_head(embedding: _PartWeights, spec: ModelSpec, tensor_parallel_size: int) -> tuple[int, ...]:

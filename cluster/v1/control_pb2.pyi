@@ -345,7 +345,7 @@ class PlacementExplanation(_message.Message):
     def __init__(self, feasible: _Optional[bool] = ..., text: _Optional[str] = ..., json: _Optional[str] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("model", "slot", "generation", "rank", "pid", "node", "host", "device", "phase", "step", "step_age_s", "compute_s", "bytes_loaded", "bytes_total", "ports", "failure", "log_file", "peak_host_bytes", "activity", "checkpoint_digest", "block_size", "waits_for_peer")
+    __slots__ = ("model", "slot", "generation", "rank", "pid", "node", "host", "device", "phase", "step", "step_age_s", "compute_s", "bytes_loaded", "bytes_total", "ports", "failure", "log_file", "peak_host_bytes", "activity", "checkpoint_digest", "block_size", "waits_for_peer", "needs_change")
     class PortsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -375,6 +375,7 @@ class RankReport(_message.Message):
     CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     WAITS_FOR_PEER_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_CHANGE_FIELD_NUMBER: _ClassVar[int]
     model: str
     slot: int
     generation: int
@@ -397,7 +398,8 @@ class RankReport(_message.Message):
     checkpoint_digest: str
     block_size: int
     waits_for_peer: bool
-    def __init__(self, model: _Optional[str] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., phase: _Optional[_Union[RankPhase, str]] = ..., step: _Optional[int] = ..., step_age_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., ports: _Optional[_Mapping[str, int]] = ..., failure: _Optional[str] = ..., log_file: _Optional[str] = ..., peak_host_bytes: _Optional[int] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ..., checkpoint_digest: _Optional[str] = ..., block_size: _Optional[int] = ..., waits_for_peer: _Optional[bool] = ...) -> None: ...
+    needs_change: bool
+    def __init__(self, model: _Optional[str] = ..., slot: _Optional[int] = ..., generation: _Optional[int] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., phase: _Optional[_Union[RankPhase, str]] = ..., step: _Optional[int] = ..., step_age_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., bytes_loaded: _Optional[int] = ..., bytes_total: _Optional[int] = ..., ports: _Optional[_Mapping[str, int]] = ..., failure: _Optional[str] = ..., log_file: _Optional[str] = ..., peak_host_bytes: _Optional[int] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ..., checkpoint_digest: _Optional[str] = ..., block_size: _Optional[int] = ..., waits_for_peer: _Optional[bool] = ..., needs_change: _Optional[bool] = ...) -> None: ...
 
 class ReportRankResponse(_message.Message):
     __slots__ = ()

@@ -59,7 +59,8 @@ has those it would have alone, whatever shares its batch.
 ## What has not been run
 
 Nothing on this page has been run on a GPU: the CUDA attention backend, CUDA graphs and bfloat16 on a GPU have not been
-run. The table is float32 on CPUs, and of tiny models; published shapes are checked on meta only.
+run. The contract tests of attention and sampler take a GPU where there is one. The table is float32 on CPUs, and of
+tiny models; published shapes are checked on meta only.
 """
 
 

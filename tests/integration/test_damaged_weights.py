@@ -40,5 +40,6 @@ def test_the_rank_fails_with_the_file_s_name(folder):
         )
         failure = replica.control.latest[0].failure
         assert failure.startswith(f"CheckpointError: {folder / 'model.safetensors'} is damaged: bytes "), failure
+        assert replica.control.latest[0].needs_change
         assert control_pb2.RANK_PHASE_READY not in replica.control.phases[0]
         replica.processes[0].wait(60)

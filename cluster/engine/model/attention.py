@@ -30,8 +30,9 @@ class AttentionKernel(Protocol):
 
     query ``[tokens, heads, key_dim]``, key ``[tokens, kv_heads, key_dim]``, value ``[tokens, kv_heads, value_dim]``,
     any strides but unit stride in the last dimension; returns ``[tokens, heads, value_dim]``, contiguous. Head h looks
-    at KV head ``h // (heads // kv_heads)``. Temporary memory beside the output stays within
-    ATTENTION_WORKSPACE_BYTES, unless one full-length sequence gathered once needs more.
+    at KV head ``h // (heads // kv_heads)``. No sequence reads what another one stores in the same step. Temporary
+    memory beside the output stays within ATTENTION_WORKSPACE_BYTES, unless one full-length sequence gathered once needs
+    more.
     """
 
     def __call__(

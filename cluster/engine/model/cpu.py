@@ -16,15 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.engine.model import kernels, products
+from cluster.engine.model import agreement, cpu_layers, kernels, products
 from cluster.engine.model.tensor_parallel import TensorParallelGroup
 
-# The largest difference, relative to the largest number of the original's result.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-_ROWS = 5  # of the random inputs
-# Their sizes where an operation is not linear: some families clamp what is large, and norms add something to what is
-# small.
-_SCALES = (1.0, 1e-3, 1e4)
+_SPARE_BYTES = 64 << 20
+_EVERY_TYPE = 2  # DeepSpeed's name for an instruction set that sums float32, bfloat16 and float16
 _MERGED = (("q_proj", "k_proj", "v_proj"),)
 _MLPS = (("gate_proj", "up_proj", "down_proj", "act_fn"), ("gate_up_proj", "down_proj", "activation_fn"))
 Forward = Callable[..., torch.Tensor]
@@ -39,6 +35,7 @@ class Replaced:
     mlps: int = 0
     norms: int = 0
     rotary: int = 0
+    layers: int = 0
 
     def __str__(self) -> str:
         return ", ".join(f"{getattr(self, name)} {name}" for name in self.__slots__)
@@ -51,21 +48,32 @@ def prepare(model: nn.Module, group: TensorParallelGroup) -> Replaced:
     Every rank of ``group`` calls it at the same time: row-parallel products are tried out with their all-reduce.
     Afterwards the replaced Linears have no ``weight``; parameters are no longer listed by their names.
     """
-    done = Replaced()
+    done, room = Replaced(), _room(model)
     if kernels.load() is not None:
         done.norms = sum(_replace_norm(module) for module in list(model.modules()))
         done.rotary = sum(_replace_rotary(module) for module in _modeling_modules(model))
     for module in _parents(model):
-        done.mlps += _replace_mlp(module)
-        done.merged += sum(_replace_merged(module, names) for names in _MERGED)
+        done.mlps += _replace_mlp(module, room)
+        done.merged += sum(_replace_merged(module, names, room) for names in _MERGED)
     for module in _parents(model):
         done.products += _replace_children(module, group)
+    unanimous = _unanimous(group)
+    done.layers = sum(cpu_layers.replace(layer, unanimous) for layer in _parents(model))
     return done
 
 
 def _parents(model: nn.Module) -> list[nn.Module]:
     """Modules with children. A list of all modules would keep what is replaced, and its weights, alive."""
     return [module for module in model.modules() if next(module.children(), None) is not None]
+
+
+def _room(model: nn.Module) -> int:
+    """How many bytes of weights may be there twice for a moment: no more than packing the largest takes anyway.
+
+    Linears that are larger together are packed one after the other. Their products take so long that one less is no
+    gain: 64 MiB are read in milliseconds.
+    """
+    return max((parameter.nbytes for parameter in model.parameters()), default=0) + _SPARE_BYTES
 
 
 def head_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -76,34 +84,7 @@ def head_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]
 
 
 def _can_reorder(dtype: torch.dtype) -> bool:
-    return dtype in _TOLERANCE and products.available(dtype)
-
-
-# ------------------------------------------------------------------------------------------------------- the proof
-
-
-def _agree(mine: torch.Tensor, original: torch.Tensor) -> bool:
-    if mine.shape != original.shape or mine.dtype != original.dtype:
-        return False
-    difference = (mine.float() - original.float()).abs().max()
-    return bool(difference <= _TOLERANCE[original.dtype] * original.float().abs().max())
-
-
-def _agree_at_all_scales(mine: torch.Tensor, original: torch.Tensor) -> bool:
-    """``_agree`` for each part of what was made of ``_at_all_scales``."""
-    if mine.shape != original.shape:
-        return False
-    return all(_agree(a, b) for a, b in zip(mine.split(_ROWS, dim=1), original.split(_ROWS, dim=1), strict=True))
-
-
-def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1])).to(dtype)
-
-
-def _at_all_scales(width: int, dtype: torch.dtype) -> torch.Tensor:
-    """``[1, rows, width]``: ``_ROWS`` random rows of each scale."""
-    rows = _random(1, _ROWS, width, dtype=torch.float32)
-    return torch.cat([rows * scale for scale in _SCALES], dim=1).to(dtype)
+    return dtype in agreement.TOLERANCE and products.available(dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- products
@@ -155,6 +136,9 @@ def _reduce(group: TensorParallelGroup) -> products.Reduce | None:
         return None
     comm: Any = sys.modules["deepspeed.comm"]
     process_group = group.process_group
+    if group.collective == "shm" and getattr(comm.comm.cdb, "shm_vector_kernel_level", 0) >= _EVERY_TYPE:
+        # What the function below comes to here, without 5 us of Python a call; there are two calls in each layer.
+        return torch.ops.deepspeed.inference_all_reduce_.default
 
     def reduce(tensor: torch.Tensor) -> None:
         comm.inference_all_reduce(tensor, group=process_group)
@@ -162,18 +146,37 @@ def _reduce(group: TensorParallelGroup) -> products.Reduce | None:
     return reduce
 
 
+def _unanimous(group: TensorParallelGroup) -> Callable[[bool], bool]:
+    """Whether every rank of the group says yes; all of them ask at the same time."""
+    reduce = _reduce(group)
+
+    def ask(vote: bool) -> bool:  # noqa: FBT001 - a vote
+        if reduce is None:
+            return vote
+        votes = torch.full((1,), float(vote))
+        reduce(votes)
+        return votes.item() == group.size
+
+    return ask
+
+
 def _replace_children(parent: nn.Module, group: TensorParallelGroup) -> int:
-    """The Linears right below ``parent``."""
-    count = 0
-    for name, child in list(parent.named_children()):
-        linear = _linear(child)
-        if linear is not None:
-            x = _random(1, _ROWS, linear.weight.shape[1], dtype=linear.weight.dtype)
-            product = _product(linear, group)
-            if _agree(product(x), child(x)):
-                setattr(parent, name, product)
-                count += 1
-    return count
+    """The Linears right below ``parent``, one after the other: nothing here may keep those alive that are replaced."""
+    names = [name for name, _ in parent.named_children()]
+    return sum(_replace_child(parent, name, group) for name in names)
+
+
+def _replace_child(parent: nn.Module, name: str, group: TensorParallelGroup) -> bool:
+    child = getattr(parent, name)
+    linear = _linear(child)
+    if linear is None:
+        return False
+    x = agreement.random(1, agreement.ROWS, linear.weight.shape[1], dtype=linear.weight.dtype)
+    product = _product(linear, group)
+    if not agreement.agree(product(x), child(x)):
+        return False
+    setattr(parent, name, product)
+    return True
 
 
 def _columns(parent: nn.Module, names: Sequence[str]) -> list[_Linear] | None:
@@ -206,15 +209,19 @@ def _joined(parent: nn.Module, names: Sequence[str]) -> tuple[torch.Tensor, torc
     return whole, products.merged_bias(widths, biases, whole)
 
 
-def _replace_merged(parent: nn.Module, names: Sequence[str]) -> bool:
+def _bytes(linears: Sequence[_Linear]) -> int:
+    return sum(linear.weight.nbytes for linear in linears)
+
+
+def _replace_merged(parent: nn.Module, names: Sequence[str], room: int) -> bool:
     linears = _columns(parent, names)
-    if linears is None:
+    if linears is None or _bytes(linears) > room:
         return False
     shapes = [linear.weight.shape for linear in linears]
-    x = _random(1, _ROWS, shapes[0][1], dtype=linears[0].weight.dtype)
+    x = agreement.random(1, agreement.ROWS, shapes[0][1], dtype=linears[0].weight.dtype)
     del linears  # they would keep the weights that are let go of
     parts = products.parts(_merged(parent, names), [rows for rows, _ in shapes])
-    if not all(_agree(part(x), getattr(parent, name)(x)) for name, part in zip(names, parts, strict=True)):
+    if not all(agreement.agree(part(x), getattr(parent, name)(x)) for name, part in zip(names, parts, strict=True)):
         return False
     for name, part in zip(names, parts, strict=True):
         setattr(parent, name, part)
@@ -224,22 +231,7 @@ def _replace_merged(parent: nn.Module, names: Sequence[str]) -> bool:
 # ------------------------------------------------------------------------------------------------------------ MLPs
 
 
-class _FusedMLP(nn.Module):
-    """``down(act(gate(x)) * up(x))``, gate and up in one product; ``down`` is the family's own, or what replaces it."""
-
-    def __init__(self, gate_up: products.Product, down: nn.Module, act: Any, silu_mul: Forward | None) -> None:
-        super().__init__()
-        self.gate_up, self.down, self.act, self._silu_mul = gate_up, down, act, silu_mul
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        both = self.gate_up(x)
-        if self._silu_mul is not None:
-            return self.down(self._silu_mul(both))  # type: ignore[no-any-return]
-        gate, up = both.chunk(2, dim=-1)
-        return self.down(self.act(gate) * up)  # type: ignore[no-any-return]
-
-
-def _replace_mlp(module: nn.Module) -> bool:
+def _replace_mlp(module: nn.Module, room: int) -> bool:
     """Gated MLPs whose parts bear the names of Llama or of Phi-3."""
     children = {name for name, _ in module.named_children()}
     names = next((names for names in _MLPS if set(names) == children), None)
@@ -249,13 +241,15 @@ def _replace_mlp(module: nn.Module) -> bool:
     linears, down, act = _columns(module, inner), getattr(module, down_name), getattr(module, act_name)
     if linears is None or _linear(down) is None or len({len(linear.weight) for linear in linears}) > 1:
         return False
-    x = _at_all_scales(linears[0].weight.shape[1], linears[0].weight.dtype)
+    if len(linears) > 1 and _bytes(linears) > room:
+        return False
+    x = agreement.at_all_scales(linears[0].weight.shape[1], linears[0].weight.dtype)
     del linears  # they would keep the weights that are let go of
     library = kernels.load()
     is_silu = type(act).__name__ in {"SiLU", "SiLUActivation"}
     silu_mul = library.silu_mul if library is not None and is_silu else None
-    fused = _FusedMLP(_merged(module, inner), down, act, silu_mul)
-    if not _agree_at_all_scales(fused(x), module.forward(x)):  # without hooks: they stay
+    fused = cpu_layers.FusedMLP(_merged(module, inner), down, act, silu_mul)
+    if not agreement.agree_at_all_scales(fused(x), module.forward(x)):  # without hooks: they stay
         return False
     for name in (*inner, down_name):
         delattr(module, name)
@@ -274,32 +268,15 @@ def _replace_norm(module: nn.Module) -> bool:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if library is None or "RMSNorm" not in type(module).__name__ or weight is None or not isinstance(eps, float):
         return False
-    if weight.dim() != 1 or weight.is_meta or weight.dtype not in _TOLERANCE or not _takes_one(module.forward):
+    if weight.dim() != 1 or weight.is_meta or weight.dtype not in agreement.TOLERANCE or not _takes_one(module.forward):
         return False
-    x, original = _at_all_scales(len(weight), weight.dtype), module.forward
+    x, original = agreement.at_all_scales(len(weight), weight.dtype), module.forward
     expected = original(x)
     for offset, early in ((0.0, True), (1.0, False), (0.0, False), (1.0, True)):
-        if _agree_at_all_scales(library.rms_norm(x, weight, eps, offset, early=early), expected):
-            module.forward = _norm(library, weight, eps, offset, original, early=early)
+        if agreement.agree_at_all_scales(library.rms_norm(x, weight, eps, offset, early=early), expected):
+            module.forward = cpu_layers.FusedNorm(library, weight, eps, offset, original, early=early)
             return True
     return False
-
-
-def _norm(
-    library: kernels.Kernels,
-    weight: torch.Tensor,
-    eps: float,
-    offset: float,
-    original: Forward,
-    *,
-    early: bool,
-) -> Forward:
-    dtype = weight.dtype
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return library.rms_norm(x, weight, eps, offset, early=early) if x.dtype is dtype else original(x)
-
-    return forward
 
 
 def _takes_one(forward: Forward) -> bool:
@@ -324,7 +301,7 @@ class _Rotary:
                  **named: Any) -> Any:  # fmt: skip
         if more or named or not self.suits(q, k, cos, sin):
             return self.original(q, k, cos, sin, *more, **named)
-        return self._library.rotate(q, cos, sin), self._library.rotate(k, cos, sin)
+        return self._library.rotate(q, k, cos, sin)
 
     @staticmethod
     def suits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
@@ -338,7 +315,7 @@ class _Rotary:
             and sin.stride(1) == cos.stride(1)
             and q.stride(3) == k.stride(3) == cos.stride(2) == sin.stride(2) == 1
             and q.dtype == k.dtype == cos.dtype == sin.dtype
-            and q.dtype in _TOLERANCE
+            and q.dtype in agreement.TOLERANCE
             and q.device.type == "cpu"
             and not torch.is_grad_enabled()
         )
@@ -350,15 +327,20 @@ def _replace_rotary(modeling: Any) -> bool:
     if library is None or isinstance(original, _Rotary):
         return library is not None
     mine = _Rotary(library, original)
-    for dtype in _TOLERANCE:
-        q, k = _random(1, 4, _ROWS, 32, dtype=dtype), _random(1, 2, _ROWS, 32, dtype=dtype)
-        cos, sin = _random(2, 1, _ROWS, 32, dtype=dtype).unbind(0)
+    for dtype in agreement.TOLERANCE:
+        q, k = (
+            agreement.random(1, 4, agreement.ROWS, 32, dtype=dtype),
+            agreement.random(1, 2, agreement.ROWS, 32, dtype=dtype),
+        )
+        cos, sin = agreement.random(2, 1, agreement.ROWS, 32, dtype=dtype).unbind(0)
         assert mine.suits(q, k, cos, sin), "the original would be compared with itself"
         try:
             expected = original(q, k, cos, sin)
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False  # another function under this name
-        if len(expected) != 2 or not all(_agree(a, b) for a, b in zip(mine(q, k, cos, sin), expected, strict=True)):
+        if len(expected) != 2 or not all(
+            agreement.agree(a, b) for a, b in zip(mine(q, k, cos, sin), expected, strict=True)
+        ):
             return False
     modeling.apply_rotary_pos_emb = mine
     return True

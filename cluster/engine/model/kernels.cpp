@@ -5,6 +5,7 @@
 // stride in their last dimension; other strides are counted in elements.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -150,19 +151,8 @@ inline vec exponential(vec x) {
   return select(x == x, (vec)(~tiny & (ivec)y), x);
 }
 
-// Runs task(i) for i in 0..n-1 on torch's own OpenMP threads. A smaller team than the pool would end threads of it,
-// so it is all of them or none.
-template <typename Task>
-void spread(int64_t n, int64_t threads, bool worth, const Task& task) {
-  if (threads <= 1 || n <= 1 || !worth) {
-    for (int64_t i = 0; i < n; ++i) task(i);
-    return;
-  }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) task(i);
-}
-
-// Rows in runs, one run a thread.
+// Rows in runs, one run a thread. The threads are torch's own: a smaller team than theirs would end some of them, so it
+// is all of them or none.
 template <typename Task>
 void spread_rows(int64_t rows, int64_t width, int64_t threads, const Task& task) {
   if (threads <= 1 || rows <= 1 || rows * width < SMALL) {
@@ -223,6 +213,25 @@ void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const
   for (; j < n; j += W) tile_rows<1>(m, a, lda, shifted, c + j, ldc, k, add);
 }
 
+// ------------------------------------------------------------------------------------------------------- rotary
+
+// Halves (a, b) of a head become (a cos - b sin, b cos + a sin).
+template <typename T>
+inline void rotate_head(const T* from, const T* cosine, const T* sine, T* to, int64_t dim) {
+  const int64_t half = dim / 2;
+  int64_t i = 0;
+  for (; i + W <= half; i += W) {
+    const vec a = load(from + i), b = load(from + half + i);
+    store(to + i, a * load(cosine + i) - b * load(sine + i));
+    store(to + half + i, b * load(cosine + half + i) + a * load(sine + half + i));
+  }
+  for (; i < half; ++i) {
+    const float a = to_float(from[i]), b = to_float(from[half + i]);
+    put(to + i, a * to_float(cosine[i]) - b * to_float(sine[i]));
+    put(to + half + i, b * to_float(cosine[half + i]) + a * to_float(sine[half + i]));
+  }
+}
+
 // --------------------------------------------------------------------------------------------------- attention
 
 }  // namespace
@@ -238,7 +247,9 @@ struct Attention {
   const int64_t* kv_slots;          // [tokens]
   const float *sinks, *slopes;      // [heads] or null
   const float* bias;                // [heads, bias_width] or null: added by key position
+  const void *cosine, *sine;        // [tokens, key_dim] or null: query and key are rotated first
   int64_t query_token, query_head, key_token, key_head, value_token, value_head;  // strides
+  int64_t angle_token;  // of cosine and sine
   int64_t tokens, heads, kv_heads, key_dim, value_dim, block_size, table_width, num_sequences;
   int64_t window;  // 0: none
   int64_t bias_width;
@@ -266,52 +277,130 @@ struct Scratch {
 thread_local Scratch scratch;
 
 template <typename T>
-void write_token(const Attention& c, int64_t token) {
+inline const T* angle(const Attention& c, const void* angles, int64_t token) {
+  return (const T*)angles + token * c.angle_token;
+}
+
+template <typename T>
+void write_token(const Attention& c, int64_t token, int64_t first_head, int64_t heads) {
   const int64_t slot = c.kv_slots[token];
-  for (int64_t h = 0; h < c.kv_heads; ++h) {
-    std::memcpy((T*)c.key_pool + (slot * c.kv_heads + h) * c.key_dim,
-                (const T*)c.key + token * c.key_token + h * c.key_head, c.key_dim * sizeof(T));
+  for (int64_t h = first_head; h < first_head + heads; ++h) {
+    const T* key = (const T*)c.key + token * c.key_token + h * c.key_head;
+    T* to = (T*)c.key_pool + (slot * c.kv_heads + h) * c.key_dim;
+    if (c.cosine) rotate_head(key, angle<T>(c, c.cosine, token), angle<T>(c, c.sine, token), to, c.key_dim);
+    else std::memcpy(to, key, c.key_dim * sizeof(T));
     std::memcpy((T*)c.value_pool + (slot * c.kv_heads + h) * c.value_dim,
                 (const T*)c.value + token * c.value_token + h * c.value_head, c.value_dim * sizeof(T));
   }
 }
 
-// Whether few query rows look at this sequence's keys: then they are read where they lie.
-inline bool reads_in_place(const Attention& c, int64_t rows) {
-  return rows <= FEW_ROWS && c.key_dim % W == 0 && c.value_dim % W == 0;
-}
+// Some tokens of one sequence, and some KV heads with the query heads that look at them.
+struct Piece {
+  const int64_t* sequence;
+  int64_t from, to;  // tokens of the sequence's in this step
+  int64_t first_head, heads;
+  // No other piece reads its keys and values in this step (blocks are shared only after the step that filled them), so it
+  // stores them itself.
+  bool writes;
+};
 
-// Some tokens of one sequence, and some KV heads with the query heads that look at them: for each KV head these are
-// ``rows`` rows, row = token * group + head in the group.
+// Where keys and values lie that are done at a time: their rows of a piece's first head; the next head's follow.
+template <typename T>
+struct Rows {
+  int64_t base = 0, count = 0;  // positions
+  const T *key[KEYS], *value[KEYS];
+
+  void find(const Attention& c, const Piece& piece, int64_t from, int64_t stop) {
+    const int32_t* table = c.tables + piece.sequence[0] * c.table_width;
+    base = from;
+    count = std::min(KEYS, stop - from);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = base + i;
+      const int64_t slot = (int64_t)table[position / c.block_size] * c.block_size + position % c.block_size;
+      key[i] = (const T*)c.key_pool + (slot * c.kv_heads + piece.first_head) * c.key_dim;
+      value[i] = (const T*)c.value_pool + (slot * c.kv_heads + piece.first_head) * c.value_dim;
+    }
+    for (int64_t i = count; i % W != 0; ++i) key[i] = key[i - 1];  // so many are read; their scores are left out
+  }
+};
+
+// Asks for rows before their turn, in the order in which they lie: out of order memory gives half as much.
+template <typename T>
+class Ahead {
+ public:
+  Ahead(const T* const* rows, int64_t count, int64_t width, int64_t steps)
+      : row(rows), end(rows + count), width(width * sizeof(T)) {
+    const int64_t chunks = count * ((this->width + CHUNK - 1) / CHUNK);
+    each = (chunks + steps - 1) / steps;
+  }
+  // One of ``steps``.
+  void step() {
+    for (int64_t n = 0; n < each; ++n) {
+      if (at >= stop) {
+        if (row == end) return;
+        at = (const char*)*row++;
+        stop = at + width;
+      }
+      for (int64_t i = 0; i < CHUNK; i += LINE) __builtin_prefetch(at + i, 0, 2);  // the first cache is too small
+      at += CHUNK;
+    }
+  }
+
+ private:
+  static constexpr int64_t CHUNK = 4 * LINE;
+  const T* const *row, *const *end;
+  const char *at = nullptr, *stop = nullptr;
+  int64_t width, each;
+};
+
+// For each KV head of a piece there are ``rows`` query rows, row = token * group + head in the group.
 template <typename T>
 class Task {
  public:
-  Task(const Attention& call, const int64_t* sequence, int64_t from, int64_t to, int64_t first_head, int64_t heads)
-      : c(call), table(call.tables + sequence[0] * call.table_width), first_head(first_head), heads(heads),
-        group(call.heads / call.kv_heads), start(sequence[1] + from), first(sequence[3] + from),
-        rows((to - from) * group), width((call.value_dim + W - 1) / W * W), in_place(reads_in_place(call, rows)) {
+  Task(const Attention& call, const Piece& piece)
+      : c(call), piece(piece), heads(piece.heads), group(call.heads / call.kv_heads),
+        start(piece.sequence[1] + piece.from), first(piece.sequence[3] + piece.from),
+        rows((piece.to - piece.from) * group), width((call.value_dim + W - 1) / W * W), in_place(reads_in_place(c, piece)) {
     const int64_t packed = in_place ? 0 : KEYS;
-    const int64_t all = heads * rows, partial = in_place ? all * W * W : 0;
-    q = scratch.at_least(all * (c.key_dim + width + KEYS + 2) + partial + packed * (c.key_dim + width));
-    partials = q + all * c.key_dim;
-    keys = partials + partial;
+    const int64_t all = heads * rows;
+    q = scratch.at_least(all * (c.key_dim + width + KEYS + 2) + packed * (c.key_dim + width) + c.key_dim);
+    keys = q + all * c.key_dim;
     values = keys + packed * c.key_dim;
     scores = values + packed * width;
     o = scores + all * KEYS;
-    highest = o + heads * rows * width;
-    total = highest + heads * rows;
+    highest = o + all * width;
+    total = highest + all;
+    rotated = (T*)(total + all);
   }
 
-  void run() {
+  // Few query rows: keys and values are read where they lie. Otherwise they are packed, for one head at a time.
+  static bool reads_in_place(const Attention& c, const Piece& piece) {
+    const int64_t rows = (piece.to - piece.from) * (c.heads / c.kv_heads);
+    return rows <= FEW_ROWS && c.key_dim % W == 0 && c.value_dim % W == 0;
+  }
+
+  // The first rows that a piece will read.
+  static void find_first(const Attention& c, const Piece& piece, Rows<T>& found) {
+    const int64_t begin = piece.sequence[1] + piece.from, stop = piece.sequence[1] + piece.to;
+    found.find(c, piece, c.window ? std::max<int64_t>(0, begin - c.window + 1) : 0, stop);
+  }
+
+  // ``now`` are the piece's first rows; ``following(rows)`` finds those of the next piece, which end up in ``now``. It is
+  // called early enough to fetch them.
+  template <typename Following>
+  void run(Rows<T>*& now, Rows<T>*& next, const Following& following) {
+    if (piece.writes)
+      for (int64_t i = piece.from; i < piece.to; ++i) write_token<T>(c, piece.sequence[3] + i, piece.first_head, heads);
     for (int64_t h = 0; h < heads; ++h) begin(h);
-    const int64_t stop = start + rows / group;  // one past the last visible position
-    const int64_t from = c.window ? std::max<int64_t>(0, start - c.window + 1) : 0;
-    for (int64_t base = from; base < stop; base += KEYS) {
-      count = std::min(KEYS, stop - base);
-      find_rows(base);
+    const int64_t stop = piece.sequence[1] + piece.to;  // one past the last visible position
+    for (bool last = false; !last; std::swap(now, next)) {
+      at = now;
+      ahead = next;
+      last = at->base + at->count >= stop;
+      if (last) following(*ahead); else ahead->find(c, piece, at->base + at->count, stop);
       if (in_place) score_in_place(); else for (int64_t h = 0; h < heads; ++h) score_packed(h);
       for (int64_t h = 0; h < heads; ++h)
-        for (int64_t r = 0; r < rows; ++r) soften(h, r, base);
+        for (int64_t r = 0; r < rows; ++r) soften(h, r);
       if (in_place) add_in_place(); else for (int64_t h = 0; h < heads; ++h) add_packed(h);
     }
     for (int64_t h = 0; h < heads; ++h) finish(h);
@@ -319,19 +408,25 @@ class Task {
 
  private:
   const Attention& c;
-  const int32_t* table;
-  int64_t first_head, heads, group, start, first, rows, width, count = 0;
-  bool in_place;
-  float *q, *partials, *keys, *values, *scores, *o, *highest, *total;
-  const T* key_rows[KEYS];  // of the first head; the next one's follows
-  const T* value_rows[KEYS];
+  const Piece& piece;
+  const int64_t heads, group, start, first, rows, width;
+  const bool in_place;
+  float *q, *keys, *values, *scores, *o, *highest, *total;
+  T* rotated;  // a query head, as it would have been stored
+  const Rows<T>* at = nullptr;
+  Rows<T>* ahead = nullptr;
 
-  int64_t query_head(int64_t h, int64_t row) const { return (first_head + h) * group + row % group; }
+  int64_t query_head(int64_t h, int64_t row) const { return (piece.first_head + h) * group + row % group; }
 
   void begin(int64_t h) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = query_head(h, r), i = h * rows + r;
-      const T* from = (const T*)c.query + (first + r / group) * c.query_token + head * c.query_head;
+      const int64_t token = first + r / group;
+      const T* from = (const T*)c.query + token * c.query_token + head * c.query_head;
+      if (c.cosine) {
+        rotate_head(from, angle<T>(c, c.cosine, token), angle<T>(c, c.sine, token), rotated, c.key_dim);
+        from = rotated;
+      }
       for (int64_t d = 0; d < c.key_dim; ++d) q[i * c.key_dim + d] = to_float(from[d]) * c.scaling;
       highest[i] = c.sinks ? c.sinks[head] : -std::numeric_limits<float>::infinity();
       total[i] = c.sinks ? 1.f : 0.f;
@@ -339,72 +434,109 @@ class Task {
     std::memset(o + h * rows * width, 0, rows * width * sizeof(float));
   }
 
-  void find_rows(int64_t base) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t position = base + i;
-      const int64_t slot = (int64_t)table[position / c.block_size] * c.block_size + position % c.block_size;
-      key_rows[i] = (const T*)c.key_pool + (slot * c.kv_heads + first_head) * c.key_dim;
-      value_rows[i] = (const T*)c.value_pool + (slot * c.kv_heads + first_head) * c.value_dim;
-    }
-  }
-
-  // Memory is the limit here: keys and values are read in the very order in which they lie, all heads of a position
-  // before the next one. By head, which takes less arithmetic, it was half as fast.
+  // Memory is the limit when rows are few: while keys are worked on the values of the same positions are fetched, and
+  // meanwhile the keys of the next positions, or of the next piece.
   void score_in_place() {
-    for (int64_t base = 0; base < count; base += W) {
-      for (int64_t i = 0; i < W; ++i) {
-        const T* key = key_rows[std::min(base + i, count - 1)];  // soften leaves out what lies beyond
-        for (int64_t h = 0; h < heads; ++h, key += c.key_dim) {
-          int64_t r = h * rows;
-          const int64_t last = r + rows;
-          for (; r + 4 <= last; r += 4) dots<4>(r, key, i);
-          for (; r + 2 <= last; r += 2) dots<2>(r, key, i);
-          for (; r < last; ++r) dots<1>(r, key, i);
-        }
+    const int64_t groups = (at->count + W - 1) / W;
+    Ahead<T> values(at->value, at->count, heads * c.value_dim, groups * heads * rows * (c.key_dim / W));
+    for (int64_t i = 0; i < groups * W; i += W)
+      for (int64_t h = 0; h < heads; ++h) {
+        int64_t r = h * rows;
+        const int64_t last = r + rows;
+        for (; r + 4 <= last; r += 4) dots<4>(r, h, i, values);
+        for (; r + 2 <= last; r += 2) dots<2>(r, h, i, values);
+        for (; r < last; ++r) dots<1>(r, h, i, values);
       }
-      for (int64_t r = 0; r < heads * rows; ++r) {
-        vec v[W];
-        for (int i = 0; i < W; ++i) v[i] = load(partials + (r * W + i) * W);
-        store(scores + r * KEYS + base, sums(v));
-      }
-    }
   }
 
-  // The products of R rows with one key, not yet summed up.
+  // The products of R rows with W keys.
   template <int R>
-  void dots(int64_t r, const T* key, int64_t i) {
-    vec acc[R] = {};
-    for (int64_t d = 0; d < c.key_dim; d += W) {
-      const vec right = load(key + d);
+  void dots(int64_t r, int64_t h, int64_t first, Ahead<T>& ahead) {
+    constexpr int P = W / R;  // positions at a time: as many sums as a vector has lanes
+    for (int64_t i = first; i < first + W; i += P) {
+      vec acc[W] = {};
+      const T* key[P];
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) key[p] = at->key[i + p] + h * c.key_dim;
+      for (int64_t d = 0; d < c.key_dim; d += W) {
+        ahead.step();
+        vec left[R];
 #pragma GCC unroll 4
-      for (int j = 0; j < R; ++j) acc[j] += load(q + (r + j) * c.key_dim + d) * right;
+        for (int j = 0; j < R; ++j) left[j] = load(q + (r + j) * c.key_dim + d);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          const vec right = load(key[p] + d);
+#pragma GCC unroll 4
+          for (int j = 0; j < R; ++j) acc[j * P + p] += left[j] * right;
+        }
+      }
+      float summed[W];
+      store(summed, sums(acc));
+#pragma GCC unroll 4
+      for (int j = 0; j < R; ++j) std::memcpy(scores + (r + j) * KEYS + i, summed + j * P, P * sizeof(float));
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < R; ++j) store(partials + ((r + j) * W + i) * W, acc[j]);
   }
 
-  void add_in_place() {  // two positions at a time, so that sums are read and written half as often
-    for (int64_t i = 0; i < count; i += 2) {
-      const bool pair = i + 1 < count;
-      const T *one = value_rows[i], *two = value_rows[pair ? i + 1 : i];
-      for (int64_t h = 0; h < heads; ++h, one += c.value_dim, two += c.value_dim)
-        for (int64_t r = h * rows; r < (h + 1) * rows; ++r) {
-          const vec first_weight = splat(scores[r * KEYS + i]), second = splat(pair ? scores[r * KEYS + i + 1] : 0.f);
-          float* to = o + r * width;
-          for (int64_t d = 0; d < c.value_dim; d += W)
-            store(to + d, load(to + d) + first_weight * load(one + d) + second * load(two + d));
-        }
+  void add_in_place() {
+    constexpr int N = COLUMNS;
+    Ahead<T> keys(ahead->key, ahead->count, heads * c.key_dim, at->count * heads);
+    for (int64_t from = 0; from < at->count; from += W) {
+      const int64_t to = std::min(at->count, from + W);
+      for (int64_t h = 0; h < heads; ++h) {
+        int64_t d = 0;
+        for (; d + N * W <= c.value_dim; d += N * W) add_rows<N>(h, d, from, to, keys);
+        for (; d < c.value_dim; d += W) add_rows<1>(h, d, from, to, keys);
+      }
     }
+  }
+
+  template <int N>
+  void add_rows(int64_t h, int64_t d, int64_t from, int64_t to, Ahead<T>& keys) {
+    int64_t r = h * rows;
+    const int64_t last = r + rows;
+    for (; r + 4 <= last; r += 4) add<4, N>(r, h, d, from, to, keys);
+    for (; r + 2 <= last; r += 2) add<2, N>(r, h, d, from, to, keys);
+    for (; r < last; ++r) add<1, N>(r, h, d, from, to, keys);
+  }
+
+  // Values by their weights, for R rows and N vectors of each.
+  template <int R, int N>
+  void add(int64_t r, int64_t h, int64_t d, int64_t first, int64_t stop, Ahead<T>& ahead) {
+    vec acc[R][N];
+    float* to = o + r * width + d;
+    const float* weights = scores + r * KEYS;
+#pragma GCC unroll 4
+    for (int j = 0; j < R; ++j)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[j][n] = load(to + j * width + n * W);
+    for (int64_t i = first; i < stop; ++i) {
+      const T* from = at->value[i] + h * c.value_dim + d;
+      ahead.step();
+      vec value[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) value[n] = load(from + n * W);
+#pragma GCC unroll 4
+      for (int j = 0; j < R; ++j) {
+        const vec weight = splat(weights[j * KEYS + i]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[j][n] += weight * value[n];
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < R; ++j)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) store(to + j * width + n * W, acc[j][n]);
   }
 
   void add_packed(int64_t h) {
     const auto row = [&](int64_t k) { return (const float*)values + k * width; };
-    product(rows, width, count, scores + h * rows * KEYS, KEYS, row, o + h * rows * width, width, true);
+    product(rows, width, at->count, scores + h * rows * KEYS, KEYS, row, o + h * rows * width, width, true);
   }
 
   void score_packed(int64_t h) {
+    const int64_t count = at->count;
     for (int64_t i = 0; i < count; ++i) {
-      const T *key = key_rows[i] + h * c.key_dim, *from = value_rows[i] + h * c.value_dim;
+      const T *key = at->key[i] + h * c.key_dim, *from = at->value[i] + h * c.value_dim;
       for (int64_t d = 0; d < c.key_dim; ++d) keys[d * KEYS + i] = to_float(key[d]);
       float* value = values + i * width;
       for (int64_t d = 0; d < c.value_dim; ++d) value[d] = to_float(from[d]);
@@ -417,11 +549,11 @@ class Task {
   }
 
   // Scores of a row become weights; what was summed before is scaled to the new maximum.
-  void soften(int64_t h, int64_t r, int64_t base) {
+  void soften(int64_t h, int64_t r) {
     float* s = scores + (h * rows + r) * KEYS;
     float &top = highest[h * rows + r], &sum_of = total[h * rows + r];
-    const int64_t own = start + r / group - base;  // the row's own position, seen from base
-    const int64_t to = std::min(count, own + 1), from = c.window ? std::max<int64_t>(0, own - c.window + 1) : 0;
+    const int64_t own = start + r / group - at->base;  // the row's own position, seen from the first one
+    const int64_t to = std::min(at->count, own + 1), from = c.window ? std::max<int64_t>(0, own - c.window + 1) : 0;
     if (to <= from) {
       std::memset(s, 0, KEYS * sizeof(float));
       return;
@@ -433,7 +565,7 @@ class Task {
       for (int64_t i = from; i < to; ++i) s[i] += slope * float(i - own);
     }
     if (c.bias) {
-      const float* bias = c.bias + query_head(h, r) * c.bias_width + base;
+      const float* bias = c.bias + query_head(h, r) * c.bias_width + at->base;
       for (int64_t i = from; i < to; ++i) s[i] += bias[i];
     }
     constexpr int N = KEYS / W;
@@ -454,7 +586,7 @@ class Task {
       store(s + n * W, part[n]);
     }
     if (now != before) {
-      const float keep = std::exp(before - now);
+      const float keep = exponential(splat(before - now))[0];
       float* row = o + (h * rows + r) * width;
       for (int64_t d = 0; d < width; d += W) store(row + d, load(row + d) * keep);
       sum_of *= keep;
@@ -473,44 +605,131 @@ class Task {
   }
 };
 
+// Tokens of one sequence that make a part, by the rows that all of them are. Packing keys costs as much as reading them
+// in place for four times as many rows as that is done for.
+inline int64_t tokens_of_part(const Attention& c, int64_t rows) {
+  const int64_t group = c.heads / c.kv_heads;
+  const bool few = rows > FEW_ROWS && rows <= 4 * FEW_ROWS && c.key_dim % W == 0 && c.value_dim % W == 0;
+  return std::max<int64_t>(1, (few && group <= FEW_ROWS ? FEW_ROWS : TILE_ROWS) / group);
+}
+
 template <typename T>
 void attention(const Attention& c) {
-  spread_rows(c.tokens, c.kv_heads * (c.key_dim + c.value_dim), c.threads, [&](int64_t t) { write_token<T>(c, t); });
-  const int64_t step = std::max<int64_t>(1, TILE_ROWS / (c.heads / c.kv_heads));
+  const int64_t group = c.heads / c.kv_heads;
   struct Part {
     const int64_t* sequence;
-    int64_t from;
+    int64_t from, to, work;
   };
   std::vector<Part> parts;
-  int64_t seen = 0;
+  int64_t all = 0, seen = 0;
   for (int64_t i = 0; i < c.num_sequences; ++i) {
     const int64_t* sequence = c.sequences + 4 * i;
+    const int64_t tokens = sequence[2], step = tokens_of_part(c, tokens * group);
     // The last tokens see the most: they come first, so that no thread is left with them.
-    for (int64_t from = (sequence[2] - 1) / step * step; from >= 0; from -= step) parts.push_back({sequence, from});
-    seen += sequence[2] * (sequence[1] + sequence[2]);
+    for (int64_t from = (tokens - 1) / step * step; from >= 0; from -= step) {
+      const int64_t to = std::min(tokens, from + step), work = (to - from) * (sequence[1] + to);
+      parts.push_back({sequence, from, to, work});
+      all += work;
+    }
+    seen += tokens * (sequence[1] + tokens);
+    if (tokens > step)  // several parts see these tokens
+      spread_rows(tokens, c.kv_heads * (c.key_dim + c.value_dim), c.threads,
+                  [&](int64_t t) { write_token<T>(c, sequence[3] + t, 0, c.kv_heads); });
   }
-  // As many heads to a task as leave every thread something to do.
-  const int64_t split = std::min<int64_t>(c.kv_heads, (c.threads + parts.size() - 1) / parts.size());
-  const int64_t heads = (c.kv_heads + split - 1) / split;
-  spread((int64_t)parts.size() * split, c.threads, seen * c.heads * c.key_dim > SMALL, [&](int64_t i) {
-    const Part& part = parts[i / split];
-    const int64_t to = std::min(part.sequence[2], part.from + step);
-    const int64_t at_once = reads_in_place(c, (to - part.from) * (c.heads / c.kv_heads)) ? heads : 1;
-    const int64_t last = std::min(c.kv_heads, (i % split + 1) * heads);
-    for (int64_t head = i % split * heads; head < last; head += at_once)
-      Task<T>(c, part.sequence, part.from, to, head, std::min(at_once, last - head)).run();
-  });
+  // Nor with a chunk of a long prompt beside decodes.
+  std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.work > b.work; });
+  std::vector<Piece> pieces;
+  for (const Part& part : parts) {
+    // A part that is more than a thread's share of everything is split by heads; one at a time where keys are packed.
+    const int64_t split = std::min<int64_t>(c.kv_heads, (c.threads * part.work + all - 1) / all);
+    const int64_t share = (c.kv_heads + split - 1) / split;
+    for (int64_t head = 0; head < c.kv_heads;) {
+      Piece piece{part.sequence, part.from, part.to, head, std::min(share, c.kv_heads - head),
+                  part.to - part.from == part.sequence[2]};
+      if (!Task<T>::reads_in_place(c, piece)) piece.heads = 1;
+      pieces.push_back(piece);
+      head += piece.heads;
+    }
+  }
+  std::atomic<size_t> taken{0};
+  const auto work = [&] {
+    Rows<T> rows[2], *now = rows, *ahead = rows + 1;
+    size_t mine = taken++;
+    if (mine < pieces.size()) Task<T>::find_first(c, pieces[mine], *now);
+    while (mine < pieces.size()) {
+      size_t next = pieces.size();
+      Task<T>(c, pieces[mine]).run(now, ahead, [&](Rows<T>& found) {
+        next = taken++;
+        found.count = 0;
+        if (next < pieces.size()) Task<T>::find_first(c, pieces[next], found);
+      });
+      mine = next;
+    }
+  };
+  if (c.threads <= 1 || pieces.size() <= 1 || seen * c.heads * c.key_dim <= SMALL) {
+    work();
+    return;
+  }
+#pragma omp parallel num_threads(c.threads)
+  work();
+}
+
+// ---------------------------------------------------------------------------------------------- packed products
+
+constexpr int64_t PANEL = 64;   // columns side by side in a packed weight
+constexpr int64_t AHEAD = 32;   // rows of a panel that are asked for before their turn: 8 KiB
+constexpr int64_t DEPTH = 512;  // inputs whose products are summed up on their own, so that long sums stay exact
+
+// x [rows, k] times a weight in panels [ceil(n / PANEL)][packed_k][PANEL], which is how oneDNN packs float32 for
+// AVX-512. For few rows: reading the weight is all there is to it, and a panel stays in the cache for the other rows.
+void packed_product(const float* x, int64_t stride, const float* weight, int64_t packed_k, const float* bias, float* out,
+                    int64_t rows, int64_t n, int64_t k, int64_t threads) {
+  const auto task = [=](int64_t p) {
+    const int64_t width = std::min(PANEL, n - p * PANEL);
+    float whole[ROWS * PANEL], part[ROWS * PANEL];
+    for (int64_t r = 0; r < rows; r += ROWS) {
+      const int64_t m = std::min<int64_t>(ROWS, rows - r);
+      for (int64_t first = 0; first < k; first += DEPTH) {
+        const float *from = x + r * stride + first, *panel = weight + (p * packed_k + first) * PANEL;
+        const auto near = [panel](int64_t i) { return panel + i * PANEL; };
+        const auto streamed = [panel](int64_t i) {
+          const float* row = panel + i * PANEL;
+          for (int64_t j = 0; j < PANEL; j += LINE / 4) __builtin_prefetch(row + AHEAD * PANEL + j);
+          return row;
+        };
+        const int64_t depth = std::min(DEPTH, k - first);
+        float* to = first ? part : whole;
+        if (r == 0) product(m, PANEL, depth, from, stride, streamed, to, PANEL, false);
+        else product(m, PANEL, depth, from, stride, near, to, PANEL, false);
+        if (first)
+          for (int64_t i = 0; i < m * PANEL; ++i) whole[i] += part[i];
+      }
+      for (int64_t i = 0; i < m; ++i) {
+        float* to = out + (r + i) * n + p * PANEL;
+        for (int64_t j = 0; j < width; ++j) to[j] = whole[i * PANEL + j] + (bias ? bias[p * PANEL + j] : 0.f);
+      }
+    }
+  };
+  const int64_t panels = (n + PANEL - 1) / PANEL;
+  if (threads <= 1 || n * k < SMALL) {
+    for (int64_t p = 0; p < panels; ++p) task(p);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t p = 0; p < panels; ++p) task(p);
 }
 
 // ----------------------------------------------------------------------------------------- norms and activations
 
 // weight * (x / rms): ``offset`` is added to the weight (Gemma: 1); ``early``: x / rms is rounded to T first (Llama).
 template <typename T>
-void rms_norm(const T* x, int64_t stride, const T* weight, T* out, int64_t rows, int64_t n, float eps, float offset,
-              bool early, int64_t threads) {
-  spread_rows(rows, n, threads, [=](int64_t r) {
-    const T* from = x + r * stride;
-    T* to = out + r * n;
+struct Norm {
+  const T* weight;
+  int64_t n;
+  float eps, offset;
+  bool early;
+
+  void row(const T* from, T* to) const {
     vec acc[2] = {};
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
@@ -535,6 +754,26 @@ void rms_norm(const T* x, int64_t stride, const T* weight, T* out, int64_t rows,
       const float normal = early ? to_float(rounded[0]) : to_float(from[i]) * scale;
       put(to + i, normal * (to_float(weight[i]) + offset));
     }
+  }
+};
+
+template <typename T>
+void rms_norm(const T* x, int64_t stride, T* out, int64_t rows, const Norm<T>& norm, int64_t threads) {
+  spread_rows(rows, norm.n, threads, [&](int64_t r) { norm.row(x + r * stride, out + r * norm.n); });
+}
+
+// x + y, rounded to T, and its norm.
+template <typename T>
+void add_rms_norm(const T* x, int64_t x_stride, const T* y, int64_t y_stride, T* total, T* out, int64_t rows,
+                  const Norm<T>& norm, int64_t threads) {
+  const int64_t n = norm.n;
+  spread_rows(rows, 2 * n, threads, [=, &norm](int64_t r) {
+    const T *a = x + r * x_stride, *b = y + r * y_stride;
+    T* to = total + r * n;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(to + i, load(a + i) + load(b + i));
+    for (; i < n; ++i) put(to + i, to_float(a[i]) + to_float(b[i]));
+    norm.row(to, out + r * n);
   });
 }
 
@@ -557,28 +796,23 @@ void silu_mul(const T* gate, const T* up, T* out, int64_t stride, int64_t rows, 
   });
 }
 
-// Halves (a, b) become (a cos - b sin, b cos + a sin); out [tokens, heads, dim] is contiguous.
 template <typename T>
-void rotate(const T* x, int64_t x_token, int64_t x_head, const T* cosine, const T* sine, int64_t angle_token, T* out,
-            int64_t tokens, int64_t heads, int64_t dim, int64_t threads) {
-  spread_rows(tokens, heads * dim, threads, [=](int64_t t) {
-    const T *cs = cosine + t * angle_token, *sn = sine + t * angle_token;
-    const int64_t half = dim / 2;
-    for (int64_t h = 0; h < heads; ++h) {
-      const T* from = x + t * x_token + h * x_head;
-      T* to = out + (t * heads + h) * dim;
-      int64_t i = 0;
-      for (; i + W <= half; i += W) {
-        const vec a = load(from + i), b = load(from + half + i);
-        store(to + i, a * load(cs + i) - b * load(sn + i));
-        store(to + half + i, b * load(cs + half + i) + a * load(sn + half + i));
-      }
-      for (; i < half; ++i) {
-        const float a = to_float(from[i]), b = to_float(from[half + i]);
-        put(to + i, a * to_float(cs[i]) - b * to_float(sn[i]));
-        put(to + half + i, b * to_float(cs[half + i]) + a * to_float(sn[half + i]));
-      }
-    }
+struct Heads {
+  const T* from;
+  int64_t token, head;  // strides
+  T* to;                // [tokens, count, dim], contiguous
+  int64_t count;
+};
+
+// Heads of queries and of keys in one go.
+template <typename T>
+void rotate(Heads<T> q, Heads<T> k, const T* cosine, const T* sine, int64_t angle_token, int64_t tokens, int64_t dim,
+            int64_t threads) {
+  spread_rows(tokens, (q.count + k.count) * dim, threads, [=](int64_t t) {
+    for (const Heads<T>& x : {q, k})
+      for (int64_t h = 0; h < x.count; ++h)
+        rotate_head(x.from + t * x.token + h * x.head, cosine + t * angle_token, sine + t * angle_token,
+                    x.to + (t * x.count + h) * dim, dim);
   });
 }
 
@@ -586,16 +820,28 @@ void rotate(const T* x, int64_t x_token, int64_t x_head, const T* cosine, const 
 
 extern "C" {
 
-int llm_cluster_kernels_version() { return 2; }
+int llm_cluster_kernels_version() { return 3; }
 
 void attention_f32(const Attention* c) { attention<float>(*c); }
 void attention_bf16(const Attention* c) { attention<bf16>(*c); }
 
+void packed_product_f32(const float* x, int64_t stride, const float* weight, int64_t packed_k, const float* bias,
+                        float* out, int64_t rows, int64_t n, int64_t k, int64_t threads) {
+  packed_product(x, stride, weight, packed_k, bias, out, rows, n, k, threads);
+}
+
 #define NORM(T) \
   (const T* x, int64_t stride, const T* weight, T* out, int64_t rows, int64_t n, float eps, float offset, int64_t early, \
-   int64_t threads) { rms_norm<T>(x, stride, weight, out, rows, n, eps, offset, early != 0, threads); }
+   int64_t threads) { rms_norm<T>(x, stride, out, rows, {weight, n, eps, offset, early != 0}, threads); }
 void rms_norm_f32 NORM(float)
 void rms_norm_bf16 NORM(bf16)
+
+#define ADD_NORM(T) \
+  (const T* x, int64_t x_stride, const T* y, int64_t y_stride, const T* weight, T* total, T* out, int64_t rows, int64_t n, \
+   float eps, float offset, int64_t early, int64_t threads) { \
+    add_rms_norm<T>(x, x_stride, y, y_stride, total, out, rows, {weight, n, eps, offset, early != 0}, threads); }
+void add_rms_norm_f32 ADD_NORM(float)
+void add_rms_norm_bf16 ADD_NORM(bf16)
 
 #define SILU(T) \
   (const T* gate, const T* up, T* out, int64_t stride, int64_t rows, int64_t n, int64_t threads) { \
@@ -604,9 +850,11 @@ void silu_mul_f32 SILU(float)
 void silu_mul_bf16 SILU(bf16)
 
 #define ROTATE(T) \
-  (const T* x, int64_t x_token, int64_t x_head, const T* cosine, const T* sine, int64_t angle_token, T* out, \
-   int64_t tokens, int64_t heads, int64_t dim, int64_t threads) { \
-    rotate<T>(x, x_token, x_head, cosine, sine, angle_token, out, tokens, heads, dim, threads); }
+  (const T* q, int64_t q_token, int64_t q_head, T* q_out, int64_t heads, const T* k, int64_t k_token, int64_t k_head, \
+   T* k_out, int64_t kv_heads, const T* cosine, const T* sine, int64_t angle_token, int64_t tokens, int64_t dim, \
+   int64_t threads) { \
+    rotate<T>({q, q_token, q_head, q_out, heads}, {k, k_token, k_head, k_out, kv_heads}, cosine, sine, angle_token, \
+              tokens, dim, threads); }
 void rotate_f32 ROTATE(float)
 void rotate_bf16 ROTATE(bf16)
 }

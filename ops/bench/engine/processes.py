@@ -31,19 +31,22 @@ class Contender:
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 [python, DRIVERS / f"{driver}.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env={**os.environ, **environment, MARK: self._mark}, text=True, bufsize=1,
+                env={**os.environ, **environment, MARK: self._mark},
             )  # fmt: skip
+        self._heard = b""
         self._say(config)
         ready = self._hear(READY_DEADLINE_S)["ready"]
         self.versions: dict[str, str] = ready["versions"]
         # From the command to the first token; a driver that starts a server says when it did.
         self.start_up_s: float = ready["first_token_s"] - (ready["spawned_s"] or self.spawned_s)
 
-    def run(self, prompts: list[list[int]], concurrency: int, new_tokens: int) -> dict:
-        """The driver's answer, with ``cpu_s``: what all its processes spent meanwhile."""
+    def run(
+        self, prompts: list[list[int]], concurrency: int, new_tokens: int, deadline_s: float = RUN_DEADLINE_S
+    ) -> dict:  # fmt: skip
+        """The driver's answer, with ``cpu_s``: what all its processes spent meanwhile. One that is late is killed."""
         before = self._cpu_s()
         self._say({"run": {"prompts": prompts, "concurrency": concurrency, "new_tokens": new_tokens}})
-        answer = self._hear(RUN_DEADLINE_S)
+        answer = self._hear(deadline_s)
         return answer | {"cpu_s": self._cpu_s() - before}
 
     def pause(self) -> None:
@@ -63,16 +66,29 @@ class Contender:
 
     def _say(self, message: dict) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # it has crashed, which the next answer tells
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
 
     def _hear(self, deadline_s: float) -> dict:
-        assert self._process.stdout is not None
-        readable, _, _ = select.select([self._process.stdout], [], [], deadline_s)
-        line = self._process.stdout.readline() if readable else ""
-        if not line:
+        line = self._line(time.monotonic() + deadline_s)
+        if line is None:
             self._kill()
             raise ContenderError(f"no answer within {deadline_s:.0f} s or a crash; see {self._log}")
         return json.loads(line)
+
+    def _line(self, until_s: float) -> bytes | None:
+        """The next one; None where it, or a part of it, has not come by then, or never will."""
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        while b"\n" not in self._heard:
+            readable, _, _ = select.select([pipe], [], [], max(0.0, until_s - time.monotonic()))
+            part = os.read(pipe, 2**16) if readable else b""
+            if not part:
+                return None
+            self._heard += part
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line
 
     def _kill(self) -> None:
         until_s = time.monotonic() + END_DEADLINE_S

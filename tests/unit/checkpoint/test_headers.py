@@ -98,3 +98,10 @@ def test_no_truncated_file_is_accepted(
     file.write_bytes(whole[: max(0, len(whole) - cut)])
     with pytest.raises(CheckpointError):
         read_header(file)
+
+
+def test_a_pointer_of_git_lfs_is_called_by_its_name(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is a Git LFS pointer, .*git lfs pull"):
+        read_header(file)

@@ -72,6 +72,8 @@ def test_nothing_asked_changes_nothing() -> None:
         (PHI3, "linear:2", "with longrope only"),
         ({"model_type": "llama"}, "yarn:2", "names no max_position_embeddings"),
         (LLAMA | {"model_type": "mpt"}, "linear:2", "mpt has no rotary positions"),
+        (LLAMA | {"model_type": "openelm"}, "linear:2", "openelm's rotary positions are fixed"),
+        (LLAMA | {"model_type": "phi3small"}, "yarn:2", "phi3small's rotary positions are fixed"),
         (LLAMA | {"model_type": "falcon", "alibi": True}, "linear:2", "falcon has no rotary positions"),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}},
          "linear:2", "layers have their own"),

@@ -22,6 +22,7 @@ def test_a_report_keeps_every_field():
         phase=control_pb2.RANK_PHASE_WARMING_UP, step=5, step_age_s=0.5, compute_s=0.25, bytes_loaded=6, bytes_total=7,
         ports={"metrics": 8}, failure="f", log_file="l", peak_host_bytes=9, checkpoint_digest="d", block_size=16,
         waits_for_peer=True,
+        needs_change=True,
         activity=control_pb2.Activity(running_sequences=1, waiting_sequences=2, kv_blocks_used=3, kv_blocks_total=4),
     )  # fmt: skip
     report = report_from_message(message)
@@ -30,7 +31,8 @@ def test_a_report_keeps_every_field():
     assert report.ports == {"metrics": 8}
     assert report.activity.kv_blocks_total == 4
     scalars = ("pid", "host", "device", "step", "step_age_s", "compute_s", "bytes_loaded", "bytes_total", "failure",
-               "log_file", "peak_host_bytes", "checkpoint_digest", "block_size", "waits_for_peer")  # fmt: skip
+               "log_file", "peak_host_bytes", "checkpoint_digest", "block_size", "waits_for_peer",
+               "needs_change")  # fmt: skip
     assert all(getattr(report, name) == getattr(message, name) for name in scalars)
 
 

@@ -161,6 +161,22 @@ def test_backoff_starts_over_once_a_replica_was_stable():
     assert after_failure(many, 60.0, SETTINGS, 100.0) == SlotHistory(9, 1, 100.5)
 
 
+def test_what_would_fail_again_waits_longest():
+    once = after_failure(SlotHistory(1), None, SETTINGS, 100.0, needs_change=True)
+    assert once == SlotHistory(1, 1, 100.0 + SETTINGS.restart_backoff_max_s)
+    made = fleet()
+    made.start(incarnation(), model().fingerprint, 2, "wanted", 0.0)
+    made.advance(incarnation(), ReplicaEvent.PLACED, "placed", 0.0)
+    damaged = {"failure": "CheckpointError: a.safetensors is damaged", "needs_change": True}
+    made.report(report(incarnation(), 1, RankPhase.FAILED, **damaged), (0, 1), 0.5)
+    (failed,) = act((model(),), made, 1.0)
+    assert "a.safetensors is damaged" in failed.reason
+    made.advance(incarnation(), failed.event, failed.reason, 1.0)
+    made.removed(incarnation(), 1.5, gone=True)
+    assert act((model(),), made, SETTINGS.restart_backoff_max_s + 0.9) == ()
+    assert [type(a) for a in act((model(),), made, SETTINGS.restart_backoff_max_s + 1.1)] == [Start]
+
+
 def test_a_draining_node_drains_what_is_ready_on_it_within_what_is_left():
     made = ready_fleet(2)
     made.report(report(incarnation(1), 0, node_id="n1"), "s", 2.0)

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from cluster.checkpoint.layout import read_checkpoint
-from cluster.engine.host_memory import AnonymousPeak
+from cluster.engine.host_memory import AnonymousPeak, prefer_huge_pages
 from cluster.engine.model import weights
 from cluster.engine.model.shards import Shard
 
 
 def main(folder, rank, ranks, dtype):
+    prefer_huge_pages()  # as a rank does: the bound holds with them
     checkpoint = read_checkpoint(Path(folder))
     reads = []
     torch.ones(8, 8) @ torch.ones(8, 8)  # what the first product takes is no matter of loading

@@ -35,6 +35,7 @@ SHAPES = {
     "value-width": Shape(4, 2, 12, 20),
     "vectors": Shape(4, 2, 64, 32, block_size=16, lengths=(1, 40, 130, 200)),
     "odd": Shape(3, 1, 80, 33, block_size=8, lengths=(3, 70, 150)),
+    "wide": Shape(10, 2, 32, 96, block_size=16, lengths=(1, 40, 130, 200)),
 }
 FEATURES = {
     "plain": {},
@@ -130,6 +131,24 @@ def features_of(name, shape, seed):
     return Features(scaling=shape.key_dim**-0.5, **found)
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """torch's kernel where its tensors lie elsewhere than in the CPU's memory."""
+
+    device: torch.device
+
+    def __call__(self, *args, **kwargs):
+        return torch_attention.attend(*args, **kwargs)
+
+
+def device_of(kernel):
+    return kernel.device if isinstance(kernel, OnDevice) else CPU
+
+
+def moved(value, device):
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
 def run(kernel, shape, features, seed, dtype, layer_width=None):
     """What the kernel gives and what it should, sequence by sequence."""
     rng = random.Random(seed)
@@ -138,13 +157,14 @@ def run(kernel, shape, features, seed, dtype, layer_width=None):
         lengths[lengths.index(max(lengths))] = min(shape.lengths)
     sequences = Sequences(shape, lengths, seed, dtype)
     kv = LayerKV(shape.kv_heads, shape.key_dim, shape.value_dim)
-    cache = PagedKVCache({3: LayerKV(1, 4, 4), 5: kv}, BLOCKS, shape.block_size, dtype, CPU)
-    tables = BlockTables(len(lengths) + 2, 60, CPU)
+    device = device_of(kernel)
+    cache = PagedKVCache({3: LayerKV(1, 4, 4), 5: kv}, BLOCKS, shape.block_size, dtype, device)
+    tables = BlockTables(len(lengths) + 2, 60, device)
     bound = attention.Bound(cache, cache.pools[5], kernel)
     module = SimpleNamespace(paged=bound, layer_idx=5)
     for name in ("alibi_slopes", "alibi_table", "block_sparse"):
         if getattr(features, name) is not None:
-            setattr(module, name, getattr(features, name))
+            setattr(module, name, moved(getattr(features, name), device))
     got = [[] for _ in lengths]
     while any(done < n for done, n in zip(sequences.done, lengths, strict=True)):
         todo = [i for i, n in enumerate(lengths) if sequences.done[i] < n]
@@ -152,13 +172,14 @@ def run(kernel, shape, features, seed, dtype, layer_width=None):
         entries = [sequences.entry(i, rng.choice([1, rng.randint(1, lengths[i] - sequences.done[i])])) for i in chosen]
         tables.apply(entries)
         cache.layout = layout_step(entries, tables, shape.block_size)
-        q, k, v = (sequences.packed(t, entries) for t in (sequences.q, sequences.k, sequences.v))
+        q, k, v = (sequences.packed(t, entries).to(device) for t in (sequences.q, sequences.k, sequences.v))
         out, weights = attention.paged_attention(
             module, q, k, v, None, scaling=features.scaling, sliding_window=features.window,
-            softcap=features.softcap, s_aux=features.sinks,
+            softcap=features.softcap, s_aux=moved(features.sinks, device),
         )  # fmt: skip
         assert weights is None
-        first = 0
+        assert out.device.type == device.type
+        out, first = out.cpu(), 0
         for entry in entries:
             got[entry.key.sequence_id].append(out[0, first : first + len(entry.token_ids)])
             first += len(entry.token_ids)
@@ -173,10 +194,14 @@ def built():
     return {path.stem: path for path in paths if path.is_file()}
 
 
-@pytest.fixture(params=["torch", *(built() or ["none"])])
+@pytest.fixture(params=["torch", "torch on cuda", *(built() or ["none"])])
 def kernel(request, monkeypatch):
     if request.param == "torch":
         return torch_attention.attend
+    if request.param == "torch on cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU here")
+        return OnDevice(torch.device("cuda"))
     if request.param == "none":
         pytest.skip("the CPU kernels are not compiled here")
     library = kernels.Kernels(built()[request.param])
@@ -196,7 +221,20 @@ def test_any_schedule_equals_plain_causal_attention(kernel, shape, features, mon
             torch.testing.assert_close(mine.double(), right, atol=2e-6, rtol=2e-6)
 
 
-@pytest.mark.parametrize("shape", ["gqa", "vectors", "odd"])
+@pytest.mark.parametrize("shape", ["vectors", "wide"])
+def test_several_threads(kernel, shape):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for seed in range(3, 6):
+            got, expected = run(kernel, SHAPES[shape], features_of("plain", SHAPES[shape], seed), seed, torch.float32)
+            for mine, right in zip(got, expected, strict=True):
+                torch.testing.assert_close(mine.double(), right, atol=2e-6, rtol=2e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "vectors", "odd", "wide"])
 def test_bfloat16(kernel, shape):
     got, expected = run(kernel, SHAPES[shape], features_of("window-100", SHAPES[shape], 0), 0, torch.bfloat16)
     for mine, right in zip(got, expected, strict=True):
@@ -216,13 +254,13 @@ def test_large_scores_neither_overflow_nor_vanish(kernel):
 @pytest.mark.parametrize("damaged", ["query", "key", "value"])
 def test_what_is_not_a_number_does_not_vanish(kernel, shape, bits, damaged):
     """The warm-up tells damaged weights by logits that are not finite."""
-    shape = SHAPES[shape]
+    shape, device = SHAPES[shape], device_of(kernel)
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     kv = LayerKV(shape.kv_heads, shape.key_dim, shape.value_dim)
     for count in (1, 70):  # rows that are few, and many
         blocks = tuple(range(-(-count // shape.block_size)))
         entries = [StepEntry(SequenceKey(0, 0), 0, (0,) * count, 0, 0, blocks, sample=True, num_prompt=count)]
-        tables = BlockTables(1, len(blocks), CPU)
+        tables = BlockTables(1, len(blocks), device)
         tables.apply(entries)
         rows = {
             "query": torch.ones(count, shape.heads, shape.key_dim),
@@ -230,9 +268,10 @@ def test_what_is_not_a_number_does_not_vanish(kernel, shape, bits, damaged):
             "value": torch.ones(count, shape.kv_heads, shape.value_dim),
         }
         rows[damaged][..., 3] = nan
-        pool = PagedKVCache({0: kv}, len(blocks), shape.block_size, torch.float32, CPU).pools[0]
+        pool = PagedKVCache({0: kv}, len(blocks), shape.block_size, torch.float32, device).pools[0]
         layout = layout_step(entries, tables, shape.block_size)
-        got = kernel(rows["query"], rows["key"], rows["value"], pool, layout, Features(scaling=0.1))
+        q, k, v = (rows[name].to(device) for name in ("query", "key", "value"))
+        got = kernel(q, k, v, pool, layout, Features(scaling=0.1))
         assert got.isnan().any(-1).all()
 
 
@@ -240,11 +279,12 @@ def test_what_is_not_a_number_does_not_vanish(kernel, shape, bits, damaged):
 @pytest.mark.parametrize("left", [torch.nan, torch.inf])
 def test_what_a_sequence_leaves_in_its_blocks_does_not_reach_the_next_one(kernel, features, left):
     """Float16 overflows; that must stay the trouble of the one whose numbers do."""
-    shape = SHAPES["gqa"]
+    shape, device = SHAPES["gqa"], device_of(kernel)
     wanted = features_of(features, shape, 0)
-    q, k, v = (torch.randn(7, heads, 8) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
-    cache = PagedKVCache({0: LayerKV(shape.kv_heads, 8, 8)}, 6, 4, torch.float32, CPU)
-    tables = BlockTables(2, 4, CPU)
+    wanted = replace(wanted, sinks=moved(wanted.sinks, device), alibi_slopes=moved(wanted.alibi_slopes, device))
+    q, k, v = (torch.randn(7, heads, 8, device=device) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    cache = PagedKVCache({0: LayerKV(shape.kv_heads, 8, 8)}, 6, 4, torch.float32, device)
+    tables = BlockTables(2, 4, device)
     for stored in (cache.pools[0].keys, cache.pools[0].values):
         stored.fill_(left)
 

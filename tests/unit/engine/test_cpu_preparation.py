@@ -1,8 +1,10 @@
 """Models made fast for the CPU give what they gave before, and what is not known stays as it is."""
 
+import ctypes
 import gc
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import transformers
 from torch import nn
 
 from cluster.engine import host_memory
-from cluster.engine.model import attention, cpu, kernels, products
+from cluster.engine.model import agreement, attention, cpu, kernels, products
 from cluster.engine.model.attention import BlockTables, LayerKV, PagedKVCache, layout_step
 from cluster.engine.model.tensor_parallel import TensorParallelGroup
 from cluster.engine.step import SequenceKey, StepEntry
@@ -205,8 +207,11 @@ def test_a_processor_without_bfloat16_products_keeps_torchs(monkeypatch):
 
 
 @torch.inference_mode()
-def test_packing_takes_twice_the_largest_weight_at_most():
-    """Gate and up at once; 25 MB each here, and what else an allocator keeps."""
+@pytest.mark.parametrize(("spare", "merged", "weights"), [(64 * 2**20, 3, 3), (0, 0, 2)])
+def test_packing_takes_little_more_than_its_room(monkeypatch, spare, merged, weights):
+    """Gate and up at once where there is room for both, one after the other where not; 25 MB each."""
+    monkeypatch.setattr(cpu, "_SPARE_BYTES", spare)
+    ctypes.CDLL(None).mallopt(-3, 2**17)  # M_MMAP_THRESHOLD: what is let go of goes back at once, as in a fresh process
     hidden_size, inner = 1024, 6144
     parts = {"gate_proj": (hidden_size, inner), "up_proj": (hidden_size, inner), "down_proj": (inner, hidden_size)}
     models = nn.ModuleList(OtherMLP() for _ in range(3))
@@ -217,8 +222,9 @@ def test_packing_takes_twice_the_largest_weight_at_most():
         mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
     cpu.prepare(nn.Sequential(nn.Linear(64, 64)), ALONE)  # what the first product takes is no matter of packing
     with host_memory.AnonymousPeak() as peak:
-        assert cpu.prepare(models, ALONE).mlps == 3
-    assert peak.bytes < 3 * 4 * hidden_size * inner
+        done = cpu.prepare(models, ALONE)
+    assert (done.mlps, done.products) == (merged, 9 - 2 * merged)
+    assert peak.bytes < weights * 4 * hidden_size * inner + 2**20
 
 
 class Attention(nn.Module):
@@ -265,6 +271,31 @@ def test_products(rows, dtype):
     torch.testing.assert_close(
         cpu.head_product(weight)(x), nn.functional.linear(x, weight), atol=tolerance, rtol=tolerance
     )
+
+
+@needs_kernels
+@torch.inference_mode()
+@pytest.mark.parametrize(("columns", "width"), [(64, 64), (100, 84), (192, 1376), (65, 1)])
+def test_few_rows_are_multiplied_by_a_kernel_of_ours(columns, width):
+    """From oneDNN's own memory, where it is laid out as we read it; columns and inputs that fill no panel."""
+    weight, bias = torch.randn(columns, width), torch.randn(columns)
+    product = products.Product(weight, bias)
+    assert (product._few is not None) == ("avx512f" in Path("/proc/cpuinfo").read_text())
+    for rows in (1, 6, 7, 64, 65):
+        x = torch.randn(rows, 2 * width)[:, :width]  # rows of another tensor, too
+        expected = nn.functional.linear(x.double(), weight.double(), bias.double()).float()
+        for given in (x, x.contiguous()):
+            assert agreement.agree(product(given), expected)
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_a_weight_in_another_order_is_left_to_onednn(monkeypatch):
+    monkeypatch.setattr(products, "_PANEL", 32)
+    weight, x = torch.randn(96, 40), torch.randn(3, 40)
+    product = products.Product(weight, None)
+    assert product._few is None
+    torch.testing.assert_close(product(x), x @ weight.t(), atol=2e-5, rtol=2e-5)
 
 
 @needs_kernels

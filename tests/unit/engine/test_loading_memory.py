@@ -1,6 +1,7 @@
 """Anonymous memory of real processes that load: the shard, a few staging buffers, and nothing that grows with the model."""
 
 import json
+import mmap
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cluster.engine.host_memory import AnonymousPeak, anonymous_bytes
+from cluster.engine.host_memory import AnonymousPeak, anonymous_bytes, huge_page_bytes
 
 MB = 10**6
 HERE = Path(__file__).resolve()
@@ -69,3 +70,54 @@ def test_files_that_are_read_do_not_count(model):
         while stream.read(MB):
             pass
     assert peak.bytes < 10 * MB
+
+
+HUGE = """
+import torch
+from cluster.engine import host_memory
+host_memory.prefer_huge_pages()
+before = host_memory.huge_page_bytes()
+weight = torch.ones(4096, 4096)
+held = host_memory.huge_page_bytes()
+packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+print(held - before, host_memory.huge_page_bytes() - held)
+"""
+
+
+def gives_huge_pages():
+    """Whether this kernel hands out a huge page to who asks for one."""
+    before = huge_page_bytes()
+    with mmap.mmap(-1, 64 * 2**20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory[::4096] = b"1" * (len(memory) // 4096)
+        return huge_page_bytes() - before >= 60 * 2**20
+
+
+def test_weights_lie_in_huge_pages_as_read_and_as_reordered():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("transparent huge pages are off here")
+    if not gives_huge_pages():
+        pytest.skip("this kernel has no huge pages to give now")
+    environment = {"PYTHONPATH": str(HERE.parents[3]), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(
+        [sys.executable, "-c", HUGE], capture_output=True, text=True, env=environment, timeout=60, check=True
+    )
+    assert all(int(count) >= 56 * 2**20 for count in told.stdout.split()), told.stdout
+    refused = subprocess.run(
+        [sys.executable, "-c", HUGE], capture_output=True, text=True, timeout=60, check=True,
+        env=environment | {"THP_MEM_ALLOC_ENABLE": "0"},
+    )  # fmt: skip
+    if "[madvise]" in setting.read_text():
+        assert all(int(count) < 8 * 2**20 for count in refused.stdout.split()), "the operator's own choice counts"
+
+
+ENTRY = "import sys, cluster.engine.rank, cluster.controller.rank_actor; print('torch' in sys.modules)"
+
+
+def test_a_rank_asks_for_huge_pages_before_it_imports_torch():
+    told = subprocess.run(
+        [sys.executable, "-c", ENTRY],
+        capture_output=True, text=True, cwd=HERE.parents[3], timeout=60, check=True,
+    )  # fmt: skip
+    assert told.stdout == "False\n"

@@ -13,7 +13,7 @@ from cluster.domain.request import SamplingParams, SequenceEnd
 from cluster.engine import sessions as sessions_module
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.loop import MAX_INBOX, Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
-from cluster.engine.prefill_pace import PrefillPace
+from cluster.engine.prefill_pace import PrefillPace, PromptWork
 from cluster.engine.progress import RankProgress
 from cluster.engine.scheduler import Scheduler, SchedulerLimits
 from cluster.engine.sequence import Sequence
@@ -209,6 +209,50 @@ async def test_news_that_nobody_took_is_merged_by_sequence():
     assert not outbox.filled.is_set()
 
 
+def cached(number, count, *tokens):
+    return SequenceProgress(SequenceKey(1, number), 1, tokens, cached_prompt_tokens=count)
+
+
+def told(step):
+    return [(u.sequence_id, u.attempt, list(u.token_ids), u.cached_prompt_tokens, u.end) for u in step.sequences]
+
+
+async def test_messages_that_resemble_the_last_one_are_as_if_made_anew():
+    """Steps of decodes, and everything that may come between: news that others have, more of them, fewer, none."""
+    ended = SequenceEnd.STOP
+    steps = [
+        [progress(1, 10), progress(2, 20)],
+        [progress(1, 11), progress(2, 21)],
+        [progress(2, 22), progress(1, 12)],
+        [progress(2, 23), progress(1, 13), progress(3, 30)],
+        [progress(2, 24), progress(1, 14), progress(3, 31, 32)],
+        [progress(2, 25), progress(1, 15), progress(3, 33)],
+        [progress(2, 26), progress(1, 16), progress(3, 34)],
+        [progress(2, 27, end=ended), progress(1, 17), progress(3, 35)],
+        [progress(1, 18), progress(3, 36)],
+        [progress(1, 19), progress(3, 37)],
+        [progress(1, 0, attempt=2), progress(3, 0)],
+        [progress(1, 1, attempt=2), progress(1, 2, attempt=2)],
+        [progress(1, 3, attempt=2), progress(1, 4, attempt=2)],
+        [cached(1, 7, 5), progress(3, 6)],
+        [cached(1, 7, 6), progress(3, 7)],
+        [cached(1, 8, 7), progress(3, 8)],
+        [progress(1, end=ended), progress(3)],
+        [progress(1), progress(3)],
+        [progress(1, 5)],
+        [progress(1, 6)],
+    ]
+    outbox = Outbox()
+    for number, news in enumerate(steps):
+        outbox.put(number, news, LoadSnapshot(running_sequences=number))
+        anew = Outbox()
+        anew.put(number, news, LoadSnapshot(running_sequences=number))
+        message, _ = outbox.take()
+        assert message == anew.take()[0], news
+        assert told(message), "there is something to compare"
+    assert told(message) == [(1, 1, [6], 0, engine_pb2.SEQUENCE_END_UNSPECIFIED)]
+
+
 async def test_a_beat_is_asked_for_beside_the_news():
     outbox = Outbox()
     outbox.ask_for_beat()
@@ -229,3 +273,25 @@ async def test_a_session_that_never_reads_overflows(monkeypatch):
     outbox.take()
     outbox.put(3, [progress(1, 5)], LOAD)
     assert outbox.overflow.is_set(), "who was too slow once is reset"
+
+
+def test_the_pace_learns_where_prompts_go_on_and_what_each_step_asked_for():
+    engine, learned = Engine(), []
+
+    class Recorded(PrefillPace):
+        def budget(self, num_decodes, num_without_token=1, start=0):
+            learned.append(("budget", num_decodes, start))
+            return 8
+
+        def observe(self, num_decodes, prompts, seconds):
+            learned.append(("observe", num_decodes, prompts))
+
+    engine.loop._pace = Recorded(1.7, 32)
+    engine.loop.turn([Submit(sequence(1, max_tokens=20))])
+    engine.loop.turn([Submit(sequence(2, prompt=tuple(range(12)), max_tokens=1))])
+    engine.loop.turn([])
+    assert learned == [
+        ("budget", 0, 0), ("observe", 0, PromptWork(3, 3, 4.5)),
+        ("budget", 1, 0), ("observe", 1, PromptWork(8, 8, 32.0)),
+        ("budget", 1, 8), ("observe", 1, PromptWork(4, 12, 40.0)),
+    ]  # fmt: skip

@@ -9,6 +9,7 @@ from cluster.domain.clock import MonotonicClock
 from cluster.domain.errors import EngineFailed
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.domain.request import SamplingParams, TokenLogprob
+from cluster.engine import rank_socket
 from cluster.engine.plan_channel import PlanReceiver, PlanSender, decode_plan, encode_plan
 from cluster.engine.rank_socket import Hello, join_rank, watch_peers
 from cluster.engine.step import SequenceKey, SequenceStart, StepEntry, StepPlan
@@ -175,6 +176,19 @@ def test_strangers_are_not_let_in(port, stranger):
 def test_nobody_knocks_once_all_have_come(ends, port):
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_whoever_hangs_up_at_once_is_an_error_of_ours(port, monkeypatch):
+    """Between the connection and the first word; the wait for it cannot be timed from outside."""
+
+    def broken(_self, _data):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(
+        rank_socket, "_settle", lambda peer: type("Gone", (), {"sendall": broken, "close": peer.close})()
+    )
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(EngineFailed, match=r"hung up on rank 1: .*Broken"):
+        join_rank(("127.0.0.1", port), Hello(b"plan", WHO, 1), 5.0, CLOCK)
 
 
 def test_nobody_listening_is_an_error_with_a_deadline(port):

@@ -2,85 +2,246 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.engine.prefill_pace import LEAST_CHUNK_TOKENS, PrefillPace
+from cluster.engine.prefill_pace import LEAST_CHUNK_TOKENS, PrefillPace, PromptCost, PromptWork
+
+NOTHING = PromptWork()
+
+
+def at_start(tokens: int) -> PromptWork:
+    return PromptWork.chunk(0, tokens)
+
+
+def known(slowdown: float = 2.0, most_tokens: int = 2048) -> PrefillPace:
+    """10 ms for a step of 8 decodes, a quarter of a millisecond for a token."""
+    pace = PrefillPace(slowdown, most_tokens)
+    pace.observe(8, NOTHING, 0.010)
+    pace.observe(8, at_start(100), 0.010 + 100 * 0.00025)
+    return pace
 
 
 def test_before_anything_is_known_and_without_decodes_the_budget_is_whole():
     pace = PrefillPace(2.0, 2048)
     assert pace.budget(0) == pace.budget(8) == 2048
-    pace.observe(8, 0, 0.010)
-    pace.observe(8, 100, 0.035)
-    assert pace.budget(0) == 2048
+    assert known().budget(0) == 2048
 
 
 def test_the_budget_keeps_a_step_at_its_slowdown():
-    pace = PrefillPace(2.0, 2048)
-    pace.observe(8, 0, 0.010)
-    pace.observe(8, 100, 0.010 + 100 * 0.00025)
-    assert pace.budget(8) == 40
+    assert known().budget(8) == 40
 
 
 def test_a_crowd_without_a_token_is_worth_as_many_slowdowns_as_come_on_each_stream():
-    pace = PrefillPace(2.0, 2048)
-    pace.observe(8, 0, 0.010)
-    pace.observe(8, 100, 0.010 + 100 * 0.00025)
+    pace = known()
     assert pace.budget(8, 1) == pace.budget(8, 8) == 40
-    assert pace.budget(8, 24) == 120
-    assert pace.budget(1, 31) == min(31 * 40, 2048)
+    assert pace.budget(8, 24) in range(112, 136)
+    assert pace.budget(1, 31) in range(1040, 2049)
 
 
 def test_a_prompt_is_short_up_to_eight_steps_of_the_decodes():
     pace = PrefillPace(2.0, 512)
     assert pace.short_prompt(8) == 0
-    pace.observe(8, 0, 0.010)
+    pace.observe(8, NOTHING, 0.010)
     assert pace.short_prompt(8) == 0
-    pace.observe(8, 100, 0.010 + 100 * 0.00025)
-    assert pace.short_prompt(8) == 320
-    pace.observe(32, 0, 0.040)
+    pace.observe(8, at_start(100), 0.010 + 100 * 0.00025)
+    assert pace.short_prompt(8) in range(300, 330)
+    pace.observe(32, NOTHING, 0.040)
     assert pace.short_prompt(32) == 512
     assert pace.short_prompt(0) == 0
 
 
 def test_a_prompt_before_any_decode_was_seen_leaves_the_least_chunk():
     pace = PrefillPace(2.0, 2048)
-    pace.observe(0, 2048, 0.5)
+    pace.observe(0, at_start(2048), 0.5)
     assert pace.budget(4) == LEAST_CHUNK_TOKENS
 
 
 def test_a_budget_smaller_than_the_least_chunk_holds():
-    pace = PrefillPace(1.5, 8)
-    pace.observe(1, 0, 1e-6)
-    pace.observe(1, 8, 1.0)
-    assert pace.budget(1) == 8
+    pace = PrefillPace(1.5, 1)
+    pace.observe(1, NOTHING, 1e-6)
+    pace.observe(1, at_start(8), 1.0)
+    assert pace.budget(1) == 1
 
 
-@pytest.mark.parametrize("num_decodes", [1, 7, 32])
-def test_an_8000_token_prompt_does_not_double_the_steps_of_a_machine_whose_attention_grows(num_decodes):
-    """Cost per prompt token triples along the prompt, as on a small model; every step stays below 2.2 times."""
-    alone_s, pace, done, steps = 0.004 + 0.0004 * num_decodes, PrefillPace(1.8, 2048), 0, []
-    for _ in range(5):
-        pace.observe(num_decodes, 0, alone_s)
-    pace.observe(num_decodes, 16, alone_s + 16 * 0.0002)
-    while done < 8000:
-        chunk = min(pace.budget(num_decodes), 8000 - done)
-        seconds = alone_s + chunk * (0.0002 + 0.0004 * done / 8000)
-        pace.observe(num_decodes, chunk, seconds)
-        done += chunk
-        steps.append(seconds / alone_s)
-    assert max(steps) < 2.2
-    assert sum(steps) / len(steps) > 1.5  # and the prompt is not starved either
+def test_now_and_then_a_step_goes_without_prompts_so_that_the_streams_own_time_stays_known():
+    pace, looks, since = known(), 0, 0
+    for _ in range(1000):
+        tokens = pace.budget(8)
+        looks += not tokens
+        since = since + 1 if tokens else 0
+        assert since <= 64
+        # The streams have grown: a step of theirs takes twice as long as it did.
+        pace.observe(8, at_start(tokens) if tokens else NOTHING, 0.020 + tokens * 0.00025)
+    assert 15 <= looks <= 16
+    assert pace.budget(8) in (72, 80)
+
+
+def test_steps_that_carry_short_prompts_instead_do_not_hold_the_long_one_up():
+    pace = known()
+    given_tokens = 0
+    for _ in range(1000):
+        given_tokens += pace.budget(8)
+        pace.observe(8, at_start(64), 0.010 + 64 * 0.00025)
+    assert given_tokens > 1000 * 30
+
+
+def test_a_large_chunk_alone_does_not_make_small_ones_look_cheap():
+    pace = known()
+    for _ in range(20):
+        pace.observe(0, PromptWork.chunk(4096, 2048), 0.001)
+    assert pace.budget(8) == 40
+
+
+def test_one_hiccup_of_the_machine_is_soon_forgotten():
+    pace = known()
+    pace.observe(8, at_start(40), 5.0)
+    assert pace.budget(8) >= 16
+    steps = 0
+    while pace.budget(8) < 32:
+        tokens = pace.budget(8)
+        pace.observe(8, at_start(tokens) if tokens else NOTHING, 0.010 + tokens * 0.00025)
+        steps += 1
+        assert steps < 100
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 4096), st.floats(0, 100)), max_size=30), st.integers(0, 300)
+    st.lists(
+        st.tuples(st.integers(0, 300), st.integers(0, 16_000), st.integers(0, 4096), st.floats(0, 100)), max_size=30
+    ),
+    st.integers(0, 300),
+    st.integers(0, 100_000),
 )
-def test_the_budget_is_always_within_its_bounds(observations, num_decodes):
+def test_the_budget_is_always_within_its_bounds(observations, num_decodes, start):
     pace = PrefillPace(1.8, 512)
-    for decodes, tokens, seconds in observations:
+    for decodes, at, tokens, seconds in observations:
         if decodes or tokens:
-            pace.observe(decodes, tokens, seconds)
-    assert LEAST_CHUNK_TOKENS <= pace.budget(num_decodes) <= 512
+            pace.observe(decodes, PromptWork.chunk(at, tokens) if tokens else NOTHING, seconds)
+    assert LEAST_CHUNK_TOKENS <= pace.budget(num_decodes, 1, start) <= 512
+    assert 0 <= pace.short_prompt(num_decodes) <= 512
+
+
+def test_work_is_counted_where_it_lies():
+    work = PromptWork.chunk(100, 10) + PromptWork.chunk(0, 4)
+    assert work == PromptWork(tokens=14, past=114, pairs=10 * 105.0 + 4 * 2.0)
+
+
+@given(st.floats(1e-6, 1e-2), st.floats(0, 1e-6), st.floats(0, 1e-5), st.integers(0, 16_000), st.floats(1e-4, 1.0))
+def test_the_most_tokens_within_a_time_are_the_most(a, b, c, start, seconds):
+    cost = PromptCost()
+    for _ in range(2):
+        for at in (0, 2048, 8192):
+            for tokens in (1, 16, 256):
+                work = PromptWork.chunk(at, tokens)
+                cost.observe(work, a * work.tokens + b * work.pairs + c * work.past)
+    tokens = cost.tokens(seconds, start)
+    assert cost.seconds(PromptWork.chunk(start, tokens)) <= seconds * 1.001 or not tokens
+    assert cost.seconds(PromptWork.chunk(start, tokens + 1)) >= seconds * 0.999
+
+
+# ---- a whole prompt beside streams
+
+
+@dataclass
+class Run:
+    alone: list[float]
+    beside: list[float]
+    done: int
+
+
+def run(
+    pace: PrefillPace, num_decodes: int, alone_s: Callable[[int], float], extra_s: Callable[[int, int], float],
+    prompt: int, start: int = 0,
+) -> Run:  # fmt: skip
+    """``extra_s(tokens, start)`` beside streams whose own step, ``alone_s(step)``, may grow."""
+    found = Run([], [], start)
+    pace.observe(num_decodes, at_start(64), alone_s(0) + extra_s(64, 0))  # as the streams' own prompts were
+    for step in range(200):
+        found.alone.append(alone_s(step))
+        pace.observe(num_decodes, NOTHING, found.alone[-1])
+    while found.done < prompt and len(found.beside) < prompt:
+        tokens = min(pace.budget(num_decodes, 1, found.done), prompt - found.done)
+        seconds = alone_s(200 + len(found.beside)) + (extra_s(tokens, found.done) if tokens else 0.0)
+        pace.observe(num_decodes, PromptWork.chunk(found.done, tokens) if tokens else NOTHING, seconds)
+        found.done += tokens
+        found.beside.append(seconds)
+    return found
+
+
+def p99(values: list[float]) -> float:
+    return sorted(values)[math.ceil(0.99 * len(values)) - 1]
+
+
+@given(
+    num_decodes=st.integers(1, 32),
+    token_s=st.floats(1e-5, 4e-4),
+    growth=st.floats(0, 8),
+    power=st.sampled_from([0.5, 1.0, 2.0]),
+    past_share=st.floats(0, 0.5),
+    packing=st.floats(0, 0.4),
+    streams_growth=st.floats(0, 1e-3),
+)
+def test_streams_beside_a_long_prompt_stay_within_twice_their_own_time_and_the_prompt_ends(
+    num_decodes, token_s, growth, power, past_share, packing, streams_growth
+):
+    """Whatever a token costs, how that rises along the prompt, what reading the past costs, where small chunks pay more.
+
+    Only where two tokens and the past they read take longer than a step of the streams can nobody hold the bound.
+    """
+    own_s = 0.004 + 0.0004 * num_decodes
+
+    def extra_s(tokens: int, start: int) -> float:
+        reading = past_share * own_s * start / 8000
+        rate = token_s * (1 + growth * (start / 8000) ** power) * (1 + packing * (4 < tokens < 16))
+        return reading + tokens * rate
+
+    found = run(PrefillPace(1.7, 2048), num_decodes, lambda step: own_s * (1 + streams_growth * step), extra_s, 8000)
+    assert found.done == 8000
+    assert len(found.beside) <= 8000 / LEAST_CHUNK_TOKENS * 1.02 + 1
+    steps = [seconds / (own_s * (1 + streams_growth * (200 + i))) for i, seconds in enumerate(found.beside)]
+    least = max(extra_s(LEAST_CHUNK_TOKENS, 8000), extra_s(LEAST_CHUNK_TOKENS, 0)) / own_s
+    assert p99(steps) <= max(2.0, 1.0 + least)
+    assert least > 0.3 or len(found.beside) < 4000  # and the prompt is not starved either
+
+
+# Milliseconds beyond 8 decodes' own 20.2 on one core of a server, 27M parameters: by tokens, at 0, 2,000 .. 7,800.
+MEASURED_MS = {
+    1: (0.4, 4.5, 8.0, 10.1, 13.1), 4: (1.2, 11.4, 14.8, 21.2, 25.6), 8: (3.2, 20.5, 31.9, 47.4, 57.5),
+    16: (7.1, 24.7, 43.4, 60.9, 76.0), 32: (14.9, 42.6, 64.6, 88.2, 111.7), 64: (32.4, 69.9, 109.1, 145.3, 180.9),
+    128: (65.3, 132.4, 214.3, 281.4, 360.2),
+}  # fmt: skip
+MEASURED_AT = (0, 2000, 4000, 6000, 7800)
+
+
+def between(at: float, xs: tuple[float, ...], ys: tuple[float, ...]) -> float:
+    last = max(1, min(sum(x <= at for x in xs), len(xs) - 1))
+    x, after = xs[last - 1], xs[last]
+    return ys[last - 1] + (ys[last] - ys[last - 1]) * (at - x) / (after - x)
+
+
+def measured_s(tokens: int, start: int) -> float:
+    by_tokens = tuple(between(start, MEASURED_AT, row) for row in MEASURED_MS.values())
+    return between(8 if 4 < tokens < 8 else tokens, tuple(MEASURED_MS), by_tokens) / 1e3
+
+
+@pytest.mark.parametrize(("start", "most_steps"), [(0, 2900), (6000, 1100)])
+def test_8000_tokens_on_a_machine_that_was_measured(start, most_steps):
+    """From the beginning, and after 6,000 tokens that were found in the cache."""
+    found = run(PrefillPace(1.7, 2048), 8, lambda _step: 0.0202, measured_s, 8000, start)
+    assert found.done == 8000
+    assert p99(found.beside) <= 2.0 * p99(found.alone)
+    assert len(found.beside) < most_steps
+
+
+def test_the_next_prompt_begins_in_larger_chunks_than_the_last_one_ended():
+    pace = PrefillPace(1.7, 2048)
+    run(pace, 8, lambda _step: 0.0202, measured_s, 8000)
+    assert pace.budget(8, 1, 7000) < pace.budget(8, 1, 0)
+    again = run(pace, 8, lambda _step: 0.0202, measured_s, 1000)
+    assert p99(again.beside) <= 2.0 * p99(again.alone)
+    assert len(again.beside) < 150

@@ -25,6 +25,13 @@ CPU = torch.device("cpu")
 VOCABULARY = 50
 
 
+# What is drawn is the same wherever the sampler works.
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+anywhere = pytest.mark.parametrize(
+    "device", [CPU, pytest.param(torch.device("cuda"), marks=NO_GPU)], ids=["cpu", "cuda"]
+)
+
+
 @dataclass(frozen=True)
 class Row:
     params: SamplingParams
@@ -40,13 +47,13 @@ def logits_of(seed: int, rows: int = 1, vocabulary: int = VOCABULARY) -> torch.T
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def sample(logits: torch.Tensor, rows: Sequence[Row]) -> list[Sample]:
+def sample(logits: torch.Tensor, rows: Sequence[Row], device: torch.device = CPU) -> list[Sample]:
     """One step of a fresh sampler; rows in slots that are not their indices."""
-    sampler = Sampler(logits.shape[1], 2 * len(rows), CPU)
+    sampler = Sampler(logits.shape[1], 2 * len(rows), device)
     slots = [2 * len(rows) - 1 - 2 * i for i in range(len(rows))]
     for slot, r in zip(slots, rows, strict=True):
         sampler.start(SequenceStart(slot, r.params, r.prompt, r.generated))
-    return sampler.sample(logits.clone(), slots)
+    return sampler.sample(logits.clone().to(device), slots)
 
 
 # The plain reference: one row, one rule after the other.
@@ -142,11 +149,14 @@ def batches(draw: st.DrawFn) -> tuple[torch.Tensor, list[Row]]:
     return (logits / coarse).round() * coarse if coarse else logits, rows
 
 
+@anywhere
 @given(batches())
 @settings(deadline=None, max_examples=150)
-def test_a_batch_gives_what_the_plain_reference_gives_row_by_row(batch: tuple[torch.Tensor, list[Row]]) -> None:
+def test_a_batch_gives_what_the_plain_reference_gives_row_by_row(
+    device: torch.device, batch: tuple[torch.Tensor, list[Row]]
+) -> None:
     logits, rows = batch
-    assert_samples = sample(logits, rows)
+    assert_samples = sample(logits, rows, device)
     for i, r in enumerate(rows):
         expected = plainly(logits[i], r)
         if r.params.logprobs and len(set(logits[i].tolist())) < logits.shape[1]:
@@ -179,12 +189,12 @@ def model(tokens: Sequence[int], vocabulary: int = VOCABULARY) -> torch.Tensor:
     return (bits[0] * 12).round().float() / 2
 
 
-def run(sampler: Sampler, slot: int, r: Row) -> list[Sample]:
+def run(sampler: Sampler, slot: int, r: Row, device: torch.device = CPU) -> list[Sample]:
     """Until the output is complete or a stop token comes, which is no part of it."""
     sampler.start(SequenceStart(slot, r.params, r.prompt, r.generated))
     tokens, samples = [*r.prompt, *r.generated], list[Sample]()
     while len(tokens) - len(r.prompt) < r.params.max_tokens:
-        [found] = sampler.sample(model(tokens)[None], [slot])
+        [found] = sampler.sample(model(tokens)[None].to(device), [slot])
         if found.token_id in r.params.stop_token_ids:
             break
         tokens.append(found.token_id)
@@ -205,19 +215,20 @@ RUNS = {
 }
 
 
+@anywhere
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(name: str) -> None:
+def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(name: str, device: torch.device) -> None:
     stops = frozenset({0, 5}) if "min_tokens" in RUNS[name] else frozenset({49})
     params = SamplingParams(max_tokens=24, stop_token_ids=stops, **RUNS[name])
-    sampler = Sampler(VOCABULARY, 3, CPU)
-    whole = run(sampler, 0, Row(params))
+    sampler = Sampler(VOCABULARY, 3, device)
+    whole = run(sampler, 0, Row(params), device)
     assert len(whole) >= max(3, params.min_tokens)
     tokens = tuple(s.token_id for s in whole)
     for k in range(len(whole) + 1):
         # In the slot of the run before (its history must be gone), and on another replica.
         for again in (
-            run(sampler, 0, Row(params, generated=tokens[:k])),
-            run(fresh(), 2, Row(params, (1, 2, 3), tokens[:k])),
+            run(sampler, 0, Row(params, generated=tokens[:k]), device),
+            run(fresh(device), 2, Row(params, (1, 2, 3), tokens[:k]), device),
         ):
             assert again == whole[k:], f"cut at {k}"
 
@@ -229,8 +240,8 @@ def test_min_tokens_delays_a_stop_that_would_have_come() -> None:
     assert len(free) < 12 <= len(held)
 
 
-def fresh() -> Sampler:
-    return Sampler(VOCABULARY, 4, CPU)
+def fresh(device: torch.device = CPU) -> Sampler:
+    return Sampler(VOCABULARY, 4, device)
 
 
 @given(st.lists(rows_of(VOCABULARY), min_size=2, max_size=5), st.randoms(use_true_random=False))

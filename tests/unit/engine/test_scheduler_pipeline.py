@@ -273,8 +273,22 @@ def test_decodes_in_another_outstanding_plan_count_too() -> None:
         assert shares(plan) == expected
 
 
-def test_a_prompt_must_come_to_its_end() -> None:
-    engine = Engine()
-    engine.submit(1)
-    with pytest.raises(AssertionError, match="prompts must come to their end"):
-        engine.scheduler.schedule(engine.now_s, prefill_tokens=0)
+def test_a_step_may_go_without_prompts_but_never_without_anything() -> None:
+    engine = decoding(1, depth=2)
+    engine.submit(8, prompt=40)
+    for expected in ({0: (3, 1)}, {8: (0, 1)}):  # the second has no decode: the only one is outstanding
+        plan = engine.scheduler.schedule(engine.now_s, prefill_tokens=0).plan
+        assert plan is not None
+        assert shares(plan) == expected
+
+
+def test_the_first_prompt_under_way_says_where_it_goes_on() -> None:
+    engine = decoding(2)
+    assert engine.scheduler.prompt_start == 0
+    engine.submit(8, prompt=40)
+    engine.submit(9, prompt=40)
+    assert engine.scheduler.prompt_start == 0
+    engine.commit(engine.scheduler.schedule(engine.now_s, prefill_tokens=5).plan)
+    assert engine.scheduler.prompt_start == 5
+    engine.scheduler.cancel(SequenceKey(1, 8))
+    assert engine.scheduler.prompt_start == 0

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from cluster.domain.hardware import DeviceKind, DeviceType, Inventory, cpu_devic
 from cluster.domain.model_spec import Dtype, ModelSpec
 from cluster.domain.parallel_layout import ParallelLayout
 from cluster.domain.quantities import GB, GIB
+from cluster.planner.layouts import shape_objection
+from cluster.planner.memory import Limits, RankLedger, rank_ledgers
 from cluster.planner.plan import Plan, plan
 from cluster.planner.render import no_plan_to_json, plan_to_json, render_no_plan, render_plan
 from cluster.planner.weights import split_stages, stage_parameters, stored_bytes
@@ -169,6 +172,32 @@ def test_uneven_kv_heads_are_allowed() -> None:
 def test_more_stages_than_layers_is_refused() -> None:
     with pytest.raises(NoFeasiblePlan, match="5 stages are more than the model's 4 layers"):
         ask(tiny(), uniform_inventory(1, 8, cpu_device(4 * GIB)), pipeline_parallel_size=5, tensor_parallel_size=1)
+
+
+def test_layers_that_cannot_be_divided_are_refused_before_a_rank_starts() -> None:
+    spec = replace(tiny(), architecture="BeamForCausalLM")
+    objection = shape_objection(spec, ParallelLayout(1, 2), 8)
+    assert objection is not None
+    assert "cannot be divided into pipeline stages" in objection
+    assert shape_objection(spec, ParallelLayout(1, 1), 8) is None
+
+
+def test_loading_needs_room_for_its_largest_slice() -> None:
+    """What fits once it is loaded may not fit while it loads; with room for both, the KV cache takes all of it."""
+    spec = tiny()
+    limits = Limits(16, 1, 1, 16, 1.0)
+    stages = split_stages(spec, ParallelLayout(1))
+
+    def ledger(memory_bytes: int) -> RankLedger:
+        return rank_ledgers(spec, ParallelLayout(1), stages, Dtype.FLOAT32, cpu_device(memory_bytes), limits)[0]
+
+    any_size = ledger(2**40)
+    embedding = spec.vocab_size * spec.hidden_size * 4
+    assert any_size.loading_bytes == embedding + 100 * 10**6
+    assert any_size.start_bytes - any_size.fixed_bytes == any_size.loading_bytes - any_size.activation_bytes > 0
+    assert ledger(any_size.start_bytes - 1).room_bytes == -1
+    enough = ledger(any_size.start_bytes)
+    assert enough.room_bytes == any_size.start_bytes - any_size.fixed_bytes
 
 
 def test_a_group_wider_than_a_node_is_refused() -> None:

@@ -42,6 +42,9 @@ def start(config: dict) -> tuple[Run, dict[str, str]]:
 
 def build(config: dict) -> tuple:
     """What ``cluster.engine.rank`` does for a replica of one rank."""
+    from cluster.engine import host_memory
+
+    host_memory.prefer_huge_pages()
     import torch
 
     from cluster.checkpoint.config_json import model_spec

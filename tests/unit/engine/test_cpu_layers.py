@@ -1,0 +1,177 @@
+"""Lean decoder layers give what the family's own layers give; a layer that is not known keeps its own forward."""
+
+import pytest
+import torch
+import transformers
+
+from cluster.engine.model import attention, cpu, cpu_layers, kernels, torch_attention
+from cluster.engine.model.attention import BlockTables, LayerKV, PagedKVCache, layout_step
+from cluster.engine.model.tensor_parallel import TensorParallelGroup
+from cluster.engine.step import SequenceKey, StepEntry
+
+pytestmark = pytest.mark.skipif(kernels.load() is None, reason="the CPU kernels are not compiled here")
+CPU = torch.device("cpu")
+ALONE = TensorParallelGroup(0, 1, "gloo")
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 128, "pad_token_id": 0,
+}  # fmt: skip
+LEAN = {
+    "llama": ("LlamaConfig", {}),
+    "biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-window": ("MistralConfig", {"sliding_window": 5}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "phi3-window": ("Phi3Config", {"sliding_window": 5}),
+    "granite": ("GraniteConfig", {"residual_multiplier": 0.3, "attention_multiplier": 0.1}),
+    "gemma": ("GemmaConfig", {"hidden_activation": "gelu_pytorch_tanh"}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "smollm3-no-rotary": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+}
+OWN = {
+    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 16, "sliding_window": 5}),  # norms after its parts, too
+    "cohere": ("CohereConfig", {}),  # attention and MLP beside each other
+    "ministral3": ("Ministral3Config", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    }}),  # queries scaled by their position
+}  # fmt: skip
+
+
+def build(config, dtype=torch.float32):
+    attention.register()
+    name, own = config
+    made = getattr(transformers, name)(**SMALL | own)
+    made._attn_implementation = attention.IMPLEMENTATION
+    torch.manual_seed(3)
+    model = transformers.AutoModel.from_config(made, dtype=dtype).eval()
+    for parameter in model.parameters():  # biases and norms that do something
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    kv = LayerKV(2, 16, 16)
+    cache = PagedKVCache({0: kv, 1: kv}, 16, 4, dtype, CPU)
+    attention.install(model, cache)
+    return model, cache
+
+
+@torch.inference_mode()
+def hidden(model, cache):
+    """A prompt, then a decode beside a chunk of another prompt, then two decodes."""
+    tables, seen = BlockTables(2, 8, CPU), []
+    first, second = SequenceKey(0, 0), SequenceKey(0, 1)
+    for entries in (
+        [StepEntry(first, 1, tuple(range(7)), 0, 0, (3, 9), True, 7)],
+        [StepEntry(first, 1, (5,), 7, 2, (), True, 7), StepEntry(second, 0, (8, 9, 10, 11, 12), 0, 0, (1, 2), True, 5)],
+        [StepEntry(first, 1, (6,), 8, 2, (4,), True, 7), StepEntry(second, 0, (13,), 5, 2, (), True, 5)],
+    ):
+        tables.apply(entries)
+        cache.layout = layout = layout_step(entries, tables, 4)
+        output = model(input_ids=layout.token_ids[None], position_ids=layout.positions[None], use_cache=False)
+        seen.append(output.last_hidden_state[0])
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_lean_layers_give_the_same(name):
+    model, cache = build(LEAN[name])
+    before = hidden(model, cache)
+    assert cpu.prepare(model, ALONE).layers == 2
+    torch.testing.assert_close(hidden(model, cache), before, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_layers_of_another_shape_keep_their_forward(name):
+    model, cache = build(OWN[name])
+    before = hidden(model, cache)
+    assert cpu.prepare(model, ALONE).layers == 0
+    torch.testing.assert_close(hidden(model, cache), before, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3-window"])
+def test_bfloat16(name):
+    model, cache = build(LEAN[name], torch.bfloat16)
+    before = hidden(model, cache).float()
+    assert cpu.prepare(model, ALONE).layers == 2
+    assert (hidden(model, cache).float() - before).abs().mean() < 0.02 * before.abs().mean()
+
+
+def test_another_kernel_is_used_as_it_is():
+    """The pools and the kernel are the module's at the time of the step, not those of the proof."""
+    model, cache = build(LEAN["llama"])
+    before = hidden(model, cache)
+    cpu.prepare(model, ALONE)
+    hidden(model, cache)
+    for layer in model.layers:
+        bound = layer.self_attn.paged
+        layer.self_attn.paged = attention.Bound(bound.cache, bound.pool, torch_attention.attend)
+    cache.pools[0].keys.zero_()
+    torch.testing.assert_close(hidden(model, cache), before, atol=2e-5, rtol=2e-5)
+    assert cache.pools[0].keys.abs().max() > 0
+
+
+def test_a_hook_keeps_a_layer_as_it_is():
+    model, cache = build(LEAN["llama"])
+    calls = []
+    model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: calls.append(1))
+    assert cpu.prepare(model, ALONE).layers == 1
+    hidden(model, cache)
+    assert len(calls) == 3
+
+
+@torch.inference_mode()
+def test_arguments_that_are_not_a_steps_go_to_the_familys_own_forward(monkeypatch):
+    model, cache = build(LEAN["llama"])
+    layer = model.layers[0]
+    given = []
+    own = type(layer).forward
+    monkeypatch.setattr(
+        type(layer), "forward", lambda self, *args, **kwargs: given.append(kwargs) or own(self, *args, **kwargs)
+    )
+    cpu.prepare(model, ALONE)
+    hidden(model, cache)
+    given.clear()
+    x, angles = torch.randn(1, 2, 64), tuple(torch.randn(2, 1, 2, 16))
+    expected = layer(x, position_embeddings=angles, use_cache=False)
+    assert not given
+    for unusual in ({"temperature": 2}, {"attention_mask": None, "output_attentions": True}):
+        torch.testing.assert_close(layer(x, position_embeddings=angles, **unusual), expected, atol=2e-5, rtol=2e-5)
+    assert len(given) == 2
+    halves = tuple(angle[..., :8] for angle in angles)
+    with pytest.raises(RuntimeError):  # its own complaint
+        layer(x, position_embeddings=halves)
+    assert len(given) == 3
+
+
+class TwiceLlama(transformers.models.llama.modeling_llama.LlamaDecoderLayer):
+    """Llama's, but for what its result is scaled by."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) * (1 + 1e-4)
+
+
+class OtherValues(transformers.models.llama.modeling_llama.LlamaAttention):
+    """Llama's, but for far positions."""
+
+    def forward(self, hidden_states, position_ids=None, **kwargs):
+        far = 1 + (position_ids[..., None] >= 5_000) * 1e-3
+        return super().forward(hidden_states * far, position_ids=position_ids, **kwargs)
+
+
+@torch.inference_mode()
+def test_layers_that_only_look_alike_are_kept():
+    model, _ = build(LEAN["llama"])
+    model.layers[0].__class__ = TwiceLlama
+    model.layers[1].self_attn.__class__ = OtherValues
+    assert cpu.prepare(model, ALONE).layers == 0
+
+
+@torch.inference_mode()
+def test_all_ranks_decide_alike():
+    """One that does not agree keeps the others from theirs, so that none waits for a sum of its own."""
+    model, _ = build(LEAN["llama"])
+    cpu.prepare(model, ALONE)
+    votes = []
+    assert not cpu_layers.replace(model.layers[0], lambda vote: bool(votes.append(vote)))
+    assert votes == [True]
+    assert not cpu_layers.replace(model.norm, lambda vote: bool(votes.append(vote)))
+    assert votes == [True]
