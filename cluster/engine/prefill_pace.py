@@ -62,15 +62,11 @@ class PromptCost:
 
     def __init__(self) -> None:
         self._seconds = [0.0, 0.0, 0.0]  # per unit
-
-    @property
-    def known(self) -> bool:
-        """Whether any work took any time yet."""
-        return any(self._seconds)
+        self.known = False  # whether anything was measured yet
 
     def observe(self, work: PromptWork, seconds: float) -> None:
         """So much work took so long; it is not empty."""
-        parts = self._parts(work)
+        self.known, parts = True, self._parts(work)
         expected = math.fsum(s * p for s, p in zip(self._seconds, parts, strict=True))
         rate = 1.0
         if expected:
@@ -153,9 +149,12 @@ class PrefillPace:
         return min(max(tokens, LEAST_CHUNK_TOKENS), self._most_tokens)
 
     def short_prompt(self, num_decodes: int) -> int:
-        """Tokens up to which a prompt is short beside ``num_decodes`` decodes; 0 when nothing is known."""
+        """Tokens up to which a prompt is short beside ``num_decodes`` decodes; 0 when nothing is known, or none may go.
+
+        None goes when it is time to look at the decodes alone: a step with short ones would tell nothing.
+        """
         alone = self._decodes_alone_s(num_decodes)
-        if not alone or not self._cost.known:
+        if not alone or not self._cost.known or self._since_look >= _LOOK_EVERY:
             return 0
         return min(self._cost.tokens(_SHORT_STEPS * alone, 0), self._most_tokens)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.checkpoint.config_json import model_spec
 from cluster.checkpoint.dummy import dummy_checkpoint
+from cluster.checkpoint.hub import HubError
 from cluster.checkpoint.layout import Checkpoint, read_checkpoint
 from cluster.checkpoint.resolve import ResolvedModel, fetch, fetch_config
 from cluster.checkpoint.rope_scaling import stretched
@@ -60,7 +61,7 @@ def start_rank(spec: RankSpec) -> None:
 
 def _needs_change(error: BaseException) -> bool:
     """Whether the same start would fail again: over the model's files, or the model itself."""
-    return isinstance(error, ConfigError) and not isinstance(error, PortTakenError)
+    return isinstance(error, ConfigError) and not isinstance(error, (PortTakenError, HubError))
 
 
 class RankProcess:
@@ -82,14 +83,14 @@ class RankProcess:
             self._start()
         except BaseException as error:  # boundary: the failure is reported, then the process ends
             self._log.exception("rank_failed")
-            self._progress.waits_for_peer = isinstance(error, EngineFailed) and error.retryable
-            self._progress.needs_change = _needs_change(error)
-            self._fail(f"{type(error).__name__}: {error}")
+            waits = isinstance(error, EngineFailed) and error.retryable
+            self._fail(f"{type(error).__name__}: {error}", waits_for_peer=waits, needs_change=_needs_change(error))
         os._exit(0)
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, *, waits_for_peer: bool, needs_change: bool = False) -> None:
         """Tells why and ends the process; from any thread, and the first reason is the one that is told."""
         self._ending.acquire()  # nobody comes after the first
+        self._progress.waits_for_peer, self._progress.needs_change = waits_for_peer, needs_change
         self._progress.failure = why
         self._enter(RankPhase.FAILED, failure=why)
         self._heartbeat.tell_last_words()
@@ -97,8 +98,7 @@ class RankProcess:
 
     def _lose(self, who_is_gone: str) -> None:
         """A peer's socket has broken, maybe while the compute thread waits for that peer without an end."""
-        self._progress.waits_for_peer = True
-        self._fail(f"EngineFailed: {who_is_gone}")
+        self._fail(f"EngineFailed: {who_is_gone}", waits_for_peer=True)
 
     def _start(self) -> None:
         spec = self._spec

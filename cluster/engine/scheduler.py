@@ -286,9 +286,7 @@ class Scheduler:
             if left > 1 and sequence not in held_back and (count := room.take(sequence.num_tokens, left)):
                 chunks.append((sequence, count))
                 self.num_decoding += left - count < 2
-        while (
-            self._waiting and room.of(self._waiting.first.num_tokens) and (newcomer := self._admit_next()) is not None
-        ):
+        while (waiting := self._waiting.next_for(room)) is not None and (newcomer := self._admit(waiting)) is not None:
             left = newcomer.num_tokens - newcomer.num_planned
             # One that was found in the cache but for its last token is a decode to all who compute.
             kind = shares if left == 1 and newcomer.num_planned else chunks
@@ -297,13 +295,12 @@ class Scheduler:
             self.num_decoding += left - count < 2
         return shares + chunks
 
-    def _admit_next(self) -> Sequence | None:
-        """Moves the first waiting sequence to the running ones, with blocks for all its known tokens."""
+    def _admit(self, sequence: Sequence) -> Sequence | None:
+        """Moves a waiting sequence to the running ones, with blocks for all its known tokens."""
         pool = self._pool
         spare = pool.num_free - len(self._running)
-        if not self._waiting or not self._free_slots or spare <= 0:
+        if not self._free_slots or spare <= 0:
             return None
-        sequence = self._waiting.first
         cached = self._cache.lookup(sequence)
         blocks = pool.blocks_for(sequence.num_tokens)
         if blocks - pool.num_held(cached) > spare:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from itertools import islice
 from operator import attrgetter
 
 from cluster.engine.limits import SchedulerLimits
 from cluster.engine.sequence import Sequence
+from cluster.engine.step_room import StepRoom
 
 RANK = attrgetter("rank")
+_LOOK_PAST = 64  # so far back a short prompt is looked for in each step
 
 
 class WaitingQueue:
@@ -34,6 +37,15 @@ class WaitingQueue:
     @property
     def first(self) -> Sequence:
         return self._sequences[0]
+
+    def next_for(self, room: StepRoom) -> Sequence | None:
+        """Who is to start next: the first, or while long prompts have their share of the step, a short one soon behind.
+
+        The first keeps its turn: it waits for that share alone, and not for what short ones could take from it.
+        """
+        if not room.tokens:
+            return None
+        return next((s for s in islice(self._sequences, _LOOK_PAST) if room.of(s.num_tokens)), None)
 
     def overflow(self, sequence: Sequence) -> str:
         """Why there is no room for one more, in a sentence that names the fix; empty when there is."""

@@ -5,7 +5,7 @@ Memory of a pod, which is its request and its limit::
     devices x rank + Ray's object store + node + /dev/shm
 
 ``rank`` on a GPU is HOST_BYTES_PER_GPU_RANK (interpreter, CUDA's host side, staging buffers: the weights lie on the
-device). On a CPU it is the ledger's total divided by the share that is ours (device_memory_utilization), since the
+device). On a CPU it is the ledger's peak divided by the share that is ours (device_memory_utilization), since the
 controller plans again with what Ray finds in the pod: its limit less the object store, divided by its slots. ``node``
 is the worker's own process and Ray's. /dev/shm counts, since the kernel charges its pages to the pod.
 """
@@ -130,7 +130,7 @@ def _group_name(plan: Plan) -> str:
 
 def _memory_bytes(plan: Plan, config: ModelConfig) -> int:
     if _kind(plan) is DeviceKind.CPU:
-        fullest = max(ledger.total_bytes for ledger in plan.ledgers)
+        fullest = max(ledger.peak_bytes for ledger in plan.ledgers)
         rank = math.ceil(fullest / config.device_memory_utilization)
     else:
         rank = HOST_BYTES_PER_GPU_RANK
@@ -249,7 +249,7 @@ def _comments(plan: Plan, config: ModelConfig, source: Source, values: dict[str,
 def _memory_comment(plan: Plan, config: ModelConfig) -> str:
     devices = _devices_per_pod(plan)
     if _kind(plan) is DeviceKind.CPU:
-        total = max(ledger.total_bytes for ledger in plan.ledgers)
+        total = max(ledger.peak_bytes for ledger in plan.ledgers)
         rank = f"{format_bytes(total)} of a rank / {config.device_memory_utilization:g} of it ours"
     else:
         rank = f"{format_bytes(HOST_BYTES_PER_GPU_RANK)} of host memory for a rank"

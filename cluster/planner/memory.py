@@ -82,6 +82,11 @@ class RankLedger:
     def total_bytes(self) -> int:
         return self.fixed_bytes + self.kv_bytes
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is taken at any time: while it serves, or while it starts."""
+        return max(self.total_bytes, self.start_bytes)
+
 
 def rank_ledgers(
     spec: ModelSpec,

@@ -25,7 +25,11 @@ class _PartWeights:
 
     per_rank: tuple[int, ...]
     total: int
-    largest: tuple[int, ...]  # the largest tensor's slice on each tensor rank
+    largest: tuple[int, ...]  # the largest slice that is reordered after loading, on each tensor rank
+
+
+# Parts with products, whose weights are put into another order on a CPU; a tied head keeps its own.
+_REORDERED = frozenset({Part.LAYER, Part.HEAD})
 
 
 @functools.lru_cache(maxsize=256)
@@ -55,7 +59,8 @@ def _count(spec: ModelSpec, tensors: Sequence[TensorSpec], tensor_parallel_size:
     for tensor in tensors:
         sizes = [math.prod(shape) for shape in tensor_shards(spec, tensor, tensor_parallel_size)]
         per_rank = [count + size for count, size in zip(per_rank, sizes, strict=True)]
-        largest = [max(pair) for pair in zip(largest, sizes, strict=True)]
+        if tensor.part in _REORDERED:
+            largest = [max(pair) for pair in zip(largest, sizes, strict=True)]
     return _PartWeights(tuple(per_rank), sum(tensor.numel for tensor in tensors), tuple(largest))
 
 
@@ -114,7 +119,7 @@ def stage_parameters(spec: ModelSpec, layout: ParallelLayout, stage: int, layers
 
 
 def largest_slices(spec: ModelSpec, layout: ParallelLayout, stage: int, layers: StageLayers) -> tuple[int, ...]:
-    """Elements of the largest tensor's slice on each tensor rank of one stage."""
+    """Elements of the largest slice that is reordered on a CPU, on each tensor rank of one stage: no embedding is."""
     parts = _stage_parts(spec, layout, stage, layers)
     return tuple(max(counts) for counts in zip(*(part.largest for part in parts), strict=True))
 
@@ -128,7 +133,7 @@ def _stage_parts(spec: ModelSpec, layout: ParallelLayout, stage: int, layers: St
         parts += [outside[Part.EMBEDDING], outside[Part.ENTRY]]
     elif is_last and spec.tie_word_embeddings:
         head = _tied_head(outside[Part.EMBEDDING], spec, tp)
-        parts.append(_PartWeights(head, sum(head), head))
+        parts.append(_PartWeights(head, sum(head), (0,) * tp))
     if is_last:
         parts += [outside[Part.FINAL_NORM], outside[Part.HEAD]]
     return parts

@@ -48,16 +48,15 @@ def prepare(model: nn.Module, group: TensorParallelGroup) -> Replaced:
     Every rank of ``group`` calls it at the same time: row-parallel products are tried out with their all-reduce.
     Afterwards the replaced Linears have no ``weight``; parameters are no longer listed by their names.
     """
-    done, room = Replaced(), _room(model)
+    done, room, unanimous = Replaced(), _room(model), _unanimous(group)
     if kernels.load() is not None:
         done.norms = sum(_replace_norm(module) for module in list(model.modules()))
         done.rotary = sum(_replace_rotary(module) for module in _modeling_modules(model))
     for module in _parents(model):
-        done.mlps += _replace_mlp(module, room)
+        done.mlps += _replace_mlp(module, room, unanimous)
         done.merged += sum(_replace_merged(module, names, room) for names in _MERGED)
     for module in _parents(model):
         done.products += _replace_children(module, group)
-    unanimous = _unanimous(group)
     done.layers = sum(cpu_layers.replace(layer, unanimous) for layer in _parents(model))
     return done
 
@@ -73,7 +72,8 @@ def _room(model: nn.Module) -> int:
     Linears that are larger together are packed one after the other. Their products take so long that one less is no
     gain: 64 MiB are read in milliseconds.
     """
-    return max((parameter.nbytes for parameter in model.parameters()), default=0) + _SPARE_BYTES
+    linears = (_linear(module) for module in model.modules())
+    return max((linear.weight.nbytes for linear in linears if linear is not None), default=0) + _SPARE_BYTES
 
 
 def head_product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -231,7 +231,7 @@ def _replace_merged(parent: nn.Module, names: Sequence[str], room: int) -> bool:
 # ------------------------------------------------------------------------------------------------------------ MLPs
 
 
-def _replace_mlp(module: nn.Module, room: int) -> bool:
+def _replace_mlp(module: nn.Module, room: int, unanimous: Callable[[bool], bool]) -> bool:
     """Gated MLPs whose parts bear the names of Llama or of Phi-3."""
     children = {name for name, _ in module.named_children()}
     names = next((names for names in _MLPS if set(names) == children), None)
@@ -241,7 +241,8 @@ def _replace_mlp(module: nn.Module, room: int) -> bool:
     linears, down, act = _columns(module, inner), getattr(module, down_name), getattr(module, act_name)
     if linears is None or _linear(down) is None or len({len(linear.weight) for linear in linears}) > 1:
         return False
-    if len(linears) > 1 and _bytes(linears) > room:
+    # Shards differ in size. What follows sums over the group, so all ranks do it or none.
+    if len(linears) > 1 and not unanimous(_bytes(linears) <= room):
         return False
     x = agreement.at_all_scales(linears[0].weight.shape[1], linears[0].weight.dtype)
     del linears  # they would keep the weights that are let go of

@@ -8,7 +8,8 @@ another result keeps its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,15 +128,19 @@ class _LeanLayer:
         **others: Any,
     ) -> Any:
         """What the layer's own forward gives for the packed tokens of a step."""
+        if more:
+            named = {"position_embeddings": position_embeddings, "attention_mask": attention_mask,
+                     "past_key_values": past_key_values}  # fmt: skip
+            given = {name: value for name, value in named.items() if value is not None}
+            return self._original(hidden_states, *more, **given, **others)
         if (
-            more
-            or attention_mask is not None
+            attention_mask is not None
             or past_key_values is not None
             or not _IDLE.issuperset(others)
             or not self._suits(hidden_states, position_embeddings)
         ):
             return self._original(
-                hidden_states, *more, position_embeddings=position_embeddings, attention_mask=attention_mask,
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                 past_key_values=past_key_values, **others,
             )  # fmt: skip
         bound: Bound = self._attention.paged
@@ -220,7 +225,8 @@ def replace(layer: nn.Module, unanimous: Callable[[bool], bool]) -> bool:
     lean, attributes = None, layer.self_attn.__dict__
     before = attributes.get("paged")
     try:
-        lean = _proven(layer, library, qkv)
+        with _without_peers(layer):
+            lean = _proven(layer, library, qkv)
     except Exception as error:  # boundary: any family's layer, given what may not be its arguments
         _LOG.debug("%s keeps its own forward: %s", type(layer).__name__, error)
     finally:
@@ -232,6 +238,26 @@ def replace(layer: nn.Module, unanimous: Callable[[bool], bool]) -> bool:
     assert lean is not None
     layer.forward = lean.forward
     return True
+
+
+@contextmanager
+def _without_peers(layer: nn.Module) -> Iterator[None]:
+    """Products keep to this rank: one that fails where the others do not must not leave them waiting for its sum."""
+    summed = [
+        module for module in layer.modules() if isinstance(module, products.Product) and module.reduce is not None
+    ]
+    before = [module.reduce for module in summed]
+    for module in summed:
+        module.reduce = _nothing
+    try:
+        yield
+    finally:
+        for module, reduce in zip(summed, before, strict=True):
+            module.reduce = reduce
+
+
+def _nothing(part: torch.Tensor) -> None:
+    del part
 
 
 def _has_the_parts(layer: nn.Module) -> bool:
@@ -262,6 +288,8 @@ def _is_usual(layer: Any, qkv: products.Product) -> bool:
     return (
         isinstance(getattr(attention, "head_dim", None), int)
         and not layer.training
+        and getattr(getattr(attention, "config", None), "clip_qkv", None) is None  # shows only at rare inputs
+        and next(layer.parameters(recurse=False), None) is None
         and all(isinstance(f, FusedNorm) and len(f.weight) == width for f, width in zip(forwards, widths, strict=True))
         and not any(inner is not layer and _is_hooked(inner) for inner in layer.modules())
         and isinstance(getattr(layer, "residual_multiplier", 1.0), (int, float))

@@ -625,6 +625,7 @@ void attention(const Attention& c) {
   for (int64_t i = 0; i < c.num_sequences; ++i) {
     const int64_t* sequence = c.sequences + 4 * i;
     const int64_t tokens = sequence[2], step = tokens_of_part(c, tokens * group);
+    if (tokens == 0) continue;
     // The last tokens see the most: they come first, so that no thread is left with them.
     for (int64_t from = (tokens - 1) / step * step; from >= 0; from -= step) {
       const int64_t to = std::min(tokens, from + step), work = (to - from) * (sequence[1] + to);

@@ -48,7 +48,14 @@ class Product(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         few = self._few
-        if few is not None and x.numel() <= few.most and x.is_contiguous():
+        # Whatever is not as it should be goes to oneDNN, which looks and says so.
+        if (
+            few is not None
+            and x.numel() <= few.most
+            and x.dtype is torch.float32
+            and x.shape[-1] == self.in_features
+            and x.is_contiguous()
+        ):
             out = few.multiply(x, few.address, few.packed_in, self._inner_bias, self.out_features)
         else:
             out = self._multiply(x, self.packed, self._inner_bias, "none", [], "")

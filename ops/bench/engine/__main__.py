@@ -86,6 +86,10 @@ class Comparison:
             if contender is not None:
                 self._end(name, contender)
             return
+        except BaseException:  # nobody may go on spinning behind us
+            if contender is not None:
+                self._end(name, contender)
+            raise
         if self._spec(name).get("life") == "one_round":
             self._end(name, contender)
         else:

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ops.bench.engine.processes import ContenderError
+
 PERCENTILES = (50, 90, 99)
 RIVALS = ("vllm_served", "vllm_compiled")
 
@@ -13,6 +15,8 @@ RIVALS = ("vllm_served", "vllm_compiled")
 def measures(answer: dict) -> dict:
     """Of one run: rates and latencies, from the driver's requests."""
     requests = answer["requests"]
+    if not all(request["times_s"] for request in requests):
+        raise ContenderError("a request has ended without a token")
     tokens = sum(len(request["token_ids"]) for request in requests)
     started = min(request["started_s"] for request in requests)
     wall_s = max(request["times_s"][-1] for request in requests) - started

@@ -62,10 +62,11 @@ def parts_of_step(own: dict[str, list[Event]], peer: dict[str, list[Event]] | No
     """
     found = {kind: spent(own[kind]) for kind in ("share", "product", "attention", "small_kernels")}
     found |= dict.fromkeys(("waiting", "summing", "reduce_call", "gathering"), 0.0)
-    kernels, calls = own["reduce_kernel"], own["reduce"] or own["reduce_kernel"]
+    kernels = own["reduce_kernel"]
     if kernels:
         assert peer is not None
-        assert len(peer["reduce_kernel"]) == len(kernels) == len(calls), "the ranks do not do the same"
+        assert len(peer["reduce_kernel"]) == len(kernels), "the ranks do not do the same"
+        calls = [_call_around(kernel, own["reduce"]) for kernel in kernels]
         *inner, last = zip(kernels, peer["reduce_kernel"], calls, strict=True)
         for (_, started, end), (_, peer_started, _), (_, call_started, call_end) in inner:
             both = max(started, peer_started)
@@ -75,6 +76,11 @@ def parts_of_step(own: dict[str, list[Event]], peer: dict[str, list[Event]] | No
         found["gathering"] = last[2][2] - last[2][1]
     known = sum(value for name, value in found.items() if name != "share")
     return found | {"rest": found["share"] - known}
+
+
+def _call_around(kernel: Event, calls: Sequence[Event]) -> Event:
+    """The call that ``kernel`` was made in; itself where the operator was called directly."""
+    return next((call for call in calls if call[1] <= kernel[1] and kernel[2] <= call[2]), kernel)
 
 
 def medians_ms(rows: Sequence[dict[str, float]]) -> dict[str, float]:

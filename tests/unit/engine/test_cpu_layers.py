@@ -1,10 +1,12 @@
 """Lean decoder layers give what the family's own layers give; a layer that is not known keeps its own forward."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers
 
-from cluster.engine.model import attention, cpu, cpu_layers, kernels, torch_attention
+from cluster.engine.model import attention, cpu, cpu_layers, kernels, products, torch_attention
 from cluster.engine.model.attention import BlockTables, LayerKV, PagedKVCache, layout_step
 from cluster.engine.model.tensor_parallel import TensorParallelGroup
 from cluster.engine.step import SequenceKey, StepEntry
@@ -166,12 +168,50 @@ def test_layers_that_only_look_alike_are_kept():
 
 
 @torch.inference_mode()
-def test_all_ranks_decide_alike():
-    """One that does not agree keeps the others from theirs, so that none waits for a sum of its own."""
+@pytest.mark.parametrize("answers", [[False], [True, False]])
+def test_all_ranks_decide_alike(answers, monkeypatch):
+    """One that does not agree keeps the others from theirs, before the proof and after it."""
     model, _ = build(LEAN["llama"])
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_layers, "replace", lambda *_: False)
+        cpu.prepare(model, ALONE)
+    layer, left, votes = model.layers[0], list(answers), []
+    paged = layer.self_attn.__dict__.get("paged")
+
+    def ask(vote):
+        votes.append(vote)
+        return left.pop(0)
+
+    assert not cpu_layers.replace(layer, ask)
+    assert votes == [True] * len(answers)
+    assert "forward" not in layer.__dict__
+    assert layer.self_attn.__dict__.get("paged") is paged
+    assert not cpu_layers.replace(model.norm, ask)
+    assert len(votes) == len(answers)
+    assert cpu_layers.replace(layer, lambda vote: vote)
+
+
+def test_a_layer_called_by_position_is_called_as_before():
+    model, _ = build(LEAN["llama"])
+    layer = model.layers[0]
+    seen = []
+    original = layer.forward
+    layer.forward = lambda *given, **named: seen.append((given, named)) or original(*given, **named)
     cpu.prepare(model, ALONE)
-    votes = []
-    assert not cpu_layers.replace(model.layers[0], lambda vote: bool(votes.append(vote)))
-    assert votes == [True]
-    assert not cpu_layers.replace(model.norm, lambda vote: bool(votes.append(vote)))
-    assert votes == [True]
+    assert layer.forward.__name__ == "forward"
+    seen.clear()
+    hidden, angles = torch.randn(1, 3, model.config.hidden_size), object()
+    with contextlib.suppress(TypeError):
+        layer.forward(hidden, None, position_embeddings=angles)
+    assert seen == [((hidden, None), {"position_embeddings": angles})]
+
+
+def test_a_product_takes_no_other_type_or_width():
+    product = products.Product(torch.randn(128, 64), None)
+    for wrong in (
+        torch.randn(2, 64, dtype=torch.bfloat16),
+        torch.randn(2, 64, dtype=torch.float64),
+        torch.randn(2, 32),
+    ):
+        with pytest.raises(RuntimeError):
+            product(wrong)

@@ -44,6 +44,15 @@ def test_a_crowd_without_a_token_is_worth_as_many_slowdowns_as_come_on_each_stre
     assert pace.budget(1, 31) in range(1040, 2049)
 
 
+def test_short_prompts_in_every_step_do_not_keep_it_from_looking_at_the_streams_alone():
+    """Else streams that have become faster would pass for prompts that cost nothing."""
+    pace = known()
+    for _ in range(600):
+        may_go = pace.budget(8) or pace.short_prompt(8)
+        pace.observe(8, at_start(8) if may_go else NOTHING, 0.004 + (8 * 0.0002 if may_go else 0.0))
+    assert pace.short_prompt(8) <= 8 * 0.004 / 0.0002 * 1.2
+
+
 def test_a_prompt_is_short_up_to_eight_steps_of_the_decodes():
     pace = PrefillPace(2.0, 512)
     assert pace.short_prompt(8) == 0

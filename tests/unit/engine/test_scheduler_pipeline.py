@@ -273,6 +273,16 @@ def test_decodes_in_another_outstanding_plan_count_too() -> None:
         assert shares(plan) == expected
 
 
+def test_a_short_prompt_passes_a_long_one_that_waits_for_its_share() -> None:
+    engine = decoding(2)
+    for name in (8, 9):
+        engine.submit(name, prompt=40)
+    engine.submit(10, prompt=3)
+    plan = engine.scheduler.schedule(engine.now_s, prefill_tokens=4, short_prompt=5).plan
+    assert plan is not None
+    assert shares(plan) == {0: (3, 1), 1: (3, 1), 8: (0, 4), 10: (0, 3)}
+
+
 def test_a_step_may_go_without_prompts_but_never_without_anything() -> None:
     engine = decoding(1, depth=2)
     engine.submit(8, prompt=40)
