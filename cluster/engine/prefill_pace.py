@@ -14,8 +14,7 @@ from dataclasses import dataclass
 # A chunk is never smaller, so a prompt of n tokens ends within n / 2 steps (and the looks between them), whatever
 # else is asked for; smaller ones would do little but read the prompt's past.
 LEAST_CHUNK_TOKENS = 2
-# Kernels work on rows in groups: larger chunks are multiples of this, and between a half and the whole of it lies
-# nothing: there a chunk costs almost as much as a whole one.
+# Kernels work on rows in groups: larger chunks are multiples of this, or at most a half of it.
 _ROWS = 8
 # After so many steps with prompt tokens comes one without: streams grow, so must what is known of their own time.
 _LOOK_EVERY = 64
