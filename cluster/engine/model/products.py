@@ -17,7 +17,7 @@ from cluster.engine.model import agreement, kernels
 # any, from 1 to 2048 rows (ops/bench/kernels).
 _ROWS = 64
 _PANEL = 64  # columns that lie side by side in a weight of float32, where the processor has AVX-512
-_MOST_ROWS = 64  # up to here our own product is faster, and for one row nearly twice as fast
+_MOST_ROWS = 64  # up to here our own product is used
 Reduce = Callable[[torch.Tensor], object]  # sums in place
 
 
@@ -68,7 +68,7 @@ class Product(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _FewRows:
-    """Our product for few rows, from oneDNN's own memory: a call of oneDNN's takes 14 us before it begins."""
+    """Our product for few rows, from oneDNN's own memory: a call of oneDNN's has fixed costs that few rows feel."""
 
     multiply: Callable[..., torch.Tensor]
     address: int
