@@ -42,7 +42,9 @@ class ModelConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where the nodes have it.")
     max_model_len: PositiveInt | None = Field(None, description="Tokens of prompt and output; default: the model's.")
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Sequences in one step.")
-    max_num_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step.")
+    max_num_batched_tokens: PositiveInt | None = Field(
+        None, description="Token budget of one step; default: 2048 on an accelerator, 512 on CPU."
+    )
     max_num_waiting: int = Field(256, ge=1, description="Bound of the engine's waiting queue, in requests.")
     max_waiting_prompt_tokens: int = Field(
         1_048_576, ge=1, description="Bound of the engine's waiting queue, in tokens of their prompts."

@@ -13,6 +13,7 @@ from cluster.controller.rendezvous import assign_ports
 from cluster.domain.ids import RankId
 from cluster.domain.parallel_layout import Placement, RankPlacement
 from cluster.engine.rank_spec import Collective, RankSpec, collective_for
+from cluster.planner.evaluate import step_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def rank_specs(
             plan_port=meeting.plan_port,
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=step_tokens(config, model.device),
             max_num_waiting=config.max_num_waiting,
             block_size=config.block_size,
             kv_blocks=model.kv_blocks,

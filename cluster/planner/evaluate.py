@@ -17,6 +17,9 @@ from cluster.planner.memory import Limits, RankLedger, kv_blocks, misfit, rank_l
 from cluster.planner.placement import place
 from cluster.planner.weights import split_stages
 
+ACCELERATOR_STEP_TOKENS = 2048
+CPU_STEP_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Pool:
@@ -76,21 +79,35 @@ def serving_dtype(spec: ModelSpec, config: ModelConfig, kind: DeviceKind) -> Dty
     return spec.dtype if kind is DeviceKind.CUDA else Dtype.FLOAT32
 
 
-def limits(spec: ModelSpec, config: ModelConfig) -> Limits:
-    """The bounds that ``config`` sets for ``spec``; ConfigError when it asks for more than the model has."""
+def step_tokens(config: ModelConfig, kind: DeviceKind) -> int:
+    """The token budget of one step where ``config`` leaves it open.
+
+    An accelerator wants many rows at once. A CPU is as fast with 512 rows, whose intermediate results its caches hold,
+    and a prompt's first token then waits for fewer others.
+    """
+    return config.max_num_batched_tokens or (CPU_STEP_TOKENS if kind is DeviceKind.CPU else ACCELERATOR_STEP_TOKENS)
+
+
+def limits(spec: ModelSpec, config: ModelConfig, kind: DeviceKind) -> Limits:
+    """The bounds that ``config`` sets on ``kind`` of device; ConfigError when it asks for more than the model has."""
+    check_length(spec, config)
+    return Limits(
+        max_model_len=config.max_model_len or spec.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=step_tokens(config, kind),
+        block_size=config.block_size,
+        device_memory_utilization=config.device_memory_utilization,
+        kv_cache_bytes=config.kv_cache_bytes,
+    )
+
+
+def check_length(spec: ModelSpec, config: ModelConfig) -> None:
+    """ConfigError when ``config`` asks for longer sequences than the model has."""
     if config.max_model_len is not None and config.max_model_len > spec.max_model_len:
         raise ConfigError(
             f"--max-model-len {config.max_model_len} is more than the model's {spec.max_model_len}; "
             f"give at most {spec.max_model_len}."
         )
-    return Limits(
-        max_model_len=config.max_model_len or spec.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-        device_memory_utilization=config.device_memory_utilization,
-        kv_cache_bytes=config.kv_cache_bytes,
-    )
 
 
 def evaluate(
@@ -105,7 +122,7 @@ def evaluate(
     objection = shape_objection(spec, layout, pool.devices_per_node)
     if objection is not None:
         return objection
-    bounds, dtype = limits(spec, config), serving_dtype(spec, config, pool.device.kind)
+    bounds, dtype = limits(spec, config, pool.device.kind), serving_dtype(spec, config, pool.device.kind)
     stages = split_stages(spec, layout)
     ledgers = rank_ledgers(spec, layout, stages, dtype, pool.device, bounds)
     blocks = kv_blocks(ledgers, pool.device.kind, bounds)

@@ -11,7 +11,7 @@ from cluster.domain.hardware import DeviceType, Inventory, Node
 from cluster.domain.model_spec import Dtype, ModelSpec
 from cluster.domain.parallel_layout import ParallelLayout, Placement, StageLayers
 from cluster.planner.cost import CostEstimate
-from cluster.planner.evaluate import Fit, evaluate, limits, pools
+from cluster.planner.evaluate import ACCELERATOR_STEP_TOKENS, Fit, check_length, evaluate, pools
 from cluster.planner.layouts import candidate_layouts
 from cluster.planner.memory import RankLedger
 from cluster.planner.weights import stored_bytes
@@ -80,7 +80,7 @@ def plan(
     the smallest change that was found to help, ConfigError for a request beyond the model's length.
     """
     assert replicas >= 0, replicas
-    bounds = limits(model_spec, model_config)
+    check_length(model_spec, model_config)
     fits, candidates = _search(model_spec, model_config, inventory, replicas)
     if not fits:
         raise _no_plan(model_spec, model_config, inventory, replicas, candidates)
@@ -98,9 +98,9 @@ def plan(
         stages=best.stages,
         ledgers=ledgers,
         placements=best.placements,
-        block_size=bounds.block_size,
+        block_size=model_config.block_size,
         kv_blocks=best.kv_blocks,
-        max_model_len=bounds.max_model_len,
+        max_model_len=model_config.max_model_len or model_spec.max_model_len,
         cost=best.cost,
         candidates=tuple(
             replace(c, verdict="chosen")
@@ -206,7 +206,7 @@ def _changes(
         )
     if config.kv_cache_bytes is not None:
         yield "leave out kv_cache_bytes", with_config(kv_cache_bytes=None)
-    for tokens in _halves(config.max_num_batched_tokens, _LEAST_BATCHED_TOKENS):
+    for tokens in _halves(config.max_num_batched_tokens or ACCELERATOR_STEP_TOKENS, _LEAST_BATCHED_TOKENS):
         yield f"--max-num-batched-tokens {tokens}", with_config(max_num_batched_tokens=tokens)
     lengths = tuple(_halves(config.max_model_len or spec.max_model_len, _LEAST_MODEL_LEN))
     for length in lengths[:_MILD_HALVINGS]:

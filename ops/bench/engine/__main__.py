@@ -145,7 +145,7 @@ class Comparison:
         threads = str(len(self.workload["cpus"]))
         config = {
             "checkpoint": str(self.model), "dtype": self.workload["dtype"], "threads": int(threads),
-            "max_model_len": 256, "max_num_seqs": 32, "max_num_batched_tokens": 2048,
+            "max_model_len": 256, "max_num_seqs": 32,
             "settings": spec.get("settings", {}), "first_prompt": self._prompts(-2, 0, 1)[0], "port": free_port(),
         }  # fmt: skip
         environment: dict[str, str] = {

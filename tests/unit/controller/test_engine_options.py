@@ -14,6 +14,7 @@ from cluster.controller.desired import asks_the_same, model_from_json, model_to_
 from cluster.controller.placement import place_replica
 from cluster.controller.rank_specs import ClusterFacts, HostFacts, rank_specs
 from cluster.domain.errors import ConfigError
+from cluster.domain.hardware import DeviceKind
 from cluster.domain.parallel_layout import Placement
 from tests.unit.controller.builders import SETTINGS, incarnation, inventory, model, node
 
@@ -45,6 +46,16 @@ def test_every_rank_is_told(name: str) -> None:
     facts = (HostFacts(1, 4, (20000, 20001)), HostFacts(2, 4, ()))
     specs = rank_specs(order, placement, facts, {"a": 8}, ClusterFacts("c", "/run", SETTINGS))
     assert {getattr(spec, name) for spec in specs} == {getattr(order.model.config, name)}
+
+
+@pytest.mark.parametrize(("device", "budget"), [(DeviceKind.CPU, 512), (DeviceKind.CUDA, 2048)])
+def test_a_step_that_nobody_sized_is_as_large_as_its_device_likes(device: DeviceKind, budget: int) -> None:
+    order = StartOrder(incarnation(), replace(model(), device=device), (20000, 20001), "10.0.0.9:50052", 2)
+    placement = place_replica(order.model.layout, inventory(node("a", 8)), {})
+    assert isinstance(placement, Placement)
+    facts = (HostFacts(1, 4, (20000, 20001)), HostFacts(2, 4, ()))
+    specs = rank_specs(order, placement, facts, {"a": 8}, ClusterFacts("c", "/run", SETTINGS))
+    assert {spec.max_num_batched_tokens for spec in specs} == {budget}
 
 
 async def test_the_plan_of_a_stretched_model_has_its_length() -> None:

@@ -49,7 +49,9 @@ def build(config: dict) -> tuple:
 
     from cluster.checkpoint.config_json import model_spec
     from cluster.checkpoint.layout import read_checkpoint
+    from cluster.config.schema import ModelConfig
     from cluster.domain.clock import MonotonicClock
+    from cluster.domain.hardware import DeviceKind
     from cluster.domain.parallel_layout import Stage, StageLayers
     from cluster.engine.block_pool import BlockPool
     from cluster.engine.model.causal_lm import ShardedCausalLM
@@ -58,6 +60,7 @@ def build(config: dict) -> tuple:
     from cluster.engine.progress import RankProgress
     from cluster.engine.runner import LeaderRunner, RankShare
     from cluster.engine.scheduler import Scheduler, SchedulerLimits
+    from cluster.planner.evaluate import step_tokens
 
     torch.set_num_threads(config["threads"])
     torch.set_grad_enabled(False)
@@ -75,9 +78,8 @@ def build(config: dict) -> tuple:
         RankShare(model, Sampler(model.vocab_size, sequences, device), None, None), None, RankProgress(MonotonicClock())
     )
     runner.warm_up(longest, blocks, BLOCK_SIZE)
-    limits = SchedulerLimits(
-        sequences, config["max_num_batched_tokens"], sequences, longest, vocab_size=shape.vocab_size
-    )
+    budget = step_tokens(ModelConfig(model=config["checkpoint"]), DeviceKind.CPU)
+    limits = SchedulerLimits(sequences, budget, sequences, longest, vocab_size=shape.vocab_size)
     return Scheduler(limits, BlockPool(blocks, BLOCK_SIZE)), runner
 
 

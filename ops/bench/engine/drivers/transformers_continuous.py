@@ -6,6 +6,8 @@ import time
 
 from wire import Job, Request, Run, drive, versions
 
+MAX_BATCH_TOKENS = 2048
+
 managers: list = []
 
 
@@ -24,7 +26,7 @@ def start(config: dict) -> tuple[Run, dict[str, str]]:
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=page,
             num_blocks=config["max_num_seqs"] * (config["max_model_len"] // page + 1),
-            max_batch_tokens=config["max_num_batched_tokens"],
+            max_batch_tokens=MAX_BATCH_TOKENS,
         ),
     )
     manager.start()
