@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 
 
+class Standing(enum.Enum):
+    """How an endpoint has behaved of late."""
+
+    HEALTHY = "healthy"
+    SLOW = "slow"  # its streams get their tokens much later than those of its peers
+    EJECTED = "ejected"  # its transport failed; nothing goes there until a probe may
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One endpoint as a policy sees it; ``tokens`` are queued and running there, as far as we know."""
+    """One endpoint as a policy sees it.
+
+    ``tokens`` are queued and running there, as far as we know; ``cached_tokens`` of the prompt in question lie in its
+    prefix cache; with ``has_room`` it would begin a new sequence soon rather than queue it.
+    """
 
     endpoint: Endpoint
     session_up: bool
     tokens: int = 0
+    cached_tokens: int = 0
+    has_room: bool = True
+    standing: Standing = Standing.HEALTHY
 
 
 class LiveLoad:

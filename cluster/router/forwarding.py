@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from cluster.config.schema import RouterConfig
-from cluster.domain.clock import Clock
 from cluster.domain.errors import (
     AbortReason,
-    EngineFailed,
     RejectReason,
     RequestAborted,
     RequestEvicted,
@@ -18,21 +15,18 @@ from cluster.domain.errors import (
 )
 from cluster.domain.ids import Incarnation
 from cluster.domain.request import SequenceEnd
-from cluster.router.fleet import Fleet
 from cluster.router.goodput import Timing
 from cluster.router.journal import Journal
-from cluster.router.policy.contracts import Demand
+from cluster.router.placing import EndpointSearch
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
 from cluster.router.session import EngineSession
+from cluster.router.surroundings import Interruption, Surroundings
 from cluster.router.text import TextStream
 from cluster.router.validation import ValidRequest
-from cluster.telemetry.metrics import RouterMetrics
 from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire import convert
 
-REFUSALS_MAX = 1  # further endpoints that a new request tries after one is full
 UPDATES_SLACK = 16  # updates of a sequence beside one for each token
-FULL_PAUSE_S = 0.1  # a started request that finds every endpoint full looks again after this
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +49,6 @@ class Ended:
 Emit = Callable[[Progress], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every request of a router shares."""
-
-    fleet: Fleet
-    config: RouterConfig
-    metrics: RouterMetrics
-    clock: Clock
-
-
-@dataclass(slots=True)
-class _Tries:
-    """What has been tried for one request."""
-
-    failed: set[Incarnation] = field(default_factory=set)
-    full: set[Incarnation] = field(default_factory=set)
-    draining: set[Incarnation] = field(default_factory=set)
-    losses: int = 0
-
-
 class RequestRun:
     """One request on its way. ``run`` once; ``interrupt`` ends it from outside with the given error."""
 
@@ -88,15 +62,12 @@ class RequestRun:
     ) -> None:
         self._request = request
         self._text = text
-        self._digest = checkpoint_digest
         self._around = surroundings
         self._timing = Timing(arrived_s)
         self._journal = Journal(request.resumed_token_ids, request.sampling.max_tokens)
-        self._tries = _Tries()
-        self._interruption: Exception | None = None
-        self._interrupted = asyncio.Event()
+        self._interruption = Interruption()
+        self._search = EndpointSearch(request, checkpoint_digest, surroundings, self._interruption)
         self._stream: SequenceStream | None = None
-        self._wait_until_s: float | None = None
         self._cached_prompt_tokens = 0
         self._itl = surroundings.metrics.inter_token_latency.labels(model=request.model)
         self._generated = surroundings.metrics.generation_tokens.labels(model=request.model)
@@ -113,11 +84,8 @@ class RequestRun:
         return self._timing.meets(config.ttft_objective_s, config.tpot_objective_s, self._around.clock.now())
 
     def interrupt(self, error: Exception) -> None:
-        if self._interruption is None:
-            self._interruption = error
-            self._interrupted.set()
-            if self._stream is not None:
-                self._stream.fail(error)
+        if self._interruption.trip(error) and self._stream is not None:
+            self._stream.fail(error)
 
     def reach_deadline(self) -> None:
         """The client's deadline has come."""
@@ -154,13 +122,13 @@ class RequestRun:
 
     async def _attempt(self, emit: Emit, deadline_s: float | None) -> Ended | None:
         """One try on one endpoint; None when another one has to follow."""
-        session = await self._endpoint()
+        session = await self._search.endpoint()
         attempt = self._journal.begin_attempt()
         incarnation = session.endpoint.incarnation
         try:
             sequence_id, stream = self._submit(session, attempt, deadline_s)
         except SequenceLost as lost:
-            self._lose(incarnation, lost.reason)
+            self._search.lost(incarnation, lost.reason)
             return None
         self._stream = stream
         try:
@@ -168,7 +136,7 @@ class RequestRun:
         except SequenceLost as lost:
             if self._journal.full:  # only the engine's last word is missing, and we know it
                 return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH)
-            self._lose(incarnation, lost.reason)
+            self._search.lost(incarnation, lost.reason)
             return None
         finally:
             self._stream = None
@@ -223,7 +191,7 @@ class RequestRun:
             if emission.kept < len(token_ids):
                 token_ids = token_ids[: emission.kept]
         self._journal.append(token_ids)
-        self._wait_until_s = None
+        self._search.made_progress()
         self._observe_tokens(len(token_ids))
         await emit(Progress(text, token_ids, update.logprobs[: len(token_ids)]))
 
@@ -246,10 +214,10 @@ class RequestRun:
         if end is SequenceEnd.LENGTH:
             return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH)
         if end is SequenceEnd.REJECTED_DRAINING:
-            self._tries.draining.add(incarnation)
+            self._search.refused_draining(incarnation)
             return None
         if end is SequenceEnd.REJECTED_CAPACITY:
-            self._tries.full.add(incarnation)
+            self._search.refused_full(incarnation)
             return None
         if end is SequenceEnd.CANCELLED:
             raise SequenceLost(LossReason.DROPPED)
@@ -274,91 +242,7 @@ class RequestRun:
             prompt_tokens=len(self._request.prompt_token_ids),
             generated_tokens=self._journal.generated_tokens,
             cached_prompt_tokens=self._cached_prompt_tokens,
-            failovers=self._tries.losses,
+            failovers=self._search.losses,
             seed=self._request.sampling.seed,
         )
         return Ended(reason, usage)
-
-    def _lose(self, incarnation: Incarnation, reason: LossReason) -> None:
-        self._tries.failed.add(incarnation)
-        self._tries.losses += 1
-        self._around.metrics.failovers.labels(reason=reason.value).inc()
-        allowed = self._around.config.max_failovers
-        if self._tries.losses > allowed:
-            raise EngineFailed(
-                f"{self._tries.losses} replicas broke under this request, more than max_failovers {allowed}; "
-                "send it again with the tokens received so far.",
-                retryable=True,
-            )
-
-    async def _endpoint(self) -> EngineSession:
-        """An endpoint for the next attempt.
-
-        A new request takes one now or is rejected. A request that has lost its replica waits, exempt from
-        bounds, for ``failover_wait_s`` at most.
-        """
-        self._raise_interruption()
-        picked = self._pick()
-        if picked is not None:
-            return picked
-        if not self._tries.losses:
-            raise self._rejection()
-        gauge = self._around.metrics.queued_requests.labels(model=self._request.model)
-        loop = asyncio.get_running_loop()
-        if self._wait_until_s is None:
-            self._wait_until_s = loop.time() + self._around.config.failover_wait_s
-        with gauge.track_inprogress():
-            while (left_s := self._wait_until_s - loop.time()) > 0:
-                await self._pause(min(left_s, FULL_PAUSE_S) if self._tries.full else left_s)
-                self._raise_interruption()
-                self._tries.full.clear()
-                picked = self._pick()
-                if picked is not None:
-                    return picked
-        raise EngineFailed(
-            f"The replica broke and no other was ready within failover_wait_s "
-            f"({self._around.config.failover_wait_s:g} s); send the request again with the tokens received so far.",
-            retryable=True,
-        )
-
-    def _pick(self) -> EngineSession | None:
-        tries = self._tries
-        if len(tries.full) > REFUSALS_MAX and not tries.losses:
-            return None
-        demand = Demand(
-            model=self._request.model,
-            checkpoint_digest=self._digest,
-            refused=frozenset(tries.full | tries.draining),
-            failed=frozenset(tries.failed),
-        )
-        found = self._around.fleet.choose(demand)
-        if found is None:
-            return None
-        session, choice = found
-        replica = str(session.endpoint.incarnation.replica)
-        self._around.metrics.endpoint_picks.labels(replica=replica, scorer=choice.scorer).inc()
-        self._digest = session.endpoint.checkpoint_digest
-        return session
-
-    def _rejection(self) -> RequestRejected:
-        model = self._request.model
-        if self._tries.full:
-            message = f"Model {model} has no room for another request; try again in a moment."
-            return RequestRejected(RejectReason.QUEUE_FULL, message)
-        message = f"No replica of model {model} takes new requests; try again in a moment."
-        reason = RejectReason.DRAINING if self._tries.draining else RejectReason.NO_ENDPOINT
-        return RequestRejected(reason, message)
-
-    async def _pause(self, limit_s: float) -> None:
-        """Until an endpoint changes, the request is interrupted, or ``limit_s`` have passed."""
-        change = self._around.fleet.change()
-        interrupted = asyncio.ensure_future(self._interrupted.wait())
-        try:
-            await asyncio.wait((change, interrupted), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            change.cancel()
-            interrupted.cancel()
-
-    def _raise_interruption(self) -> None:
-        if self._interruption is not None:
-            raise self._interruption

@@ -24,8 +24,9 @@ from cluster.domain.errors import (
 from cluster.domain.request import Outcome
 from cluster.router import validation
 from cluster.router.fleet import Fleet
-from cluster.router.forwarding import Ended, Progress, RequestRun, Surroundings
+from cluster.router.forwarding import Ended, Progress, RequestRun
 from cluster.router.session import ServedModel
+from cluster.router.surroundings import Surroundings
 from cluster.router.text import TextStream
 from cluster.router.tokenization import TokenizerCache
 from cluster.telemetry.logs import Logger

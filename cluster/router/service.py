@@ -17,11 +17,11 @@ from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.router.fleet import Fleet
 from cluster.router.fleet_series import FleetSeries
-from cluster.router.forwarding import Surroundings
 from cluster.router.health import Health
 from cluster.router.listener import Listener
 from cluster.router.server import InferenceServer
 from cluster.router.session import SessionSettings
+from cluster.router.surroundings import Surroundings
 from cluster.router.tokenization import TokenizerCache
 from cluster.router.watch import EndpointWatch
 from cluster.telemetry.exposition import MetricsServer, new_registry

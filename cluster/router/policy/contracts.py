@@ -15,13 +15,17 @@ class Demand:
     """What one request asks of an endpoint.
 
     ``checkpoint_digest``: the weights it was tokenized for, empty for any; a continuation must find the same.
-    ``refused``: incarnations that said no; ``failed``: incarnations that broke under this request.
+    ``refused``: incarnations that said no; ``failed``: incarnations that broke under this request. With
+    ``needs_room`` an endpoint that would only queue it does not qualify. ``prompt_tokens``: those to be computed where
+    nothing is cached.
     """
 
     model: str
     checkpoint_digest: str = ""
     refused: frozenset[Incarnation] = frozenset()
     failed: frozenset[Incarnation] = frozenset()
+    needs_room: bool = False
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

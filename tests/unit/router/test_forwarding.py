@@ -16,9 +16,10 @@ from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.domain.request import SamplingParams
 from cluster.router.endpoint_table import Candidate
 from cluster.router.fleet import Fleet
-from cluster.router.forwarding import UPDATES_SLACK, Ended, Progress, RequestRun, Surroundings
+from cluster.router.forwarding import UPDATES_SLACK, Ended, Progress, RequestRun
 from cluster.router.policy.contracts import Choice, Demand
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
+from cluster.router.surroundings import Surroundings
 from cluster.router.validation import ValidRequest
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.v1 import engine_pb2, inference_pb2

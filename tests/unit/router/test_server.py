@@ -12,9 +12,10 @@ from cluster.config.schema import RouterConfig
 from cluster.domain.clock import MonotonicClock
 from cluster.domain.endpoint import EndpointTable
 from cluster.router.fleet import Fleet
-from cluster.router.forwarding import Ended, Progress, RequestRun, Surroundings
+from cluster.router.forwarding import Ended, Progress, RequestRun
 from cluster.router.server import InferenceServer
 from cluster.router.session import ServedModel, SessionSettings
+from cluster.router.surroundings import Surroundings
 from cluster.router.tokenization import Tokenizer, TokenizerCache
 from cluster.telemetry.logs import get_logger
 from cluster.telemetry.metrics import RouterMetrics
