@@ -33,6 +33,8 @@ _LATENT_KV = frozenset({"kv_b_proj"})
 _LATENTS = frozenset({"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"})
 # A norm over each head's own width, the same for all heads.
 _HEAD_NORMS = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
+# What multiplies the heads' output before the output projection: a number for each of its elements, or for each head.
+_OUTPUT_GATES = frozenset({"gate_proj", "g_proj"})
 _FFN_IN = frozenset({
     "gate_proj", "up_proj", "w1", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "wi", "wi_0", "wi_1", "gate_up_proj",
     "proj_1", "linear_fc1", "input_linear",
@@ -254,6 +256,8 @@ def _extras(
             cuts[name] = HeadCut(0, *heads, order, head_dim)
         elif child == "sinks" and shape == (heads[0],):
             cuts[name] = HeadCut(0, *heads, HeadOrder.QUERY, 1)
+        elif child in _OUTPUT_GATES and rest in {"weight", "bias"} and shape[0] in {heads[0], heads[0] * head_dim}:
+            cuts[name] = HeadCut(0, *heads, HeadOrder.QUERY, shape[0] // heads[0])
         else:
             return f"what {name} does across heads is not known"
     return ""

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,10 @@ def write_manifest(
     directory: Path, files: tuple[Path, ...], progress: Progress, *, chunk_bytes: int = CHUNK_BYTES, streams: int = 4
 ) -> Path:
     """Reads ``files`` of ``directory`` once, in ``streams`` threads, and puts the manifest there; returns its path."""
-    sizes = {file: file.stat().st_size for file in files}
+    sizes = {}
+    for file in files:
+        with _readable(file):
+            sizes[file] = file.stat().st_size
     found = {
         file.name: {"size": size, "sha256": sha256}
         for (file, size), sha256 in zip(
@@ -123,9 +127,10 @@ def verify(directory: Path, digests: Mapping[str, FileDigests], progress: Progre
     """Reads every listed file whole; CheckpointError for the first one that is missing or differs."""
     sizes = {directory / name: digest.size for name, digest in digests.items()}
     for file, size in sizes.items():
-        if not file.is_file():
-            raise CheckpointError(f"{file} is not there, but {MANIFEST_FILE} lists it; copy it into the directory.")
-        require_sizes(directory, digests, {file.name: file.stat().st_size})
+        with _readable(file):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is not there, but {MANIFEST_FILE} lists it; copy it into the directory.")
+            require_sizes(directory, digests, {file.name: file.stat().st_size})
         assert size == digests[file.name].size
     chunk_bytes = next(iter(digests.values())).chunk_bytes if digests else CHUNK_BYTES
     for _ in _hash_files(sizes, chunk_bytes, streams, partial(_compare, digests), progress):
@@ -152,17 +157,36 @@ def _hash_files(
     done, total = 0, sum(sizes.values())
     with ThreadPoolExecutor(streams, thread_name_prefix="digest") as pool:
         for file, size in sizes.items():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
+            results = []
+            with _opened(file) as descriptor:
                 chunks = range(-(-size // chunk_bytes))
-                results = []
                 for result in pool.map(partial(_read_chunk, file, descriptor, size, chunk_bytes, one), chunks):
                     results.append(result)
                     done += min(chunk_bytes, size - (len(results) - 1) * chunk_bytes)
                     progress(done, total)
-            finally:
-                os.close(descriptor)
             yield results
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """CheckpointError with the file's name where the system does not let it be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}); check its permissions and its disk."
+        ) from None
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    """A descriptor to read ``file`` with; what breaks meanwhile is told with its name."""
+    with _readable(file):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
 
 def _read_chunk(

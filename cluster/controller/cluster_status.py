@@ -55,7 +55,7 @@ def blocked_reason(model: DesiredModel, observed: Observed, now_s: float) -> str
         if view.phase is ReplicaPhase.FAILED:
             return f"{view.replica}: {view.life.reason}"
     for replica, history in observed.slots.items():
-        if replica.model == model.name and history.failures and now_s < history.start_after_s:
+        if replica.model == model.name and history.failures and history.pauses(model.fingerprint, now_s):
             return f"{replica} failed {history.failures} time(s), starts again in {history.start_after_s - now_s:.1f} s"
     return "replicas are starting"
 

@@ -277,6 +277,7 @@ class ControllerLoop:
                     planned[config.name] = await self._parts.planner.plan(config, tuple(planned.values()))
             self._refuse_while_stopping()
             await self._set_desired(tuple(planned[config.name] for config in configs), "apply")
+            self._fleet.end_pauses(planned)
         return self._desired
 
     async def scale(self, name: str, replicas: int) -> None:

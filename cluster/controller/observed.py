@@ -128,11 +128,19 @@ class ReplicaView:
 
 @dataclass(frozen=True, slots=True)
 class SlotHistory:
-    """What a slot remembers of its incarnations: the last generation and how often in a row they failed."""
+    """What a slot remembers of its incarnations: the last generation and how often in a row they failed.
+
+    ``fingerprint``: what those were built of; the pause until ``start_after_s`` is for the like of them.
+    """
 
     generation: int = 0
     failures: int = 0
     start_after_s: float = 0.0
+    fingerprint: str = ""
+
+    def pauses(self, fingerprint: str, now_s: float) -> bool:
+        """Whether nothing that is built of the same may start yet; mended options wait for nothing."""
+        return now_s < self.start_after_s and fingerprint == self.fingerprint
 
 
 @dataclass(frozen=True, slots=True)

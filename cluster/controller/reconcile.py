@@ -54,16 +54,18 @@ def after_failure(
     settings: ControllerConfig,
     now_s: float,
     *,
+    fingerprint: str,
     needs_change: bool = False,
 ) -> SlotHistory:
     """The slot's memory once an incarnation failed that had been ready for ``ready_for_s`` (None: never).
 
-    ``needs_change``: over files or options that somebody has to mend first; the pause is the longest at once.
+    ``fingerprint``: what it was built of; failures of anything else do not count. ``needs_change``: over files or
+    options that somebody has to mend first; the pause is the longest at once.
     """
     stable = ready_for_s is not None and ready_for_s >= STABLE_AFTER_S
-    failures = 1 if stable else history.failures + 1
+    failures = 1 if stable or fingerprint != history.fingerprint else history.failures + 1
     pause_s = settings.restart_backoff_max_s if needs_change else backoff_s(failures, settings)
-    return SlotHistory(history.generation, failures, now_s + pause_s)
+    return SlotHistory(history.generation, failures, now_s + pause_s, fingerprint)
 
 
 def _one(replica: ReplicaView, settings: ControllerConfig, now_s: float) -> Action | None:
@@ -147,7 +149,7 @@ def _grow(model: DesiredModel, observed: Observed, now_s: float) -> list[Action]
     for slot, _ in zip(free, range(missing), strict=False):
         replica = ReplicaId(model.name, slot)
         history = observed.slots.get(replica, SlotHistory())
-        if replica in fenced or now_s < history.start_after_s:
+        if replica in fenced or history.pauses(model.fingerprint, now_s):
             continue
         reason = "wanted" if history.failures == 0 else f"rebuilt after {history.failures} failure(s)"
         starts.append(Start(Incarnation(replica, history.generation + 1), reason))

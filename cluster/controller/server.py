@@ -22,7 +22,7 @@ from cluster.wire.deployment import deployment_from_message
 from cluster.wire.status import to_rpc_status
 
 MAX_REPLICAS = 10_000
-WORKER = "worker"
+ATTENDING = ("router", "worker")  # kinds of processes
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -116,9 +116,12 @@ class ControlService(control_pb2_grpc.ControlServicer):
         self, request: control_pb2.ProcessStatus, context: Context
     ) -> AsyncIterator[control_pb2.AttendResponse]:
         try:
-            if request.kind != WORKER:
-                raise ConfigError(f"kind is {request.kind!r}; only a {WORKER} attends, routers and ranks have streams.")
-            with self._loop.attendance.present(ProcessFacts(WORKER, request.pid, request.node, dict(request.ports))):
+            if request.kind not in ATTENDING:
+                raise ConfigError(
+                    f"kind is {request.kind!r}; only a {' or '.join(ATTENDING)} attends, ranks have streams."
+                )
+            process = ProcessFacts(request.kind, request.pid, request.node, dict(request.ports))
+            with self._loop.attendance.present(process):
                 yield control_pb2.AttendResponse()
                 await asyncio.Event().wait()  # until the stream ends, which cancels this
         except ClusterError as error:

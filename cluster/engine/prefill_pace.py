@@ -26,6 +26,11 @@ _LATER, _SOONER, _HICCUP = 0.3, 0.1, 2.5
 # A prompt that costs no more than so many decode steps is short: it is computed at once, for what stays in small pieces
 # costs everybody more. 8 is what a stream's reader may notice as one pause.
 _SHORT_STEPS = 8
+# Of a step's time this share is taken to be the same for any number of streams, where only one number was seen: the
+# weights are read once for all. Between two numbers that were seen a line says how it is.
+_FIXED = 0.5
+# Behind so many times the deepest past that was measured, and so many tokens more, a chunk's cost is a guess.
+_DEEPER, _NEAR = 2.0, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,8 @@ class PromptCost:
     """Seconds of prompt work: a x tokens + b x pairs + c x past, where a, b and c follow the measurements.
 
     Each one moves the three by normalised least mean squares, in proportion to what they had to do with it. So the
-    estimate is right where the last chunks were, and in proportion elsewhere: at another prompt's beginning, or where
-    a cached beginning ends.
+    estimate is right where the last chunks were, and in proportion elsewhere: at another prompt's beginning. Where a
+    cached beginning ends, far behind whatever was measured, it is a guess (``knows``): the first one there is believed.
     """
 
     # Work that may cost about the same: a token, 1,000 pairs, and a past of 250 for 4 tokens.
@@ -62,13 +67,20 @@ class PromptCost:
     def __init__(self) -> None:
         self._seconds = [0.0, 0.0, 0.0]  # per unit
         self.known = False  # whether anything was measured yet
+        self._deepest = 0.0
+
+    def knows(self, position: float) -> bool:
+        """Whether anything was measured near so deep a past, or behind it."""
+        return position <= _DEEPER * self._deepest + _NEAR
 
     def observe(self, work: PromptWork, seconds: float) -> None:
         """So much work took so long; it is not empty."""
-        self.known, parts = True, self._parts(work)
+        depth = work.pairs / work.tokens  # the mean past of its tokens
+        new = not self.known or not self.knows(depth)
+        self.known, parts, self._deepest = True, self._parts(work), max(self._deepest, depth)
         expected = math.fsum(s * p for s, p in zip(self._seconds, parts, strict=True))
         rate = 1.0
-        if expected:
+        if expected and not (new and seconds > expected):
             seconds = min(seconds, _HICCUP * expected)
             rate = _LATER if seconds > expected else _SOONER
         step = rate * (seconds - expected) / math.fsum(p * p for p in parts)
@@ -98,16 +110,18 @@ class PrefillPace:
 
     ``slowdown``: how many times its own time a step with decodes may take because of a prompt beside them. Where more
     sequences wait for their first token than there are streams, each stream may be slowed down for as many of them as
-    come on it: one long prompt does not hold up the streams, and one stream does not hold up a crowd. Decodes are told
-    apart by the power of two that holds their number, since a step's time grows with it.
+    come on it: one long prompt does not hold up the streams, and one stream does not hold up a crowd. A stream that is
+    computed anew stands still until it is done, so it may cost the others as much as a short prompt, each step. Decodes
+    are told apart by the power of two that holds their number, since a step's time grows with it; between two of these
+    the time is on a line.
     """
 
     def __init__(self, slowdown: float, most_tokens: int) -> None:
         assert slowdown > 1.0, slowdown
         assert most_tokens >= 1, most_tokens
         self._slowdown, self._most_tokens = slowdown, most_tokens
-        self._recent_s: dict[int, deque[float]] = {}
-        self._decode_s: dict[int, float] = {}  # their medians
+        self._recent: dict[int, deque[tuple[float, int]]] = {}  # seconds and decodes, by the power of two
+        self._decode_s: dict[int, tuple[int, float]] = {}  # of those with the median time: decodes, seconds
         self._cost = PromptCost()
         self._beside = False  # whether a chunk was measured beside decodes: one alone is large, and cheaper per token
         self._since_look = 0
@@ -118,9 +132,10 @@ class PrefillPace:
         if not prompts.tokens:
             self._since_look = 0
             bucket = num_decodes.bit_length()
-            recent = self._recent_s.setdefault(bucket, deque(maxlen=_RECENT))
-            recent.append(seconds)
-            self._decode_s[bucket] = sorted(recent)[len(recent) // 2]
+            recent = self._recent.setdefault(bucket, deque(maxlen=_RECENT))
+            recent.append((seconds, num_decodes))
+            median_s, decodes = sorted(recent)[len(recent) // 2]
+            self._decode_s[bucket] = decodes, median_s
             return
         if not num_decodes and self._beside:
             return
@@ -130,20 +145,23 @@ class PrefillPace:
         # Decodes of which nothing is known count as prompt tokens: the chunk is then too small, not too large.
         self._cost.observe(prompts, max(seconds - (self._decodes_alone_s(num_decodes) or 0.0), 0.0))
 
-    def budget(self, num_decodes: int, num_without_token: int = 1, start: int = 0) -> int:
+    def budget(self, num_decodes: int, num_without_token: int = 1, start: int = 0, *, anew: bool = False) -> int:
         """Tokens of long prompts for the next step beside ``num_decodes`` decodes; 0: none this time.
 
-        So many sequences wait for their first token, and the first of them is computed up to position ``start``.
+        So many sequences wait for their next token, and the first of them is computed up to position ``start``;
+        ``anew``: it is a stream that is computed once more.
         """
         alone = self._decodes_alone_s(num_decodes) if num_decodes else None
         if not num_decodes or not self._cost.known:
             return self._most_tokens
         if alone is None:
             return min(LEAST_CHUNK_TOKENS, self._most_tokens)
-        if self._since_look >= _LOOK_EVERY:
+        if self._must_look(num_decodes):
             return 0
-        crowd = max(1.0, num_without_token / num_decodes)
-        tokens = self._cost.tokens((self._slowdown - 1.0) * crowd * alone, start)
+        if not self._cost.knows(start):
+            return min(LEAST_CHUNK_TOKENS, self._most_tokens)
+        times = (self._slowdown - 1.0) * max(1.0, num_without_token / num_decodes)
+        tokens = self._cost.tokens(max(times, _SHORT_STEPS * anew) * alone, start)
         tokens = tokens // _ROWS * _ROWS or min(tokens, _ROWS // 2)
         return min(max(tokens, LEAST_CHUNK_TOKENS), self._most_tokens)
 
@@ -153,13 +171,27 @@ class PrefillPace:
         None goes when it is time to look at the decodes alone: a step with short ones would tell nothing.
         """
         alone = self._decodes_alone_s(num_decodes)
-        if not alone or not self._cost.known or self._since_look >= _LOOK_EVERY:
+        if not alone or not self._cost.known or self._must_look(num_decodes):
             return 0
         return min(self._cost.tokens(_SHORT_STEPS * alone, 0), self._most_tokens)
 
+    def _must_look(self, num_decodes: int) -> bool:
+        """Whether the next step tells what the streams take alone: it is time, or so few were never seen.
+
+        More than were ever seen take no less than the most that were; a guess at fewer may be many times too long.
+        """
+        return self._since_look >= _LOOK_EVERY or num_decodes.bit_length() < min(self._decode_s)
+
     def _decodes_alone_s(self, num_decodes: int) -> float | None:
-        """Time of a step of so many decodes, of the nearest number that was seen; None before any."""
+        """Time of a step of so many decodes, by those that were seen; None before any. More decodes take no less."""
         if not num_decodes or not self._decode_s:
             return None
-        bucket = num_decodes.bit_length()
-        return self._decode_s[min(self._decode_s, key=lambda seen: (abs(seen - bucket), seen))]
+        fewer = max((seen for seen in self._decode_s.values() if seen[0] <= num_decodes), default=None)
+        more = min((seen for seen in self._decode_s.values() if seen[0] > num_decodes), default=None)
+        if more is None:
+            assert fewer is not None
+            return fewer[1]
+        if fewer is None:
+            fewer = (0, _FIXED * more[1])
+        share = (num_decodes - fewer[0]) / (more[0] - fewer[0])
+        return min(fewer[1], more[1]) * (1.0 - share) + more[1] * share

@@ -105,10 +105,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def prompt_start(self) -> int:
-        """Where the first prompt under way goes on; 0 when none is."""
+    def prompt_under_way(self) -> Sequence | None:
+        """To read, not to write: the first running sequence that prefills."""
         running = self._running if self.num_decoding < len(self._running) else ()  # most often, nobody prefills
-        return next((s.num_planned for s in running if s.is_prefilling), 0)
+        return next((s for s in running if s.is_prefilling), None)
 
     @property
     def prefix_queries(self) -> int:

@@ -75,6 +75,11 @@ class Sequence:
         """False once nothing but the newest token, behind others, is left to plan."""
         return self.num_planned == 0 or self.num_tokens - self.num_planned > 1
 
+    @property
+    def resumes(self) -> bool:
+        """Whether somebody reads it already: while it is computed anew, a stream stands still."""
+        return bool(self.generated_token_ids)
+
     def append(self, token_id: int) -> None:
         """One more known token."""
         self.generated_token_ids.append(token_id)

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -51,7 +52,12 @@ class Refused(Exception):  # noqa: N818 - an answer, not a failure
 
 
 class RankPool:
-    """Owns the processes. ``run`` starts and builds what is not there yet; ``close`` ends everything."""
+    """Owns the processes. ``run`` starts and builds what is not there yet; ``close`` ends everything.
+
+    ``replaced``: for each rank of the last run how many layers and MLPs it computes in its own faster way.
+    """
+
+    replaced: list[tuple[int, int]]
 
     def __init__(self) -> None:
         self._requests: list[Connection] = []
@@ -59,11 +65,13 @@ class RankPool:
         self._world = 1
 
     def run(
-        self, folder: Path, tensor_parallel_size: int, stages: tuple[tuple[int, int], ...], batch: Batch
-    ) -> Outcome:
+        self, folder: Path, tensor_parallel_size: int, stages: tuple[tuple[int, int], ...], batch: Batch,
+        doubt: tuple[str, object] | None = None,
+    ) -> Outcome:  # fmt: skip
         """The batch on the model at ``folder``.
 
-        Refused when the ranks refuse it, AssertionError with a rank's traceback when one fails.
+        ``doubt``: a function of ``engine/model`` that says something else on rank 1. Refused when the ranks refuse it,
+        AssertionError with a rank's traceback when one fails.
         """
         if not self._processes:
             self._start()
@@ -74,7 +82,9 @@ class RankPool:
             joins = {rank: ports[rank - rank % tensor_parallel_size] for rank in range(RANKS)}
             self._all(range(RANKS), lambda rank: ("join", tensor_parallel_size, joins[rank]))
             self._world = tensor_parallel_size
-        self._all(used, lambda _: ("build", folder, tensor_parallel_size, stages))
+        self.replaced = self._all(
+            used, lambda rank: ("build", folder, tensor_parallel_size, stages, doubt if rank == 1 else None)
+        )
         return self._all(used, lambda _: ("run", batch, len(used), len(stages)))[0]
 
     def close(self) -> None:
@@ -166,11 +176,16 @@ class _Worker:
         self.group = TensorParallelGroup(self.rank % size, size, "gloo")
         self.group.join("127.0.0.1", port, 60.0)
 
-    def build(self, folder: Path, size: int, stages: tuple[tuple[int, int], ...]) -> None:
+    def build(
+        self, folder: Path, size: int, stages: tuple[tuple[int, int], ...], doubt: tuple[str, object] | None
+    ) -> tuple[int, int]:
+        from unittest import mock
+
         import torch
 
         from cluster.checkpoint.layout import read_checkpoint
         from cluster.domain.parallel_layout import Stage, StageLayers
+        from cluster.engine.model import cpu_layers
         from cluster.engine.model.causal_lm import ShardedCausalLM
         from cluster.engine.model.tensor_parallel import TensorParallelGroup
 
@@ -179,8 +194,11 @@ class _Worker:
         self.size, self.stage = size, Stage(index, len(stages), StageLayers(*stages[index]))
         self.model = None
         model = ShardedCausalLM(read_checkpoint(folder), torch.float32, torch.device("cpu"), group, self.stage)
-        model.load(lambda _: None, lambda _: None)
+        with mock.patch(doubt[0], return_value=doubt[1]) if doubt else nullcontext():
+            model.load(lambda _: None, lambda _: None)
         self.model = model
+        layers = [child for child in model._base.modules() if "forward" in vars(child) and hasattr(child, "self_attn")]
+        return len(layers), sum(isinstance(child, cpu_layers.FusedMLP) for child in model._base.modules())
 
     def run(self, batch: Batch, world: int, depth: int) -> Outcome | None:
         self.model.make_cache(batch.num_blocks, batch.block_size, batch.max_num_seqs, batch.max_model_len)

@@ -26,7 +26,7 @@ from cluster.checkpoint.servable import check_servable
 from cluster.domain.errors import CheckpointError, UnsupportedModelError
 from cluster.domain.model_spec import ModelSpec
 from cluster.domain.parallel_layout import ParallelLayout
-from cluster.engine.model import families
+from cluster.engine.model import families, kernels
 from cluster.engine.model.conversion import sources
 from cluster.engine.model.sharding import shard_model
 from cluster.planner.layouts import shape_objection
@@ -160,6 +160,29 @@ def _try(case: Case, layout: ParallelLayout, pool: RankPool) -> str:
     return "exact"
 
 
+DOUBTS = {
+    "none": None,
+    "of a layer": ("cluster.engine.model.cpu_layers._is_usual", False),
+    "after the proof": ("cluster.engine.model.cpu_layers._proven", None),
+    "no room for gate and up": ("cluster.engine.model.cpu._room", 0),
+}
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="the CPU kernels are not compiled here")
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_one_rank_of_two_that_votes_no_keeps_both_from_the_faster_way(
+    doubt: str, cases: Cases, pool: RankPool
+) -> None:  # fmt: skip
+    """Else one of them would wait for sums that the other never makes."""
+    case = cases["llama-1"]
+    batch = Batch(case.prompts, MAX_TOKENS, frozenset(case.spec.end_token_ids))
+    outcome = pool.run(case.folder, 2, ((0, 3),), batch, DOUBTS[doubt])
+    for prompt, got, expected in zip(case.prompts, outcome.tokens, case.expected, strict=True):
+        case.reference.compare(list(prompt), list(got), expected)
+    layers, mlps = (3 if doubt == "none" else 0), (0 if doubt == "no room for gate and up" else 3)
+    assert pool.replaced == [(layers, mlps)] * 2
+
+
 def test_what_was_seen_is_what_is_published(cases: Cases, seen: dict[str, dict[str, str]]) -> None:
     if sorted(seen) != sorted(NAMES) or any(len(results) != len(LAYOUTS) for results in seen.values()):
         pytest.skip("needs every family in every layout")
@@ -221,6 +244,8 @@ def test_more_ranks_than_heads_are_refused_by_planner_and_engine(cases: Cases) -
 
 
 def _build(model_type: str, **fields: Any) -> Any:
+    if model_type == "longcat_flash":
+        fields["head_dim"] = 8
     return families.build(families.load_config({**tiny_config(model_type).to_dict(), **fields}), torch.float32)
 
 
@@ -232,6 +257,8 @@ def _build(model_type: str, **fields: Any) -> Any:
         ("bert", "is not causal"),
         ("bart", "an encoder and a decoder"),
         ("diffllama", "once each"),
+        ("longcat_flash", r"its layer 0 attends 2 times; .* once each"),
+        ("xglm", r"of its 3 layers the attention of 0 can be paged; .* once each"),
         ("doge", "makes a mask of its own"),
         ("rwkv", "is not served"),
     ],

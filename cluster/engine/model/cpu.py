@@ -105,7 +105,7 @@ def _linear(module: object) -> _Linear | None:
         return None
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, torch.Tensor)
-    if weight.dim() != 2 or weight.is_meta or not _can_reorder(weight.dtype) or _is_hooked(module):
+    if weight.dim() != 2 or weight.is_meta or not _can_reorder(weight.dtype) or cpu_layers.is_hooked(module):
         return None
     name = f"{type(module).__module__}.{type(module).__name__}"
     if type(module) is nn.Linear:
@@ -120,11 +120,6 @@ def _linear(module: object) -> _Linear | None:
         if type(module).__name__ in {"LinearLayer", "fused_LinearLayer"} and not module.gather_output:
             return _Linear(weight, bias)
     return None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """A hook would be lost with its module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 
 
 def _product(linear: _Linear, group: TensorParallelGroup) -> products.Product:

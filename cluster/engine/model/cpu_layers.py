@@ -291,12 +291,13 @@ def _is_usual(layer: Any, qkv: products.Product) -> bool:
         and getattr(getattr(attention, "config", None), "clip_qkv", None) is None  # shows only at rare inputs
         and next(layer.parameters(recurse=False), None) is None
         and all(isinstance(f, FusedNorm) and len(f.weight) == width for f, width in zip(forwards, widths, strict=True))
-        and not any(inner is not layer and _is_hooked(inner) for inner in layer.modules())
+        and not any(inner is not layer and is_hooked(inner) for inner in layer.modules())
         and isinstance(getattr(layer, "residual_multiplier", 1.0), (int, float))
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """A hook would be lost with its module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 
 

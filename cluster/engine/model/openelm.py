@@ -159,6 +159,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
 
     config_class = OpenELMConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "token_embeddings"
     _no_split_modules: ClassVar[list[str]] = ["OpenELMDecoderLayer"]
 
 
@@ -172,12 +173,6 @@ class OpenELMModel(OpenELMPreTrainedModel):
         self.norm = OpenELMRMSNorm(config.model_dim, config.rms_norm_eps)
         self.rotary_emb = OpenELMRotaryEmbedding(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.token_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.token_embeddings = value
 
     def forward(
         self,
@@ -206,12 +201,6 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel):
         self.transformer = OpenELMModel(config)
         self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
 
     def forward(
         self, input_ids: torch.Tensor | None = None, logits_to_keep: int | torch.Tensor = 0, **inputs: Any

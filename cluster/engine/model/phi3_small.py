@@ -202,12 +202,6 @@ class Phi3SmallModel(Phi3SmallPreTrainedModel):
         self.embedding_multiplier = multiplier if multiplier is not None and multiplier > 0 else 1.0
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -240,12 +234,6 @@ class Phi3SmallForCausalLM(Phi3SmallPreTrainedModel):
     def keep_vocabulary(self, rows: range) -> None:
         """The head has these rows of the vocabulary alone."""
         self._unused = [token - rows.start for token in self.config.dummy_token_indices if token in rows]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head = value
 
     def forward(
         self, input_ids: torch.Tensor | None = None, logits_to_keep: int | torch.Tensor = 0, **inputs: Any

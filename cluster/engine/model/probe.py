@@ -6,9 +6,11 @@ its masks, what it hands to its attention, and which modules call it, is seen be
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
@@ -107,9 +109,12 @@ def examine(model: Any) -> None:
         finally:
             _findings = None
     layers, expected = findings.layers, int(model.config.get_text_config().num_hidden_layers)
-    if sorted(layer.layer for layer in layers) != list(range(expected)):
+    calls = Counter(layer.layer for layer in layers)
+    if sorted(calls.elements()) != list(range(expected)):
+        layer, most = max(calls.items(), key=itemgetter(1), default=(0, 0))
+        found = f"of its {expected} layers the attention of {len(calls)} can be paged"
         raise UnsupportedModelError(
-            f"{name} is not served: of its {expected} layers the attention of {len(layers)} can be paged; "
+            f"{name} is not served: {found if most < 2 else f'its layer {layer} attends {most} times'}; "
             "all must have plain attention, once each."
         )
     _check_cache(model, findings.layers)

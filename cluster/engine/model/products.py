@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from cluster.engine.model import agreement, kernels
 
@@ -18,6 +20,8 @@ from cluster.engine.model import agreement, kernels
 _ROWS = 64
 _PANEL = 64  # columns that lie side by side in a weight of float32, where the processor has AVX-512
 _MOST_ROWS = 64  # up to here our own product is used
+# A weight that other code reads is kept in plain order, too, if it is no larger: routers of experts are small.
+_KEPT_BYTES = 64 << 20
 Reduce = Callable[[torch.Tensor], object]  # sums in place
 
 
@@ -26,6 +30,41 @@ def available(dtype: torch.dtype) -> bool:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
+
+
+class PackedWeight(torch.Tensor):
+    """The weight of a Linear that is stored in another order, for whoever looks at it from outside.
+
+    Some families ask for its type (Hunyuan's router), others multiply with it themselves (LongCat's). Shape, type and
+    device are told as they were; whatever needs the numbers gets a copy of them in plain order, made by ``read``.
+    """
+
+    _read: Callable[[], torch.Tensor]
+    _numbers: torch.Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[PackedWeight], shape: tuple[int, int], dtype: torch.dtype, read: Callable[[], torch.Tensor]
+    ) -> PackedWeight:
+        made: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # noqa: SLF001
+        made._read, made._numbers = read, None
+        return made
+
+    def numbers(self) -> torch.Tensor:
+        """``[out, in]``; not to be written to."""
+        numbers = self._numbers
+        if numbers is None:
+            numbers = self._read()
+            if numbers.nbytes <= _KEPT_BYTES:
+                self._numbers = numbers
+        return numbers
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        plain = tree_map_only(PackedWeight, PackedWeight.numbers, (tuple(args), kwargs or {}))
+        return func(*plain[0], **plain[1])
 
 
 class Product(nn.Module):
@@ -37,9 +76,8 @@ class Product(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, reduce: Reduce | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # Some families look at the type of a Linear's weight (Hunyuan's router); its numbers are in ``packed`` alone.
-        self.weight = torch.empty_like(weight, device="meta", requires_grad=False)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)  # noqa: SLF001
+        self.weight = PackedWeight((self.out_features, self.in_features), weight.dtype, self.packed.to_dense)
         self.bias = None if bias is None else bias.detach()
         self.reduce = reduce
         self._multiply = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - the overload: quicker to call
@@ -118,6 +156,10 @@ class Part(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.shared, self.index = shared, index
+        whole, first = shared.product.weight, sum(shared.widths[:index])
+        self.weight = PackedWeight(
+            (out_features, in_features), whole.dtype, lambda: whole.numbers()[first : first + out_features]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shared.part(self.index, x)

@@ -157,3 +157,14 @@ def test_a_norm_over_all_heads_is_cut_with_them_and_named() -> None:
     assert not found.objection
     assert found.cuts["self_attn.k_norm.weight"] == HeadCut(0, 4, 2, HeadOrder.KV, 8)
     assert found.wide_norms == ("self_attn.q_norm", "self_attn.k_norm")
+
+
+@pytest.mark.parametrize(("child", "rows", "unit"), [("gate_proj", 32, 8), ("g_proj", 4, 1), ("g_proj", 32, 8)])
+def test_a_gate_behind_attention_is_cut_with_the_heads(child: str, rows: int, unit: int) -> None:
+    """AFMoE's by element, Laguna's by head."""
+    gate = f"self_attn.{child}.weight"
+    found = cuts(ATTENTION | {gate: (rows, 32)} | MLP)
+    assert not found.objection
+    assert found.cuts[gate] == HeadCut(0, 4, 2, HeadOrder.QUERY, unit)
+    assert found.cuts["mlp.up_proj.weight"] == GrainCut(0, 24)
+    assert "across heads" in cuts(ATTENTION | {gate: (rows + 1, 32)}).objection

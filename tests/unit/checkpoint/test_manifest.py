@@ -1,6 +1,8 @@
 """Digests beside the weights: written once, compared by whoever reads."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -140,3 +142,25 @@ def test_the_command_writes_compares_and_writes_anew(folder, capsys):
     assert code == 1
     assert f"{file} is damaged" in told
     assert run(str(folder))[0] == run(str(folder), "--check")[0] == 0
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_file_that_cannot_be_read_is_one_sentence(written, monkeypatch, capsys, call, check):
+    real = getattr(os, call)
+
+    def broken(what, *more, **named):
+        if call == "preadv" or str(what).endswith("-00002-of-00002.safetensors"):
+            if call == "preadv":
+                more[0].clear()  # as the call itself holds nothing once it has failed
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(what, *more, **named)
+
+    monkeypatch.setattr(manifest.os, call, broken)
+    with pytest.raises(SystemExit) as status:
+        main(["manifest", str(written), *(["--check"] if check else [])])
+    told = capsys.readouterr().err
+    assert status.value.code == (1 if check else 2)
+    assert "Traceback" not in told
+    (line,) = [line for line in told.splitlines() if line.startswith("llm-cluster: ")]
+    assert line.endswith(".safetensors cannot be read (Input/output error); check its permissions and its disk.")

@@ -81,11 +81,11 @@ async def test_without_a_controller_it_tries_again_until_it_is_closed(controller
     await controller.start()
 
 
-async def test_only_workers_attend(controller):
+async def test_ranks_do_not_attend(controller):
     async with open_channel(f"127.0.0.1:{controller.port}") as channel:
         call = control_pb2_grpc.ControlStub(channel).Attend(control_pb2.ProcessStatus(kind="rank"), timeout=DEADLINE_S)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "only a worker attends" in caught.value.details()
+    assert "only a router or worker attends" in caught.value.details()
     assert controller.attendance.processes == ()

@@ -106,7 +106,7 @@ def test_ranks_of_a_replica_that_ended_are_no_processes():
 def test_why_a_model_waits():
     made = fleet()
     assert blocked_reason(model(), made.observed(), 0.0) == "replicas are starting"
-    made.start(incarnation(), "f", 2, "x", 0.0)
+    made.start(incarnation(), model().fingerprint, 2, "x", 0.0)
     made.note_blocked(incarnation(), "no node has 2 devices")
     assert blocked_reason(model(), made.observed(), 0.0) == "m/0: no node has 2 devices"
     made.advance(incarnation(), ReplicaEvent.FAIL, "x", 1.0)

@@ -193,6 +193,16 @@ async def test_a_start_that_fails_is_tried_again(bench):
     await bench.until(lambda: bool(bench.actuator.alive))
 
 
+async def test_an_apply_ends_the_pause_after_a_failure(bench, monkeypatch):
+    monkeypatch.setattr("cluster.controller.reconcile.backoff_s", lambda failures, settings: 3600.0)
+    bench.actuator.refuse_start = "a.safetensors is damaged"
+    await bench.loop.apply((A,))
+    await bench.until(lambda: "starts again in" in bench.loop.status().models[0].blocked_reason)
+    bench.actuator.refuse_start = ""
+    await bench.loop.apply((A,))
+    await bench.ready(incarnation(generation=2))
+
+
 async def test_a_broken_stream_rebuilds_at_once(bench):
     await bench.loop.apply((A,))
     await bench.ready(incarnation())

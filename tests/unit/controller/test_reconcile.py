@@ -156,14 +156,44 @@ def test_backoff_doubles_up_to_its_bound():
 
 def test_backoff_starts_over_once_a_replica_was_stable():
     many = SlotHistory(9, failures=6)
-    assert after_failure(many, None, SETTINGS, 100.0).failures == 7
-    assert after_failure(many, 0.1, SETTINGS, 100.0).failures == 7
-    assert after_failure(many, 60.0, SETTINGS, 100.0) == SlotHistory(9, 1, 100.5)
+    assert after_failure(many, None, SETTINGS, 100.0, fingerprint="").failures == 7
+    assert after_failure(many, 0.1, SETTINGS, 100.0, fingerprint="").failures == 7
+    assert after_failure(many, 60.0, SETTINGS, 100.0, fingerprint="") == SlotHistory(9, 1, 100.5)
+    assert after_failure(many, None, SETTINGS, 100.0, fingerprint="other") == SlotHistory(9, 1, 100.5, "other")
 
 
 def test_what_would_fail_again_waits_longest():
-    once = after_failure(SlotHistory(1), None, SETTINGS, 100.0, needs_change=True)
-    assert once == SlotHistory(1, 1, 100.0 + SETTINGS.restart_backoff_max_s)
+    once = after_failure(SlotHistory(1), None, SETTINGS, 100.0, fingerprint="f", needs_change=True)
+    assert once == SlotHistory(1, 1, 100.0 + SETTINGS.restart_backoff_max_s, "f")
+    made = damaged_fleet()
+    assert act((model(),), made, SETTINGS.restart_backoff_max_s + 0.9) == ()
+    assert [type(a) for a in act((model(),), made, SETTINGS.restart_backoff_max_s + 1.1)] == [Start]
+
+
+def test_mended_options_wait_for_nothing():
+    made, mended = damaged_fleet(), model(max_model_len=64)
+    assert act((model(),), made, 1.6) == ()
+    assert [type(a) for a in act((mended,), made, 1.6)] == [Start]
+    # These fail too: the first pause is theirs.
+    made.start(incarnation(generation=2), mended.fingerprint, 2, "wanted", 1.6)
+    made.advance(incarnation(generation=2), ReplicaEvent.FAIL, "lost", 2.0)
+    made.removed(incarnation(generation=2), 2.0, gone=True)
+    assert made.observed().slots[incarnation().replica].failures == 1
+    assert act((mended,), made, 2.0 + SETTINGS.restart_backoff_s - 0.1) == ()
+    assert [type(a) for a in act((mended,), made, 2.0 + SETTINGS.restart_backoff_s)] == [Start]
+
+
+def test_mended_files_are_tried_once_the_same_is_asked_for_again():
+    made = damaged_fleet()
+    made.end_pauses({"other"})
+    assert act((model(),), made, 1.6) == ()
+    made.end_pauses({model().name})
+    (start,) = act((model(),), made, 1.6)
+    assert start == Start(incarnation(generation=2), "rebuilt after 1 failure(s)")
+
+
+def damaged_fleet():
+    """One replica that failed at 1.0 over a damaged file; nothing is left of it."""
     made = fleet()
     made.start(incarnation(), model().fingerprint, 2, "wanted", 0.0)
     made.advance(incarnation(), ReplicaEvent.PLACED, "placed", 0.0)
@@ -173,8 +203,7 @@ def test_what_would_fail_again_waits_longest():
     assert "a.safetensors is damaged" in failed.reason
     made.advance(incarnation(), failed.event, failed.reason, 1.0)
     made.removed(incarnation(), 1.5, gone=True)
-    assert act((model(),), made, SETTINGS.restart_backoff_max_s + 0.9) == ()
-    assert [type(a) for a in act((model(),), made, SETTINGS.restart_backoff_max_s + 1.1)] == [Start]
+    return made
 
 
 def test_a_draining_node_drains_what_is_ready_on_it_within_what_is_left():

@@ -7,17 +7,10 @@ import torch
 import transformers
 
 from cluster.engine.model import attention, cpu, cpu_layers, kernels, products, torch_attention
-from cluster.engine.model.attention import BlockTables, LayerKV, PagedKVCache, layout_step
-from cluster.engine.model.tensor_parallel import TensorParallelGroup
-from cluster.engine.step import SequenceKey, StepEntry
+from tests.unit.engine import cpu_models
+from tests.unit.engine.cpu_models import ALONE, SMALL, hidden
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="the CPU kernels are not compiled here")
-CPU = torch.device("cpu")
-ALONE = TensorParallelGroup(0, 1, "gloo")
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 128, "pad_token_id": 0,
-}  # fmt: skip
 LEAN = {
     "llama": ("LlamaConfig", {}),
     "biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
@@ -41,36 +34,8 @@ OWN = {
 
 
 def build(config, dtype=torch.float32):
-    attention.register()
     name, own = config
-    made = getattr(transformers, name)(**SMALL | own)
-    made._attn_implementation = attention.IMPLEMENTATION
-    torch.manual_seed(3)
-    model = transformers.AutoModel.from_config(made, dtype=dtype).eval()
-    for parameter in model.parameters():  # biases and norms that do something
-        with torch.no_grad():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    kv = LayerKV(2, 16, 16)
-    cache = PagedKVCache({0: kv, 1: kv}, 16, 4, dtype, CPU)
-    attention.install(model, cache)
-    return model, cache
-
-
-@torch.inference_mode()
-def hidden(model, cache):
-    """A prompt, then a decode beside a chunk of another prompt, then two decodes."""
-    tables, seen = BlockTables(2, 8, CPU), []
-    first, second = SequenceKey(0, 0), SequenceKey(0, 1)
-    for entries in (
-        [StepEntry(first, 1, tuple(range(7)), 0, 0, (3, 9), True, 7)],
-        [StepEntry(first, 1, (5,), 7, 2, (), True, 7), StepEntry(second, 0, (8, 9, 10, 11, 12), 0, 0, (1, 2), True, 5)],
-        [StepEntry(first, 1, (6,), 8, 2, (4,), True, 7), StepEntry(second, 0, (13,), 5, 2, (), True, 5)],
-    ):
-        tables.apply(entries)
-        cache.layout = layout = layout_step(entries, tables, 4)
-        output = model(input_ids=layout.token_ids[None], position_ids=layout.positions[None], use_cache=False)
-        seen.append(output.last_hidden_state[0])
-    return torch.cat(seen)
+    return cpu_models.build(name, SMALL | {"head_dim": 16} | own, dtype)
 
 
 @pytest.mark.parametrize("name", LEAN)

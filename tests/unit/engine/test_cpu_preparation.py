@@ -8,21 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from cluster.engine import host_memory
-from cluster.engine.model import agreement, attention, cpu, kernels, products
-from cluster.engine.model.attention import BlockTables, LayerKV, PagedKVCache, layout_step
-from cluster.engine.model.tensor_parallel import TensorParallelGroup
-from cluster.engine.step import SequenceKey, StepEntry
+from cluster.engine.model import agreement, cpu, kernels, products
+from tests.unit.engine import cpu_models
+from tests.unit.engine.cpu_models import ALONE, CPU, SMALL, hidden
 
-CPU = torch.device("cpu")
-ALONE = TensorParallelGroup(0, 1, "gloo")
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 128, "pad_token_id": 0,
-}  # fmt: skip
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
 MODELS = {
     "LlamaConfig": SMALL,
@@ -38,40 +30,7 @@ needs_kernels = pytest.mark.skipif(kernels.load() is None, reason="the CPU kerne
 
 
 def build(name, dtype=torch.float32):
-    attention.register()
-    config = getattr(transformers, name)(**MODELS[name])
-    config._attn_implementation = attention.IMPLEMENTATION
-    torch.manual_seed(3)
-    model = transformers.AutoModel.from_config(config, dtype=dtype).eval()
-    for parameter in model.parameters():  # biases and norms that do something
-        with torch.no_grad():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    head_dim = getattr(config, "head_dim", None) or 16
-    kv_heads = getattr(config, "num_key_value_heads", 4)
-    kv = LayerKV(kv_heads, head_dim, head_dim)
-    return model, PagedKVCache({0: kv, 1: kv}, 16, 4, dtype, CPU)
-
-
-@torch.inference_mode()
-def hidden(model, cache):
-    """A prompt, then a decode beside a chunk of another prompt."""
-    attention.install(model, cache)
-    tables, seen = BlockTables(2, 8, CPU), []
-    for entries in (
-        [StepEntry(SequenceKey(0, 0), 1, tuple(range(7)), 0, 0, (3, 9), True, 7)],
-        [
-            StepEntry(SequenceKey(0, 0), 1, (5,), 7, 2, (), True, 7),
-            StepEntry(SequenceKey(0, 1), 0, (8, 9, 10, 11, 12), 0, 0, (1, 2), True, 5),
-        ],
-    ):
-        tables.apply(entries)
-        cache.layout = layout = layout_step(entries, tables, 4)
-        seen.append(
-            model(
-                input_ids=layout.token_ids[None], position_ids=layout.positions[None], use_cache=False
-            ).last_hidden_state[0]
-        )
-    return torch.cat(seen)
+    return cpu_models.build(name, MODELS[name], dtype)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,6 +50,30 @@ def test_bfloat16(name):
     assert done.products > 0, done
     difference = (hidden(model, cache).float() - before).abs()
     assert difference.mean() < 0.02 * before.abs().mean()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 3e-6), (torch.bfloat16, torch.finfo(torch.bfloat16).eps)])
+def test_right_results_are_nearer_than_the_tolerance(monkeypatch, dtype, most):
+    """So no module is lost to bad luck: nothing that agrees is further than half of what is allowed from it."""
+    seen, agree = [], agreement.agree
+
+    def measured(mine, original):
+        if not agree(mine, original):
+            return False
+        if original.dtype != dtype:  # rotary embeddings are tried in all types
+            return True
+        seen.append(float((mine.float() - original.float()).abs().max() / original.float().abs().max()))
+        return True
+
+    monkeypatch.setattr(agreement, "agree", measured)
+    wide = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "head_dim": 64}
+    for name in ("LlamaConfig", "Qwen3Config", "Gemma2Config", "Phi3Config"):
+        for fields in (MODELS[name], MODELS[name] | wide):
+            done = cpu.prepare(cpu_models.build(name, fields, dtype)[0], ALONE)
+            assert (done.mlps, done.rotary) == (2, 1), name
+    assert len(seen) > 100
+    assert max(seen) <= most < agreement.TOLERANCE[dtype] / 2
 
 
 @needs_kernels
@@ -271,6 +254,36 @@ def test_products(rows, dtype):
     torch.testing.assert_close(
         cpu.head_product(weight)(x), nn.functional.linear(x, weight), atol=tolerance, rtol=tolerance
     )
+
+
+class ReadingRouter(nn.Module):
+    """Multiplies with the weights of its Linears itself, as LongCat's router does."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(40, 24, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(40, 8), nn.Linear(40, 4, bias=False), nn.Linear(40, 4)
+
+    def forward(self, x):
+        classifier = self.classifier.weight
+        both = torch.cat([self.k_proj.weight, classifier]).type(torch.float32)
+        return nn.functional.linear(x.to(classifier.device, classifier.dtype).float(), both), x @ self.q_proj.weight.t()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kept", [0, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_reads_the_weight_of_a_replaced_linear_finds_its_numbers(monkeypatch, kept, dtype):
+    monkeypatch.setattr(products, "_KEPT_BYTES", kept)
+    module, x = ReadingRouter().to(dtype), torch.randn(1, 3, 40).to(dtype)
+    wanted = module(x)
+    shapes = {name: child.weight.shape for name, child in module.named_children()}
+    done = cpu.prepare(module, ALONE)
+    assert (done.merged, done.products) == (1, 1)
+    for _ in range(2):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(module(x), wanted, strict=True))
+    for name, child in module.named_children():
+        assert (child.weight.shape, child.weight.dtype, child.weight.device) == (shapes[name], dtype, CPU)
 
 
 @needs_kernels

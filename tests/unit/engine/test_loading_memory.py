@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,12 +113,40 @@ def test_weights_lie_in_huge_pages_as_read_and_as_reordered():
         assert all(int(count) < 8 * 2**20 for count in refused.stdout.split()), "the operator's own choice counts"
 
 
-ENTRY = "import sys, cluster.engine.rank, cluster.controller.rank_actor; print('torch' in sys.modules)"
-
-
-def test_a_rank_asks_for_huge_pages_before_it_imports_torch():
+def test_packing_takes_one_more_copy_of_the_largest_slice(model):
+    """For a CPU's products the weights are put into another order one after the other, in a process of their own."""
     told = subprocess.run(
-        [sys.executable, "-c", ENTRY],
-        capture_output=True, text=True, cwd=HERE.parents[3], timeout=60, check=True,
+        [sys.executable, str(HERE.parent / "loading_process.py"), str(model), "0", "1", "float32", "pack"],
+        capture_output=True, text=True, cwd=HERE.parents[3], timeout=120, check=True,
+        env={"PYTHONPATH": str(HERE.parents[3]), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert told.stdout == "False\n"
+    told = json.loads(told.stdout)
+    assert told["packed"] == COUNT
+    assert told["peak"] <= told["shard"] + told["slice"] + 40 * MB
+
+
+ENTRY = """
+import os, sys, types
+import cluster.controller.rank_actor
+from cluster.engine import rank
+
+class Process:
+    def __init__(self, spec, stream):
+        print(os.environ["THP_MEM_ALLOC_ENABLE"], "torch" in sys.modules)
+    def run(self):
+        pass
+
+rank.RankProcess = Process
+rank.start_rank(types.SimpleNamespace(rank_id="m/0@1/0", log_file=sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("environment", "asked"), [({}, "1"), ({"THP_MEM_ALLOC_ENABLE": "0"}, "0")])
+def test_a_rank_asks_for_huge_pages_before_it_imports_torch(tmp_path, environment, asked):
+    """And leaves the operator his choice."""
+    told = subprocess.run(
+        [sys.executable, "-c", ENTRY, str(tmp_path / "logs" / "rank.log")],
+        capture_output=True, text=True, cwd=HERE.parents[3], timeout=60, check=True,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(HERE.parents[3]), **environment},
+    )  # fmt: skip
+    assert told.stdout == f"{asked} False\n"

@@ -41,7 +41,42 @@ def test_a_crowd_without_a_token_is_worth_as_many_slowdowns_as_come_on_each_stre
     pace = known()
     assert pace.budget(8, 1) == pace.budget(8, 8) == 40
     assert pace.budget(8, 24) in range(112, 136)
+    pace.observe(1, NOTHING, 0.009)
     assert pace.budget(1, 31) in range(1040, 2049)
+
+
+def test_fewer_streams_than_were_ever_seen_are_looked_at_first():
+    """From eight streams nobody can tell what one takes: a step could be many times too long until the next look."""
+    pace = known()
+    assert pace.budget(1) == pace.short_prompt(1) == 0
+    pace.observe(1, NOTHING, 0.002)
+    assert pace.budget(1) == 8
+    assert pace.short_prompt(1) == 64
+    assert pace.budget(8) == 40
+
+
+def test_between_two_numbers_of_streams_their_time_lies_on_a_line():
+    pace = known()
+    pace.observe(32, NOTHING, 0.034)
+    assert [pace.budget(n) for n in (8, 20, 32, 64)] == [40, 88, 128, 128]
+    pace.observe(16, NOTHING, 0.5)  # a hiccup: fewer take no longer than more
+    assert pace.budget(16) <= 136
+    assert pace.budget(8) == 40
+
+
+def test_behind_a_cached_beginning_the_first_chunk_is_small_and_believed():
+    pace = known()
+    assert pace.budget(8, 1, 500) == 32
+    assert pace.budget(8, 1, 6000) == LEAST_CHUNK_TOKENS
+    pace.observe(8, PromptWork.chunk(6000, 2), 0.010 + 0.009)  # reading the past takes nearly all that may be taken
+    assert pace.budget(8, 1, 6002) in (2, 3, 4)
+    assert pace.budget(8) in (32, 40)
+
+
+def test_a_stream_that_is_computed_anew_may_cost_as_much_as_a_short_prompt():
+    pace = known()
+    assert pace.budget(8, 1, anew=True) == pace.short_prompt(8) // 8 * 8 == 312
+    assert pace.budget(8, 240, anew=True) == pace.budget(8, 240)
 
 
 def test_short_prompts_in_every_step_do_not_keep_it_from_looking_at_the_streams_alone():
@@ -165,7 +200,7 @@ class Run:
 
 def run(
     pace: PrefillPace, num_decodes: int, alone_s: Callable[[int], float], extra_s: Callable[[int, int], float],
-    prompt: int, start: int = 0,
+    prompt: int, start: int = 0, *, anew: bool = False,
 ) -> Run:  # fmt: skip
     """``extra_s(tokens, start)`` beside streams whose own step, ``alone_s(step)``, may grow."""
     found = Run([], [], start)
@@ -174,7 +209,7 @@ def run(
         found.alone.append(alone_s(step))
         pace.observe(num_decodes, NOTHING, found.alone[-1])
     while found.done < prompt and len(found.beside) < prompt:
-        tokens = min(pace.budget(num_decodes, 1, found.done), prompt - found.done)
+        tokens = min(pace.budget(num_decodes, 1, found.done, anew=anew), prompt - found.done)
         seconds = alone_s(200 + len(found.beside)) + (extra_s(tokens, found.done) if tokens else 0.0)
         pace.observe(num_decodes, PromptWork.chunk(found.done, tokens) if tokens else NOTHING, seconds)
         found.done += tokens
@@ -254,3 +289,17 @@ def test_the_next_prompt_begins_in_larger_chunks_than_the_last_one_ended():
     again = run(pace, 8, lambda _step: 0.0202, measured_s, 1000)
     assert p99(again.beside) <= 2.0 * p99(again.alone)
     assert len(again.beside) < 150
+
+
+@pytest.mark.parametrize("start", [2000, 6000])
+def test_no_step_behind_a_cached_beginning_takes_far_too_long(start):
+    found = run(PrefillPace(1.7, 2048), 8, lambda _step: 0.0202, measured_s, 8000, start)
+    assert max(found.beside) <= 2.6 * 0.0202
+
+
+def test_a_stream_that_is_computed_anew_is_soon_there():
+    """Four times sooner than a newcomer, at the price of steps that take up to nine times as long."""
+    newcomer = run(PrefillPace(1.7, 2048), 8, lambda _step: 0.0202, measured_s, 8000)
+    again = run(PrefillPace(1.7, 2048), 8, lambda _step: 0.0202, measured_s, 8000, anew=True)
+    assert sum(again.beside) < sum(newcomer.beside) / 4
+    assert max(again.beside) < 13 * 0.0202

