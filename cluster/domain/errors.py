@@ -115,11 +115,12 @@ class ModelNotFound(ClusterError):  # noqa: N818
 
 
 class EngineFailed(ClusterError):  # noqa: N818
-    """A replica broke under a request; ``retryable`` says whether another may continue it."""
+    """A replica broke under a request; ``retryable`` says whether another may continue it, ``retry_after_s`` when."""
 
-    def __init__(self, message: str, *, retryable: bool) -> None:
+    def __init__(self, message: str, *, retryable: bool, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.retry_after_s = retry_after_s
 
     @property
     def reason(self) -> str:

@@ -15,6 +15,7 @@ import uvloop
 from cluster.domain.clock import Clock
 from cluster.domain.errors import EngineFailed
 from cluster.domain.request import SequenceEnd
+from cluster.engine.block_events import BlockLog
 from cluster.engine.loop import Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
 from cluster.engine.progress import RankProgress
 from cluster.engine.sequence import Sequence
@@ -56,9 +57,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def Session(  # noqa: N802
         self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: Context
     ) -> None:
-        router_id = await self._shake_hands(request_iterator, context)
-        session, outbox = self._sessions.open()
-        log = self._log.bind(session=session, router=router_id)
+        hello = await self._shake_hands(request_iterator, context)
+        session, outbox = self._sessions.open(block_events=hello.block_events, pause_s=hello.block_events_pause_s)
+        log = self._log.bind(session=session, router=hello.router_id)
         log.info("session_opened")
         reader = asyncio.create_task(self._read(session, outbox, request_iterator))
         writer = asyncio.create_task(self._write(outbox, context))
@@ -75,7 +76,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             self._loop.post(CancelSession(session))
             log.info("session_closed", overflowed=outbox.overflow.is_set())
 
-    async def _shake_hands(self, requests: AsyncIterator[engine_pb2.SessionRequest], context: Context) -> str:
+    async def _shake_hands(
+        self, requests: AsyncIterator[engine_pb2.SessionRequest], context: Context
+    ) -> engine_pb2.Hello:
         try:
             first = await asyncio.wait_for(anext(requests), _HELLO_DEADLINE_S)
         except (TimeoutError, StopAsyncIteration):
@@ -87,11 +90,15 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"This is {_name(self._identity)}, not {_name(first.hello.expected)}.",
             )
-        return str(first.hello.router_id)
+        return first.hello
 
     async def _write(self, outbox: Outbox, context: Context) -> None:
-        """The welcome, then step messages as they come and a beat every BEAT_S, for as long as somebody reads."""
+        """The welcome, then step messages as they come and a beat every BEAT_S, for as long as somebody reads.
+
+        News of blocks go when nothing else waits, one message at a time.
+        """
         await context.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity)))
+        outbox.tell_blocks(asyncio.get_running_loop().time())
         while True:
             # One event for both: a step costs no future and no timer of its own.
             await outbox.filled.wait()
@@ -100,6 +107,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 await context.write(engine_pb2.SessionResponse(step=step))
             if beat_due:
                 await context.write(engine_pb2.SessionResponse(beat=self._beat()))
+            blocks = outbox.take_blocks()
+            if blocks is not None:
+                await context.write(engine_pb2.SessionResponse(blocks=blocks))
 
     def _beat(self) -> engine_pb2.Beat:
         progress = self._progress
@@ -115,6 +125,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
                 refused = self._submit(session, submit)
                 if refused is not None:
                     outbox.put(self._progress.step, [refused], self._progress.load)
+            if request.HasField("resync_blocks"):
+                outbox.resync_blocks()
 
     def _submit(self, session: int, submit: engine_pb2.Submit) -> SequenceProgress | None:
         """Hands a sequence to the loop; or why it never gets there."""
@@ -153,11 +165,14 @@ def _name(identity: engine_pb2.ReplicaIdentity) -> str:
 
 
 class LeaderServer:
-    """Runs the Engine service in a thread with its own event loop; ``publish`` may be called from any thread."""
+    """Runs the Engine service in a thread with its own event loop; ``publish`` may be called from any thread.
 
-    def __init__(self, host: str, first_port: int) -> None:
+    ``block_events``: routers may hear which blocks the prefix cache holds.
+    """
+
+    def __init__(self, host: str, first_port: int, *, block_events: bool = False) -> None:
         self._host, self._first_port = host, first_port
-        self._sessions = Sessions()
+        self._sessions = Sessions(BlockLog() if block_events else None)
         self._events = uvloop.new_event_loop()
         self._bound = threading.Event()
         self._failure: BaseException | None = None

@@ -16,6 +16,7 @@ from typing import Protocol
 from cluster.domain.clock import Clock
 from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.request import SequenceEnd
+from cluster.engine.block_events import BlockChanges, RecentBlocks
 from cluster.engine.prefill_pace import PrefillPace, PromptWork
 from cluster.engine.progress import RankProgress
 from cluster.engine.scheduler import Scheduled, Scheduler
@@ -69,11 +70,12 @@ Command = Submit | Cancel | CancelSession
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a step brought, for all sessions together."""
+    """What a step brought, for all sessions together; ``blocks``: what it changed in the prefix cache, if anything."""
 
     step: int
     progresses: tuple[SequenceProgress, ...]
     load: LoadSnapshot
+    blocks: BlockChanges | None = None
 
 
 class EngineLoop:
@@ -82,9 +84,10 @@ class EngineLoop:
     def __init__(
         self, scheduler: Scheduler, runner: StepRunner, progress: RankProgress, series: StepSeries,
         publish: Callable[[Published], None], clock: Clock, pace: PrefillPace | None = None,
+        blocks: RecentBlocks | None = None,
     ) -> None:  # fmt: skip
         self._scheduler, self._runner, self._progress, self._series = scheduler, runner, progress, series
-        self._publish, self._clock, self._pace = publish, clock, pace
+        self._publish, self._clock, self._pace, self._blocks = publish, clock, pace, blocks
         self._inbox: deque[Command] = deque()
         self._wake = threading.Condition()
         self._stopped = False
@@ -124,9 +127,10 @@ class EngineLoop:
         self._fill()
         load = self._scheduler.load()
         self._progress.load = load
-        if self._news:
+        blocks = self._blocks.take() if self._blocks is not None else None
+        if self._news or blocks:
             news, self._news = tuple(self._news), []
-            self._publish(Published(self._progress.step, news, load))
+            self._publish(Published(self._progress.step, news, load, blocks))
         if self._outstanding:
             self._collect()
 
@@ -176,7 +180,9 @@ class EngineLoop:
         without_token = scheduler.num_waiting + scheduler.num_running - scheduler.num_decoding
         # One plan's part of them.
         decodes, without_token = -(-scheduler.num_decoding // depth), -(-without_token // depth)
-        tokens = pace.budget(decodes, without_token, scheduler.prompt_start)
+        first = scheduler.prompt_under_way
+        start, anew = (0, False) if first is None else (first.num_planned, first.resumes)
+        tokens = pace.budget(decodes, without_token, start, anew=anew)
         return scheduler.schedule(now_s, tokens, short_prompt=pace.short_prompt(decodes))
 
     def _collect(self) -> None:

@@ -67,4 +67,5 @@ def model_card(
         tokenizer_digest=tokenizer_digest(files),
         end_token_ids=end_token_ids,
         default_sampling=default_sampling(generation_config),
+        max_num_seqs=spec.max_num_seqs,
     )

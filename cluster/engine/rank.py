@@ -27,6 +27,7 @@ from cluster.domain.model_spec import ModelSpec
 from cluster.domain.parallel_layout import Stage
 from cluster.domain.replica import RankPhase
 from cluster.engine import host_memory, model_card, rank_record
+from cluster.engine.block_events import RecentBlocks
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.heartbeat import Heartbeat
 from cluster.engine.leader import EngineServicer, LeaderServer
@@ -223,21 +224,22 @@ class RankProcess:
         # Its prompt is a step of its own, and stages have room for the rows of the largest step only.
         longest = min(spec.max_model_len, spec.max_num_batched_tokens + 1)
         runner.warm_up(longest, spec.kv_blocks, spec.block_size)
-        scheduler = self._scheduler(shape)
+        blocks = RecentBlocks() if spec.enable_prefix_caching else None
+        scheduler = self._scheduler(shape, blocks)
         progress.load = scheduler.load()
-        server = LeaderServer(spec.bind_host, spec.engine_port)
+        server = LeaderServer(spec.bind_host, spec.engine_port, block_events=spec.enable_prefix_caching)
         metrics = EngineMetrics(self._registry)
         replica = spec.rank_id.incarnation.replica
         metrics.info.labels(replica.model, str(replica)).set(1)
         metrics.kv_blocks.set(spec.kv_blocks)
         series = StepSeries(metrics, scheduler, progress)
         pace = PrefillPace(spec.prefill_slowdown, spec.max_num_batched_tokens)
-        loop = EngineLoop(scheduler, runner, progress, series, server.publish, self._clock, pace)
+        loop = EngineLoop(scheduler, runner, progress, series, server.publish, self._clock, pace, blocks)
         progress.ports["engine"] = server.start(self._servicer(checkpoint, shape, loop, server))
         self._enter(RankPhase.READY, ports=progress.ports)
         loop.run()
 
-    def _scheduler(self, shape: ModelSpec) -> Scheduler:
+    def _scheduler(self, shape: ModelSpec, blocks: RecentBlocks | None) -> Scheduler:
         spec = self._spec
         limits = SchedulerLimits(
             spec.max_num_seqs,
@@ -248,7 +250,7 @@ class RankProcess:
             max_waiting_prompt_tokens=spec.max_waiting_prompt_tokens,
             rope_by_length=shape.rope_by_length,
         )
-        pool, depth = BlockPool(spec.kv_blocks, spec.block_size), spec.layout.pipeline_parallel_size
+        pool, depth = BlockPool(spec.kv_blocks, spec.block_size, blocks), spec.layout.pipeline_parallel_size
         return Scheduler(limits, pool, depth=depth, prefix_caching=spec.enable_prefix_caching)
 
     def _servicer(

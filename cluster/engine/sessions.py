@@ -8,9 +8,11 @@ a step's news cost a list until then.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import MutableSequence, Sequence
 
 from cluster.domain.endpoint import LoadSnapshot
+from cluster.engine.block_events import BlockLog, BlockReader
 from cluster.engine.loop import Published
 from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.v1 import engine_pb2
@@ -19,16 +21,23 @@ from cluster.wire.convert import end_to_message, load_to_message, logprob_to_mes
 
 # Half of the largest message, so that what is pending can always be sent.
 MAX_PENDING_BYTES = MAX_MESSAGE_BYTES // 2
+# News of blocks are gathered for so long: a message of their own for each step would cost as much as the step's. A
+# router may ask for longer pauses, up to a bound: what it knows would be worth little.
+TELL_BLOCKS_S = 0.1
+MAX_TELL_BLOCKS_S = 10.0
 _UPDATE_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES = 32, 5, 24  # upper bounds on the wire
 
 
 class Outbox:
     """One session's unsent updates, merged by sequence when they are taken. Lives on the event loop.
 
-    ``filled``: there is something to take, updates or a beat. ``overflow``: the session is to be reset.
+    ``filled``: there is something to take, updates or a beat. ``overflow``: the session is to be reset. ``blocks``:
+    where its router wants news of blocks, and they are at hand; ``pause_s``: at least, between two of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: BlockReader | None = None, pause_s: float = 0.0) -> None:
+        self._blocks, self._blocks_due = blocks, False
+        self._pause_s, self._next_blocks_s = min(pause_s, MAX_TELL_BLOCKS_S), -math.inf
         self._pending: list[SequenceProgress] = []
         self._step = 0
         self._load = LoadSnapshot()
@@ -56,6 +65,40 @@ class Outbox:
     def ask_for_beat(self) -> None:
         self._beat_due = True
         self.filled.set()
+
+    def tell_blocks(self, now_s: float) -> bool:
+        """News of blocks may go now. False: there are some, and it is too early for this session."""
+        if self._blocks is None or not self._blocks.behind:
+            return True
+        if now_s < self._next_blocks_s:
+            return False
+        self._next_blocks_s = now_s + self._pause_s
+        self._go_on_with_blocks()
+        return True
+
+    def resync_blocks(self) -> None:
+        """The router has missed some: it gets a full account."""
+        if self._blocks is not None:
+            self._blocks.restart()
+            self._go_on_with_blocks()
+
+    def take_blocks(self) -> engine_pb2.BlockEvents | None:
+        """The next message about blocks, if one is due and nothing else waits; more of them make ``filled`` again."""
+        if self._blocks is None or not self._blocks_due or self.filled.is_set():
+            return None
+        message = self._blocks.next()
+        self._blocks_due = False
+        self._go_on_with_blocks()
+        return message
+
+    def _go_on_with_blocks(self) -> None:
+        if self._blocks is not None and self._blocks.behind:
+            self._blocks_due = True
+            self.filled.set()
+
+    def close(self) -> None:
+        if self._blocks is not None:
+            self._blocks.close()
 
     def take(self) -> tuple[engine_pb2.StepUpdate | None, bool]:
         """Everything since the last call as one message, and whether a beat was asked for; when ``filled``.
@@ -119,20 +162,32 @@ def _extra_bytes(progress: SequenceProgress) -> int:
 
 
 class Sessions:
-    """All open sessions. ``deliver`` is called on the event loop, once per step."""
+    """All open sessions. ``deliver`` is called on the event loop, once per step.
 
-    def __init__(self) -> None:
+    ``blocks``: the account of the prefix cache, None where there is no cache.
+    """
+
+    def __init__(self, blocks: BlockLog | None = None) -> None:
         self._outboxes: dict[int, Outbox] = {}
         self._next = 1
+        self._blocks = blocks
+        self._telling: asyncio.TimerHandle | None = None
 
-    def open(self) -> tuple[int, Outbox]:
-        session, outbox = self._next, Outbox()
+    def open(self, *, block_events: bool = False, pause_s: float = 0.0) -> tuple[int, Outbox]:
+        """``block_events``: the router wants to know of blocks, by messages with ``pause_s`` between them.
+
+        It is told from the first ``tell_blocks`` on.
+        """
+        reader = self._blocks.open() if self._blocks is not None and block_events else None
+        session, outbox = self._next, Outbox(reader, pause_s)
         self._next += 1
         self._outboxes[session] = outbox
         return session, outbox
 
     def close(self, session: int) -> None:
-        self._outboxes.pop(session, None)
+        outbox = self._outboxes.pop(session, None)
+        if outbox is not None:
+            outbox.close()
 
     def deliver(self, published: Published) -> None:
         by_session: dict[int, list[SequenceProgress]] = {}
@@ -142,3 +197,13 @@ class Sessions:
             outbox = self._outboxes.get(session)
             if outbox is not None:  # a closed session's last updates interest nobody
                 outbox.put(published.step, mine, published.load)
+        if published.blocks and self._blocks is not None:
+            self._blocks.append(published.blocks)
+            if self._blocks.has_readers and self._telling is None:
+                self._telling = asyncio.get_running_loop().call_later(TELL_BLOCKS_S, self._tell_blocks)
+
+    def _tell_blocks(self) -> None:
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        early = [outbox for outbox in self._outboxes.values() if not outbox.tell_blocks(now_s)]
+        self._telling = loop.call_later(TELL_BLOCKS_S, self._tell_blocks) if early else None

@@ -60,7 +60,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, identity: _Optional[_Union[ReplicaIdentity, _Mapping]] = ..., card: _Optional[_Union[ModelCard, _Mapping]] = ..., tokenizer_files: _Optional[_Iterable[_Union[TokenizerFile, _Mapping]]] = ...) -> None: ...
 
 class ModelCard(_message.Message):
-    __slots__ = ("name", "max_model_len", "vocab_size", "checkpoint_digest", "tokenizer_digest", "end_token_ids", "default_sampling")
+    __slots__ = ("name", "max_model_len", "vocab_size", "checkpoint_digest", "tokenizer_digest", "end_token_ids", "default_sampling", "max_num_seqs")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class ModelCard(_message.Message):
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_model_len: int
     vocab_size: int
@@ -75,7 +76,8 @@ class ModelCard(_message.Message):
     tokenizer_digest: str
     end_token_ids: _containers.RepeatedScalarFieldContainer[int]
     default_sampling: _inference_pb2.Sampling
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., default_sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ...) -> None: ...
+    max_num_seqs: int
+    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., end_token_ids: _Optional[_Iterable[int]] = ..., default_sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
 
 class TokenizerFile(_message.Message):
     __slots__ = ("name", "content")
@@ -86,20 +88,26 @@ class TokenizerFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("hello", "commands")
+    __slots__ = ("hello", "commands", "resync_blocks")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     COMMANDS_FIELD_NUMBER: _ClassVar[int]
+    RESYNC_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     commands: Commands
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Union[Commands, _Mapping]] = ...) -> None: ...
+    resync_blocks: ResyncBlocks
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Union[Commands, _Mapping]] = ..., resync_blocks: _Optional[_Union[ResyncBlocks, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("router_id", "expected")
+    __slots__ = ("router_id", "expected", "block_events", "block_events_pause_s")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_EVENTS_PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     expected: ReplicaIdentity
-    def __init__(self, router_id: _Optional[str] = ..., expected: _Optional[_Union[ReplicaIdentity, _Mapping]] = ...) -> None: ...
+    block_events: bool
+    block_events_pause_s: float
+    def __init__(self, router_id: _Optional[str] = ..., expected: _Optional[_Union[ReplicaIdentity, _Mapping]] = ..., block_events: _Optional[bool] = ..., block_events_pause_s: _Optional[float] = ...) -> None: ...
 
 class Commands(_message.Message):
     __slots__ = ("submits", "cancels")
@@ -139,15 +147,21 @@ class Cancel(_message.Message):
     sequence_id: int
     def __init__(self, sequence_id: _Optional[int] = ...) -> None: ...
 
+class ResyncBlocks(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class SessionResponse(_message.Message):
-    __slots__ = ("welcome", "step", "beat")
+    __slots__ = ("welcome", "step", "beat", "blocks")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     step: StepUpdate
     beat: Beat
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepUpdate, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
+    blocks: BlockEvents
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepUpdate, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., blocks: _Optional[_Union[BlockEvents, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("identity",)
@@ -192,6 +206,20 @@ class Beat(_message.Message):
     step_age_s: float
     load: Load
     def __init__(self, step: _Optional[int] = ..., step_age_s: _Optional[float] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+
+class BlockEvents(_message.Message):
+    __slots__ = ("sequence_number", "reset", "complete", "stored", "removed")
+    SEQUENCE_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    sequence_number: int
+    reset: bool
+    complete: bool
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_number: _Optional[int] = ..., reset: _Optional[bool] = ..., complete: _Optional[bool] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running_sequences", "waiting_sequences", "queued_prompt_tokens", "kv_blocks_used", "kv_blocks_total")

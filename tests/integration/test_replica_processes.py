@@ -8,6 +8,9 @@ import pytest
 from replica_harness import Replica, Session, submit
 from tiny_models import Reference, build
 
+from cluster.domain.block_hash import LeadingNames
+from cluster.domain.ids import Incarnation, ReplicaId
+from cluster.router.prefix_index import PrefixIndex
 from cluster.v1 import control_pb2, engine_pb2
 
 pytestmark = pytest.mark.integration
@@ -112,6 +115,55 @@ def test_every_rank_listens_on_loopback_alone(replica):
         listening = [c for c in psutil.Process(process.pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN]
         assert listening
         assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
+
+
+class Listener:
+    """A session that keeps an index, as a router does."""
+
+    def __init__(self, stub) -> None:
+        self.session = Session(stub, block_events=True)
+        self.who = Incarnation(ReplicaId("tiny", 0), 1)
+        self.index = PrefixIndex()
+        self.complete = False
+        self.tokens: list[int] = []
+
+    def known(self, tokens) -> int:
+        """Leading blocks of ``tokens`` that are held."""
+        return self.index.holders(LeadingNames(tokens, 4)).get(self.who)
+
+    def until(self, condition) -> None:
+        """Reads on, for as long as the session's own deadline allows."""
+        for response in self.session.call:
+            for update in response.step.sequences:
+                self.tokens += update.token_ids
+            if response.HasField("blocks"):
+                assert self.index.apply(self.who, response.blocks)
+                self.complete |= response.blocks.complete
+            if condition():
+                return
+        raise AssertionError("the session ended early")
+
+
+def test_routers_hear_which_blocks_the_prefix_cache_holds(replica):
+    first = [7, 7, 7, *range(100, 122)]
+    others = [[11 * n, *range(40, 290)][:200] for n in range(1, 4)]
+    with replica.channel() as channel:
+        stub = replica.stub(channel)
+        listener = Listener(stub)
+        listener.until(lambda: listener.complete)
+        listener.session.submit(submit(1, first, 8))
+        listener.until(lambda: len(listener.tokens) == 8 and listener.known([*first, *listener.tokens]) == 8)
+        assert listener.known(first) == 6, "25 tokens have 6 full blocks; those generated behind them make 2 more"
+        late = Listener(stub)
+        late.until(lambda: late.complete)
+        assert (late.known(first), len(late.index)) == (6, len(listener.index))
+        # Three times 50 blocks of 128: the first prompt's leave.
+        listener.session.submit(*(submit(2 + n, prompt, 2) for n, prompt in enumerate(others)))
+        listener.until(lambda: not listener.known(first) and listener.known(others[-1]) == 50)
+        late.until(lambda: len(late.index) == len(listener.index) and not late.known(first))
+        listener.index.check()
+        for each in (listener, late):
+            each.session.close()
 
 
 def test_shared_memory_all_reduce_gives_the_same_tokens(tiny, tmp_path):

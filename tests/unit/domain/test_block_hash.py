@@ -3,8 +3,10 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cluster.domain.block_hash import HASH_BYTES, block_hash, block_hashes, root_hash
+from cluster.domain.block_hash import HASH_BYTES, LeadingNames, block_hash, block_hashes, root_hash, short_name
 
 
 def test_the_bytes_are_those_that_the_docs_promise() -> None:
@@ -47,3 +49,29 @@ def test_salt_variant_and_block_size_keep_chains_apart() -> None:
     ]
     names = [name for chain in chains for name in chain]
     assert len(set(names)) == len(names)
+
+
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+
+
+@given(TOKENS, st.integers(1, 9), st.binary(max_size=8))
+def test_leading_names_are_the_first_bytes_of_all_names(tokens: list[int], block_size: int, salt: bytes) -> None:
+    expected = [short_name(name) for name in block_hashes(tokens, block_size, salt)]
+    names = LeadingNames(tokens, block_size, salt)
+    assert len(names) == len(expected)
+    assert [names[i] for i in reversed(range(len(names)))] == expected[::-1], "in any order"
+    assert list(names) == expected == list(LeadingNames(tokens, block_size, salt)) == names[:]
+    assert names[1:-1] == expected[1:-1]
+    with pytest.raises(IndexError):
+        names[len(expected)]
+
+
+def test_a_short_name_is_a_published_value_too() -> None:
+    assert list(LeadingNames(range(8), 4, b"tenant")) == [0x9F7827A5D4503FC8, 0xEEF025B47C3CCBBF]
+
+
+def test_the_block_of_the_last_token_is_never_served_from_the_cache() -> None:
+    whole, longer = LeadingNames(range(8), 4), LeadingNames(range(9), 4)
+    assert [whole.cached_tokens(held) for held in (0, 1, 2)] == [0, 4, 4]
+    assert [longer.cached_tokens(held) for held in (0, 1, 2)] == [0, 4, 8]
+    assert LeadingNames([], 4).cached_tokens(0) == 0

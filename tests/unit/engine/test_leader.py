@@ -6,8 +6,11 @@ import os
 import grpc
 import pytest
 
+from cluster.domain.block_hash import short_name
 from cluster.domain.clock import MonotonicClock
+from cluster.engine import block_events
 from cluster.engine import sessions as sessions_module
+from cluster.engine.block_events import BlockLog
 from cluster.engine.leader import EngineServicer
 from cluster.engine.loop import CancelSession, Published, Submit
 from cluster.engine.model.tensor_parallel import TensorParallelGroup, _configure_environment
@@ -90,6 +93,110 @@ async def test_a_session_that_stops_reading_is_reset_while_its_write_hangs(engin
         await asyncio.wait_for(call, 2)
     assert context.code == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert loop.posted[-1] == CancelSession(1)
+
+
+def blocks_of(context):
+    return [m.blocks for m in context.written if m.HasField("blocks")]
+
+
+async def test_blocks_are_told_to_who_asked_after_the_tokens_and_again_when_some_were_missed(engine, monkeypatch):
+    monkeypatch.setattr(sessions_module, "TELL_BLOCKS_S", 0.0)
+    _, loop, _ = engine
+    clock, sessions = MonotonicClock(), Sessions(BlockLog())
+    servicer = EngineServicer(IDENTITY, engine_pb2.ModelCard(), {}, loop, sessions, RankProgress(clock), clock)
+    load = servicer._progress.load
+    commands = asyncio.Queue()
+
+    async def from_router():
+        while True:
+            yield await commands.get()
+
+    asking = engine_pb2.SessionRequest(hello=engine_pb2.Hello(expected=IDENTITY, block_events=True))
+    await commands.put(asking)
+    hearing, deaf = FakeContext(reads=100), FakeContext(reads=100)
+    calls = [
+        asyncio.create_task(servicer.Session(from_router(), hearing)),
+        asyncio.create_task(servicer.Session(requests(hello()), deaf)),
+    ]
+    await until(lambda: blocks_of(hearing))
+    assert (blocks_of(hearing)[0].reset, blocks_of(hearing)[0].complete) == (True, True)
+    first, second = bytes([1]) * 32, bytes([2]) * 32
+    news = (SequenceProgress(SequenceKey(1, 7), 1, (5,)), SequenceProgress(SequenceKey(2, 7), 1, (5,)))
+    sessions.deliver(Published(1, news, load, {first: True}))
+    sessions.deliver(Published(2, news, load, {second: True}))
+    await until(lambda: len(blocks_of(hearing)) == 2)
+    assert list(blocks_of(hearing)[1].stored) == [short_name(first), short_name(second)], "two steps, one message"
+    kinds = [m.WhichOneof("message") for m in hearing.written if not m.HasField("beat")]
+    assert kinds == ["welcome", "blocks", "step", "blocks"]
+    await commands.put(engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks()))
+    await until(lambda: len(blocks_of(hearing)) == 3)
+    again = blocks_of(hearing)[2]
+    assert (again.sequence_number, again.reset, len(again.stored)) == (3, True, 2)
+    assert not blocks_of(deaf)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert not sessions._blocks.has_readers
+
+
+async def test_a_long_account_waits_for_tokens(engine, monkeypatch):
+    """One message of it goes when nothing else waits; between two of them whatever has come goes first."""
+    monkeypatch.setattr(block_events, "MAX_NAMES", 2)
+    log = BlockLog()
+    log.append({bytes([n]) * 32: True for n in range(20)})
+    sessions = Sessions(log)
+    number, outbox = sessions.open(block_events=True)
+    outbox.tell_blocks(0.0)
+    order = []
+    while outbox.filled.is_set():
+        step, _ = outbox.take()
+        if step is not None:
+            order.append("step")
+        if len(order) < 5:
+            sessions.deliver(
+                Published(1, (SequenceProgress(SequenceKey(number, 1), 1, (5,)),), RankProgress(MonotonicClock()).load)
+            )
+        if outbox.take_blocks() is not None:
+            order.append("blocks")
+    assert order == ["step"] * 5 + ["blocks"] * 10
+
+
+async def test_a_router_of_many_replicas_hears_less_often(monkeypatch):
+    monkeypatch.setattr(sessions_module, "TELL_BLOCKS_S", 0.0)
+    log = BlockLog()
+    sessions = Sessions(log)
+    eager, patient = (sessions.open(block_events=True, pause_s=pause_s)[1] for pause_s in (0.0, 0.02))
+    heard = {eager: [], patient: []}
+    load = RankProgress(MonotonicClock()).load
+
+    def hear():
+        for outbox, messages in heard.items():
+            outbox.take()
+            message = outbox.take_blocks()
+            if message is not None:
+                messages.append(message)
+
+    for outbox in heard:
+        outbox.tell_blocks(asyncio.get_running_loop().time())
+    hear()
+    for number in range(1, 6):
+        sessions.deliver(Published(number, (), load, {bytes([number]) * 32: True}))
+        await until(lambda n=number: (hear(), len(heard[eager]) == n + 1)[1])
+    await until(lambda: (hear(), sum(len(m.stored) for m in heard[patient]) == 5)[1])
+    assert len(heard[patient]) < len(heard[eager]), "all of it, in fewer messages"
+    assert sessions._telling is None, "no timer runs while there is nothing to tell"
+
+
+async def test_a_replica_without_a_prefix_cache_tells_of_no_blocks(engine):
+    servicer, _, _ = engine
+    context = FakeContext(reads=100)
+    asking = engine_pb2.SessionRequest(hello=engine_pb2.Hello(expected=IDENTITY, block_events=True))
+    resync = engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks())
+    call = asyncio.create_task(servicer.Session(requests(asking, resync), context))
+    await until(lambda: any(m.HasField("beat") for m in context.written))
+    assert not blocks_of(context)
+    call.cancel()
+    await asyncio.wait([call])
 
 
 async def test_a_submit_out_of_bounds_costs_itself_only(engine):

@@ -7,10 +7,12 @@ from collections import deque
 import pytest
 from prometheus_client import CollectorRegistry
 
+from cluster.domain.block_hash import block_hashes
 from cluster.domain.clock import ManualClock
 from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.request import SamplingParams, SequenceEnd
 from cluster.engine import sessions as sessions_module
+from cluster.engine.block_events import RecentBlocks
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.loop import MAX_INBOX, Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
 from cluster.engine.prefill_pace import PrefillPace, PromptWork
@@ -58,11 +60,12 @@ class Engine:
     def __init__(self, depth=1):
         self.clock, self.registry, self.published, self.log = ManualClock(), CollectorRegistry(), [], []
         self.progress = RankProgress(self.clock)
-        self.pool = BlockPool(64, 4)
+        blocks = RecentBlocks()
+        self.pool = BlockPool(64, 4, blocks)
         self.scheduler = Scheduler(SchedulerLimits(8, 32, 16, 128), self.pool, depth=depth)
         series = StepSeries(EngineMetrics(self.registry), self.scheduler, self.progress)
         runner, pace = PlainRunner(depth, self.log), PrefillPace(1.7, 32)
-        self.loop = EngineLoop(self.scheduler, runner, self.progress, series, self.publish, self.clock, pace)
+        self.loop = EngineLoop(self.scheduler, runner, self.progress, series, self.publish, self.clock, pace, blocks)
 
     def publish(self, published):
         self.log.append(("publish", published.step))
@@ -111,6 +114,18 @@ def test_a_sequence_runs_to_its_length_and_is_counted(engine):
     assert sample("cluster_engine_prefix_cache_hits_total") == 0
     assert engine.progress.step == 5
     assert engine.progress.step_age_s() == 0
+
+
+def test_blocks_are_published_with_the_step_that_filled_them_even_without_a_token(engine):
+    prompt = tuple(range(40))  # more than a step takes
+    engine.loop.turn([Submit(sequence(1, prompt=prompt, max_tokens=5))])
+    engine.loop.turn([Cancel(SequenceKey(1, 1))])
+    told = [p for p in engine.published if p.blocks]
+    assert [p.progresses for p in told] == [()], "a chunk without a token brought them"
+    assert told[0].blocks == dict.fromkeys(block_hashes(prompt[:32], 4), True)
+    engine.loop.turn([Submit(sequence(2, max_tokens=3))])
+    engine.finish()
+    assert not engine.published[-1].blocks
 
 
 def test_a_cancel_frees_its_blocks_within_the_step(engine):
@@ -279,8 +294,8 @@ def test_the_pace_learns_where_prompts_go_on_and_what_each_step_asked_for():
     engine, learned = Engine(), []
 
     class Recorded(PrefillPace):
-        def budget(self, num_decodes, num_without_token=1, start=0):
-            learned.append(("budget", num_decodes, start))
+        def budget(self, num_decodes, num_without_token=1, start=0, *, anew=False):
+            learned.append(("budget", num_decodes, start, anew))
             return 8
 
         def observe(self, num_decodes, prompts, seconds):
@@ -290,8 +305,12 @@ def test_the_pace_learns_where_prompts_go_on_and_what_each_step_asked_for():
     engine.loop.turn([Submit(sequence(1, max_tokens=20))])
     engine.loop.turn([Submit(sequence(2, prompt=tuple(range(12)), max_tokens=1))])
     engine.loop.turn([])
+    engine.loop.turn([Submit(sequence(3, prompt=tuple(range(20, 32)), generated_token_ids=[1]))])
+    engine.loop.turn([])
     assert learned == [
-        ("budget", 0, 0), ("observe", 0, PromptWork(3, 3, 4.5)),
-        ("budget", 1, 0), ("observe", 1, PromptWork(8, 8, 32.0)),
-        ("budget", 1, 8), ("observe", 1, PromptWork(4, 12, 40.0)),
+        ("budget", 0, 0, False), ("observe", 0, PromptWork(3, 3, 4.5)),
+        ("budget", 1, 0, False), ("observe", 1, PromptWork(8, 8, 32.0)),
+        ("budget", 1, 8, False), ("observe", 1, PromptWork(4, 12, 40.0)),
+        ("budget", 1, 0, False), ("observe", 1, PromptWork(8, 8, 32.0)),
+        ("budget", 1, 8, True), ("observe", 1, PromptWork(5, 13, 52.5)),
     ]  # fmt: skip
