@@ -66,8 +66,9 @@ class Replica:
     """``with Replica(folder, tp=2, pp=2) as replica: replica.generate([...])``"""
 
     def __init__(
-        self, folder: Path, log_dir: Path, tp: int = 1, collective: str = "gloo", pp: int = 1, **limits
-    ) -> None:
+        self, folder: Path, log_dir: Path, tp: int = 1, collective: str = "gloo", pp: int = 1,
+        incarnation: Incarnation | None = None, **limits,
+    ) -> None:  # fmt: skip
         dummy = limits.get("load_format") == "dummy"
         self.checkpoint = dummy_checkpoint(folder, limits["seed"]) if dummy else read_checkpoint(folder)
         self.log_dir = log_dir
@@ -75,7 +76,7 @@ class Replica:
         self.control = ListeningControl()
         control_pb2_grpc.add_ControlServicer_to_server(self.control, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
-        self.incarnation = Incarnation(ReplicaId("tiny", 0), 1)
+        self.incarnation = incarnation or Incarnation(ReplicaId("tiny", 0), 1)
         world, num_layers = tp * pp, model_spec(self.checkpoint.config, {}).num_layers
         plan_port, *ports = free_ports(1 + pp + world)
         masters, links = ports[:pp], ports[pp:]
@@ -110,14 +111,14 @@ class Replica:
             self.processes.append(process)
         return self
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, deadline_s: float = DEADLINE_S) -> None:
         def settled(latest):
             failed = [r.failure for r in latest.values() if r.phase == control_pb2.RANK_PHASE_FAILED]
             assert not failed, failed
             ready = [r for r in latest.values() if r.phase == control_pb2.RANK_PHASE_READY]
             return len(ready) == len(self.specs)
 
-        self.control.wait_for(settled)
+        self.control.wait_for(settled, deadline_s)
 
     def stub(self, channel) -> engine_pb2_grpc.EngineStub:
         return engine_pb2_grpc.EngineStub(channel)
@@ -139,11 +140,12 @@ class Replica:
 class Session:
     """A router's session, reduced to what a test needs."""
 
-    def __init__(self, stub: engine_pb2_grpc.EngineStub, identity=None) -> None:
+    def __init__(self, stub: engine_pb2_grpc.EngineStub, identity=None, block_events: bool = False) -> None:
         self.identity = identity or stub.Describe(engine_pb2.DescribeRequest(), timeout=10).identity
         self._requests: list = []
         self._filled = threading.Semaphore(0)
-        self.push(engine_pb2.SessionRequest(hello=engine_pb2.Hello(router_id="test", expected=self.identity)))
+        hello = engine_pb2.Hello(router_id="test", expected=self.identity, block_events=block_events)
+        self.push(engine_pb2.SessionRequest(hello=hello))
         self.call = stub.Session(self._outgoing(), timeout=DEADLINE_S)
         self.beats = 0
 

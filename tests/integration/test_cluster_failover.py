@@ -70,7 +70,7 @@ def idle_afterwards(cluster):
 
 
 def rounds(config: pytest.Config) -> int:
-    return 20 if config.getoption("--long") else 3
+    return 20 if config.getoption("--long") else 2
 
 
 @pytest.mark.parametrize("victim", ["leader", "follower"])

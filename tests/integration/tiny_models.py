@@ -66,6 +66,13 @@ class Reference:
         """Equal tokens; a difference is forgiven, and printed, only at a tie of the reference's two best logits."""
         self.compare(prompt, got, self.generate(prompt, max_tokens))
 
+    def check_greedy(self, prompt: list[int], got: list[int]) -> None:
+        """Each of ``got`` is the best after those before it, or as good: all in one pass, where an end is not in question."""
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([prompt + got])).logits[0, len(prompt) - 1 : -1]
+        behind = logits.max(-1).values - logits.gather(-1, torch.tensor(got)[:, None])[:, 0]
+        assert float(behind.max()) < TIE_GAP, f"token {int(behind.argmax())} of {prompt}: {got} (gap {behind.max()})"
+
     def compare(self, prompt: list[int], got: list[int], expected: list[int]) -> None:
         """As ``check``, with what the reference generated already."""
         if got == expected:

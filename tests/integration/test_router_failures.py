@@ -1,0 +1,147 @@
+"""What the router learns from failures: who is ejected, who is slow, what is tried again, and what never is."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.router.endpoint_table import Standing
+from cluster.v1 import engine_pb2, inference_pb2
+from cluster.wire.status import from_rpc_error
+from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token
+from tests.contract.router_cluster import RouterCluster, eventually
+
+pytestmark = pytest.mark.integration
+NEXT = hashed_token(300)
+POISON = 299
+StartCluster = Callable[..., Awaitable[RouterCluster]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[StartCluster]:
+    clusters: list[RouterCluster] = []
+
+    async def start_cluster(*engines: FakeEngine, **config: Any) -> RouterCluster:
+        cluster = RouterCluster(**config)
+        clusters.append(cluster)
+        return await cluster.start(*engines)
+
+    yield start_cluster
+    for cluster in reversed(clusters):
+        await cluster.close()
+
+
+def engine(slot: int = 0, **options: Any) -> FakeEngine:
+    return FakeEngine(NEXT, slot=slot, vocab_size=300, **options)
+
+
+def request(max_tokens: int, prompt: tuple[int, ...] = (1, 2), seed: int = 3) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=prompt),
+        sampling=inference_pb2.Sampling(max_tokens=max_tokens, seed=seed),
+        return_token_ids=True,
+    )
+
+
+async def ending(cluster: RouterCluster, sent: inference_pb2.GenerateRequest) -> tuple[str, float | None]:
+    """("OK", None), or the status' code and after how long to try again."""
+    try:
+        answer = await cluster.generate(sent)
+    except grpc.aio.AioRpcError as error:
+        code, _, _, retry_after_s = from_rpc_error(error)
+        return code.name, retry_after_s
+    assert answer.token_ids == expected_tokens(NEXT, sent.token_ids.ids, sent.sampling.seed, sent.sampling.max_tokens)
+    return "OK", None
+
+
+def standing(cluster: RouterCluster, slot: int) -> Standing:
+    return cluster.router.fleet.health.standing(cluster.engines[slot].endpoint.incarnation)
+
+
+def retries(cluster: RouterCluster) -> int:
+    return sum(submit.attempt > 1 for e in cluster.engines for submit in e.submits)
+
+
+async def test_all_streams_of_a_dead_replica_go_on(start: StartCluster) -> None:
+    streams = 500
+    cluster = await start(engine(0, step_s=0.5), engine(1, step_s=0.5))
+    running = [asyncio.create_task(ending(cluster, request(10, seed=seed))) for seed in range(streams)]
+    victim = cluster.engines[0]
+    await eventually(lambda: sum(len(e.submits) for e in cluster.engines) == streams, "all have begun")
+    held = len(victim.running)
+    victim.dead.set()
+    for one in cluster.engines:
+        one.step_s = 0.05
+    assert {await answer for answer in running} == {("OK", None)}
+    assert held > streams / 4
+    assert retries(cluster) <= held
+
+
+async def test_where_everything_breaks_little_is_tried_again_and_all_is_answered(start: StartCluster) -> None:
+    cluster = await start(*(engine(slot, break_after=1) for slot in range(4)))
+    while any(e.sessions == 1 for e in cluster.engines):  # each has its grant behind it, for a single stream
+        await ending(cluster, request(3))
+    await cluster.until_ready(4)
+    before, sent, began_s = retries(cluster), 300, asyncio.get_running_loop().time()
+    answers = await asyncio.gather(*(ending(cluster, request(40, seed=seed)) for seed in range(sent)))
+    took_s = asyncio.get_running_loop().time() - began_s
+    assert {code for code, _ in answers} == {"UNAVAILABLE"}
+    assert all(retry_after_s is not None and 0 < retry_after_s <= 2 for _, retry_after_s in answers)
+    assert retries(cluster) - before <= 0.2 * sent + 10 + took_s + 4
+    assert 'cluster_router_retries_refused_total{reason="budget"}' in await cluster.metrics()
+
+
+async def test_a_request_that_kills_whatever_it_meets_ends_after_three_replicas(start: StartCluster) -> None:
+    cluster = await start(*(engine(slot, dies_of=POISON, step_s=0.02) for slot in range(5)))
+    innocent = [asyncio.create_task(ending(cluster, request(30, seed=seed))) for seed in range(10)]
+    await eventually(lambda: sum(len(e.running) for e in cluster.engines) == 10, "they run")
+    assert (await ending(cluster, request(9, prompt=(POISON,))))[0] == "UNAVAILABLE"
+    assert sum(e.dead.is_set() for e in cluster.engines) == 3
+    assert {await answer for answer in innocent} == {("OK", None)}
+    assert 'cluster_router_retries_refused_total{reason="fruitless"} 1.0' in await cluster.metrics()
+
+
+async def test_an_endpoint_that_broke_gets_nothing_new_until_a_probe_succeeds(start: StartCluster) -> None:
+    cluster = await start(engine(0), engine(1))
+    flapping = cluster.engines[0]
+    flapping.break_after = 1
+    while flapping.sessions == 1:
+        assert (await ending(cluster, request(3)))[0] == "OK"
+    flapping.break_after = None
+    await cluster.until_ready(2)
+    assert standing(cluster, 0) is Standing.EJECTED
+    given = len(flapping.submits)
+    while standing(cluster, 0) is Standing.EJECTED:
+        given = len(flapping.submits)
+        assert (await ending(cluster, request(2)))[0] == "OK"
+    assert len(flapping.submits) <= given + 1
+    while len(flapping.submits) < given + 5:
+        assert (await ending(cluster, request(2)))[0] == "OK"
+    text = await cluster.metrics()
+    assert 'cluster_router_ejections_total{reason="broken"} 1.0' in text
+    assert 'cluster_router_endpoint_standing{replica="demo/0",standing="healthy"} 1.0' in text
+
+
+@pytest.mark.parametrize("end", [engine_pb2.SEQUENCE_END_REJECTED_CAPACITY, engine_pb2.SEQUENCE_END_REJECTED_INVALID])
+async def test_what_an_engine_answers_ejects_nobody(start: StartCluster, end: engine_pb2.SequenceEnd) -> None:
+    cluster = await start(engine(0, reject=end), engine(1, reject=end))
+    for _ in range(3):
+        assert (await ending(cluster, request(3)))[0] in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
+    assert [standing(cluster, slot) for slot in (0, 1)] == [Standing.HEALTHY] * 2
+
+
+async def test_a_slow_replica_is_drained_of_new_work(start: StartCluster) -> None:
+    cluster = await start(*(engine(slot, step_s=s, max_num_seqs=8) for slot, s in enumerate((0.01, 0.01, 0.1))))
+    slow = cluster.engines[2]
+    busy = [asyncio.create_task(ending(cluster, request(14, seed=seed))) for seed in range(9)]
+    await eventually(lambda: standing(cluster, 2) is Standing.SLOW, "it is noticed")
+    given = len(slow.submits)
+    assert given > 0
+    for seed in range(20):
+        assert (await ending(cluster, request(3, seed=seed)))[0] == "OK"
+    assert len(slow.submits) == given
+    assert [standing(cluster, slot) for slot in (0, 1)] == [Standing.HEALTHY] * 2
+    assert {(await answer)[0] for answer in busy} == {"OK"}
+    assert 'cluster_router_ejections_total{reason="slow"} 1.0' in await cluster.metrics()

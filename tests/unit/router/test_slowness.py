@@ -1,0 +1,217 @@
+"""Who is slow, who only looks like it, and how the way back goes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.domain.ids import Incarnation, ReplicaId
+from cluster.router.slowness import Slowness, SlownessRules
+
+RULES = SlownessRules(gathered_s=0.0, judged_steps=1)
+
+
+def at(slot: int, model: str = "demo") -> Incarnation:
+    return Incarnation(ReplicaId(model, slot), 1)
+
+
+class Replicas:
+    """Engines that step for ever, each at its own pace."""
+
+    def __init__(self, step_s: Sequence[float], rules: SlownessRules = RULES) -> None:
+        self.slowness, self.step_s, self.now_s = Slowness(rules), dict(enumerate(step_s)), 0.0
+        self.paces = {slot: self.slowness.came_up(at(slot)) for slot in self.step_s}
+        self.next_s, self.steps = dict.fromkeys(self.step_s, 0.0), dict.fromkeys(self.step_s, 0)
+
+    def run(self, seconds: float, idle: Sequence[int] = ()) -> list[int]:
+        """Who is slow after so long."""
+        end_s = self.now_s + seconds
+        while (slot := min(self.next_s, key=self.next_s.__getitem__)) is not None and self.next_s[slot] <= end_s:
+            self.now_s = self.next_s[slot]
+            self.next_s[slot] += self.step_s[slot]
+            if slot not in idle:
+                self.steps[slot] += 1
+                self.paces[slot].stepped(self.now_s, self.steps[slot], busy=True)
+        self.now_s = end_s
+        return self.slow()
+
+    def slow(self) -> list[int]:
+        return [slot for slot in self.step_s if self.slowness.slow(at(slot), self.now_s)]
+
+
+def test_one_that_is_ten_times_slower_is_noticed_within_seconds() -> None:
+    assert Replicas([0.03, 0.03, 0.3, 0.03]).run(3.0) == [2]
+    assert Replicas([0.3, 0.03]).run(3.0) == [0]
+
+
+def test_one_that_becomes_slow_is_noticed_and_one_that_recovers_is_trusted_again() -> None:
+    replicas = Replicas([0.03, 0.03, 0.03])
+    assert replicas.run(10.0) == []
+    replicas.step_s[1] = 0.3
+    assert replicas.run(3.0) == [1]
+    replicas.step_s[1] = 0.03
+    assert replicas.run(1.0) == [], "its running streams show it"
+
+
+def test_twice_as_slow_is_what_load_explains() -> None:
+    assert Replicas([0.03, 0.03, 0.06]).run(10.0) == []
+
+
+def test_between_the_two_factors_a_verdict_stays_as_it_is() -> None:
+    replicas = Replicas([0.03, 0.03, 0.3])
+    assert replicas.run(3.0) == [2]
+    replicas.step_s[2] = 0.06
+    assert replicas.run(1.5) == [2]
+
+
+def test_alone_nobody_is_slow() -> None:
+    assert Replicas([3.0]).run(100.0) == []
+    pair = Replicas([0.03, 0.3])
+    assert pair.run(3.0) == [1]
+    pair.slowness.went_down(at(0))
+    assert pair.slow() == []
+
+
+def test_all_alike_nobody_is_slow() -> None:
+    assert Replicas([3.0, 3.0, 3.0]).run(100.0) == []
+
+
+def test_what_is_quick_enough_is_not_slow_whatever_others_do() -> None:
+    assert Replicas([0.001, 0.001, 0.015]).run(5.0) == []
+
+
+def test_a_hiccup_is_no_verdict() -> None:
+    replicas = Replicas([0.03, 0.03])
+    replicas.run(3.0)
+    replicas.next_s[1] += 5.0
+    assert replicas.run(6.0) == []
+
+
+def test_idle_times_count_for_nothing() -> None:
+    pace, now_s = Slowness(RULES).came_up(at(0)), 0.0
+    for step in range(1, 200):
+        pace.stepped(now_s, step, busy=step % 2 == 1)
+        now_s += 0.03 if step % 2 else 100.0
+    assert pace.median_s is not None
+    assert abs(pace.median_s - 0.03) < 1e-6
+
+
+def test_a_cancelled_stream_makes_no_slow_step_of_the_pause_after_it() -> None:
+    pace, now_s = Slowness(RULES).came_up(at(0)), 0.0
+    for step in range(1, 200):
+        pace.stepped(now_s, step, busy=True)  # the second step's sequence is cancelled; the engine cannot know yet
+        if step % 2 == 0:
+            now_s += 50.0
+            pace.idle()
+        now_s += 0.03
+    assert abs(pace.median_s - 0.03) < 1e-6
+
+
+def test_steps_without_us_share_the_time_between() -> None:
+    pace = Slowness(RULES).came_up(at(0))
+    for message in range(20):
+        pace.stepped(0.3 * message, 10 * message, busy=True)
+    assert abs(pace.median_s - 0.03) < 1e-6
+
+
+def test_idle_peers_are_no_measure_but_a_verdict_outlives_them() -> None:
+    replicas = Replicas([0.03, 0.3])
+    assert replicas.run(4.0) == [1]
+    assert replicas.run(15.0, idle=(0, 1)) == [], "time for a probe"
+    replicas.slowness.picked(at(1), replicas.now_s)
+    assert replicas.slow() == [1]
+    assert replicas.run(4.0, idle=(0,)) == [1]
+    replicas.step_s[1] = 0.03
+    assert replicas.run(2.0, idle=(0,)) == []
+
+
+def test_probes_go_one_at_a_time_and_ever_more_seldom() -> None:
+    replicas, probes = Replicas([0.03, 0.03, 0.3]), []
+    for _ in range(4_000):
+        replicas.run(0.1)
+        if replicas.now_s > 3.0 and 2 not in replicas.slow():
+            probes.append(replicas.now_s)
+            replicas.slowness.picked(at(2), replicas.now_s)
+            replicas.slowness.picked(at(2), replicas.now_s)
+    gaps = [round(b - a) for a, b in itertools.pairwise(probes)]
+    assert gaps[:4] == [10, 20, 40, 60]
+    assert set(gaps[3:]) == {60}
+
+
+def test_models_are_compared_with_their_own_kind() -> None:
+    replicas = Replicas([0.03, 0.03])
+    other = replicas.slowness.came_up(at(0, "large"))
+    for step in range(100):
+        other.stepped(step * 0.5, step, busy=True)
+    replicas.run(10.0)
+    assert not replicas.slowness.slow(at(0, "large"), replicas.now_s)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([0.03, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_never_more_than_half_whatever_happens(step_s: list[float], rng: random.Random) -> None:
+    replicas = Replicas(step_s)
+    for _ in range(12):
+        slow = replicas.run(4.0, idle=rng.sample(range(len(step_s)), rng.randrange(len(step_s) + 1)))
+        assert len(slow) <= len(replicas.step_s) // 2
+        if len(replicas.step_s) > 1 and rng.random() < 0.3:
+            gone = rng.choice(list(replicas.step_s))
+            del replicas.step_s[gone], replicas.next_s[gone]
+            replicas.slowness.went_down(at(gone))
+        changed = rng.choice(list(replicas.step_s))
+        replicas.step_s[changed] = rng.choice([0.03, 0.3, 1.0])
+        assert len(replicas.slow()) <= len(replicas.step_s) // 2
+
+
+class Streams:
+    """Requests of 100 tokens that come all the time, on engines that give each stream one token per step."""
+
+    def __init__(self, step_s: Sequence[float]) -> None:
+        self.replicas = Replicas(step_s, SlownessRules())
+        self.streams: dict[int, list[int]] = {slot: [] for slot in self.replicas.step_s}
+        self.gaps: list[float] = []
+
+    def arrive(self) -> None:
+        judge, now_s = self.replicas.slowness, self.replicas.now_s
+        open_to = [s for s in self.streams if not judge.slow(at(s), now_s)] or list(self.streams)
+        slot = min(open_to, key=lambda s: len(self.streams[s]))
+        judge.picked(at(slot), now_s)
+        self.streams[slot].append(100)
+
+    def run(self, seconds: float, every_s: float) -> list[float]:
+        """All gaps between tokens in that time."""
+        self.gaps, replicas = [], self.replicas
+        end_s, arrival_s = replicas.now_s + seconds, replicas.now_s
+        while replicas.now_s < end_s:
+            slot = min(replicas.next_s, key=replicas.next_s.__getitem__)
+            if arrival_s <= replicas.next_s[slot]:
+                replicas.now_s, arrival_s = arrival_s, arrival_s + every_s
+                self.arrive()
+                continue
+            replicas.now_s = replicas.next_s[slot]
+            replicas.next_s[slot] += replicas.step_s[slot]
+            if self.streams[slot]:
+                replicas.steps[slot] += 1
+                self.gaps += [replicas.step_s[slot]] * len(self.streams[slot])
+                self.streams[slot] = [left - 1 for left in self.streams[slot] if left > 1]
+                replicas.paces[slot].stepped(replicas.now_s, replicas.steps[slot], busy=bool(self.streams[slot]))
+        return sorted(self.gaps)
+
+
+def test_with_a_slow_replica_the_fleets_p99_is_that_of_the_healthy() -> None:
+    fleet = Streams([0.03, 0.03, 0.03, 0.03])
+    healthy = fleet.run(30.0, 0.1)
+    fleet.replicas.step_s[3] = 0.3
+    fleet.run(35.0, 0.1)  # noticed; the streams that were there run to their end
+    drained = fleet.run(120.0, 0.1)
+    p99 = [gaps[int(0.99 * len(gaps))] for gaps in (healthy, drained)]
+    assert p99[1] <= 1.5 * p99[0]
+    share = sum(gap > 0.1 for gap in drained) / len(drained)
+    assert 0 < share < 0.01, "the probes still go there"
+    fleet.replicas.step_s[3] = 0.03
+    fleet.run(70.0, 0.1)
+    assert len(fleet.streams[3]) > 0.15 * sum(map(len, fleet.streams.values())), "it takes its share again"
