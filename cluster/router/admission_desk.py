@@ -1,0 +1,250 @@
+"""Adapter: requests that wait for an endpoint, woken when one has room.
+
+Decisions are ``admission``'s. Whoever waits awaits one future, without a task of its own. The desk looks when an
+endpoint with room reports, ends a sequence or comes up, and, while somebody waits, every LOOK_AGAIN_S; it costs one
+test per step message while nobody does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.config.schema import RouterConfig
+from cluster.domain.clock import Clock
+from cluster.domain.errors import ClusterError, EngineFailed, RejectReason, RequestEvicted, RequestRejected
+from cluster.router.admission import Admission, AdmissionLimits, Refusal, SentAway
+from cluster.router.fleet import Fleet
+from cluster.router.interruption import Interruption
+from cluster.router.policy.contracts import Choice, Demand
+from cluster.router.session import EngineSession
+from cluster.router.waiting_rank import Entry
+from cluster.telemetry.metrics import RouterMetrics
+
+LOOK_AGAIN_S = 0.25
+CONTINUATIONS_TRIED = 16  # that find no endpoint at one look, before new requests get theirs
+Placed = tuple[EngineSession, Choice]
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request at the desk, for all its attempts.
+
+    ``demand``: what it asks of an endpoint now, with room or without; ``tokens``: those that it brings along.
+    """
+
+    model: str
+    entry: Entry
+    demand: Callable[[bool], Demand]
+    tokens: int
+    line: _Line | None = None
+
+
+class _Line:
+    """What waits for one model."""
+
+    __slots__ = ("admission", "armed", "looking", "model", "waiting")
+
+    def __init__(self, model: str, limits: AdmissionLimits) -> None:
+        self.model = model
+        self.admission = Admission(limits)
+        self.waiting: dict[Entry, tuple[Ticket, asyncio.Future[Placed]]] = {}
+        self.looking = False  # a look is on its way
+        self.armed = False  # the next look comes by itself
+
+
+class AdmissionDesk:
+    """Gives each request its endpoint in turn. One per router; ``fleet`` tells it when there may be room."""
+
+    def __init__(self, fleet: Fleet, config: RouterConfig, metrics: RouterMetrics, clock: Clock) -> None:
+        self._fleet, self._config, self._metrics, self._clock = fleet, config, metrics, clock
+        self._limits = AdmissionLimits(
+            max_requests=config.max_queued_requests,
+            max_prompt_tokens=config.max_queued_prompt_tokens,
+            ttft_objective_s=config.ttft_objective_s,
+            max_wait_s=config.max_queue_wait_s,
+        )
+        self._lines: dict[str, _Line] = {}
+        self._waiting_lines: set[_Line] = set()
+        fleet.watch_room(self._room_at, self._fleet_changed)
+
+    async def place(self, ticket: Ticket, interruption: Interruption) -> Placed | None:
+        """The endpoint that the request has to be sent to before anything else is awaited.
+
+        None when no endpoint takes new requests. RequestRejected or RequestEvicted when it may not wait,
+        EngineFailed when it had an endpoint and waited in vain, or what ``interruption`` is tripped with.
+        """
+        line = ticket.line
+        if line is None:
+            line = ticket.line = self._line(ticket.model)
+        entry, queue = ticket.entry, line.admission.queue
+        if not queue or (entry.exempt and not queue.exempt):
+            found = self._fleet.choose(ticket.demand(True))
+            if found is not None:
+                line.admission.pass_through(entry)
+                return found
+            if not entry.exempt and not self._fleet.serves(ticket.demand(False)):
+                return None
+        return await self._wait(line, ticket, interruption)
+
+    def first_token_after(self, ticket: Ticket, seconds: float) -> None:
+        assert ticket.line is not None, "nothing was placed"
+        ticket.line.admission.first_token_after(ticket.entry, seconds)
+
+    def close(self, ticket: Ticket, prompt_tokens: int, generated: int, *, complete: bool) -> None:
+        """The request is over. ``prompt_tokens`` were computed for it, not found in a cache."""
+        if ticket.line is not None and ticket.entry.charged:
+            ticket.line.admission.ended(ticket.entry, prompt_tokens, generated, complete=complete)
+
+    async def _wait(self, line: _Line, ticket: Ticket, interruption: Interruption) -> Placed | None:
+        entry, admission = ticket.entry, line.admission
+        answer: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
+        for away in admission.offer(entry, self._clock.now()):
+            if away.entry is entry:
+                raise self._error(away)
+            self._send_away(line, away)
+        line.waiting[entry] = ticket, answer
+        self._waiting_lines.add(line)
+        self._show(line)
+        self._arm(line)
+        placed: Placed | None = None
+        try:
+            with interruption.calls(lambda error: _fail(answer, error)):
+                placed = await answer
+        except _NoEndpointLeft:
+            return None
+        finally:
+            if line.waiting.pop(entry, None) is not None and entry.queued:
+                admission.withdraw(entry, self._clock.now())
+            self._settle(line, ticket, answer)
+        return placed
+
+    def _settle(self, line: _Line, ticket: Ticket, answer: asyncio.Future[Placed]) -> None:
+        """Gives the place back that was kept meanwhile, whoever uses it."""
+        if answer.done() and not answer.cancelled() and answer.exception() is None:
+            session, _ = answer.result()
+            session.load.let_go(ticket.tokens)
+            self._room_at(session)  # in case it is not used
+        self._show(line)
+
+    def _line(self, model: str) -> _Line:
+        line = self._lines.get(model)
+        if line is None:
+            line = self._lines[model] = _Line(model, self._limits)
+        return line
+
+    # ---- looking for places
+
+    def _room_at(self, session: EngineSession) -> None:
+        """Something has changed at ``session``."""
+        if not self._waiting_lines or not session.load.has_room:
+            return
+        line = self._lines.get(session.endpoint.model)
+        if line in self._waiting_lines:
+            self._look_soon(line)
+
+    def _fleet_changed(self) -> None:
+        for line in tuple(self._waiting_lines):
+            self._look_soon(line)
+        if len(self._lines) > len(self._fleet.models):
+            known = self._fleet.models
+            self._lines = {m: line for m, line in self._lines.items() if m in known or line.waiting}
+
+    def _look_soon(self, line: _Line) -> None:
+        """Once per turn of the event loop, however much has happened in it."""
+        if not line.looking:
+            line.looking = True
+            asyncio.get_running_loop().call_soon(self._look, line)
+
+    def _look(self, line: _Line) -> None:
+        """Gives places to those whose turn it is, for as long as there are any."""
+        line.looking = False
+        queue, now_s = line.admission.queue, self._clock.now()
+        for away in line.admission.expire(now_s):
+            self._send_away(line, away)
+        in_vain = 0
+        for entry in queue.exempt:
+            if in_vain == CONTINUATIONS_TRIED:
+                break
+            in_vain += not self._give_place(line, entry, now_s)
+        while (head := queue.head()) is not None and not self._give_place(line, head, now_s):
+            ticket, answer = line.waiting[head]
+            if self._fleet.serves(ticket.demand(False)):
+                break  # somebody will have room for it
+            line.admission.withdraw(head, now_s)
+            _fail(answer, _NoEndpointLeft())
+        self._show(line)
+        if queue:
+            self._arm(line)
+        else:
+            self._waiting_lines.discard(line)
+
+    def _give_place(self, line: _Line, entry: Entry, now_s: float) -> bool:
+        ticket, answer = line.waiting[entry]
+        if answer.done():  # interrupted or cancelled in this turn
+            line.admission.withdraw(entry, now_s)
+            return True
+        found = self._fleet.choose(ticket.demand(True))
+        if found is None:
+            return False
+        line.admission.take(entry, now_s)
+        found[0].load.hold(ticket.tokens)
+        answer.set_result(found)
+        return True
+
+    def _arm(self, line: _Line) -> None:
+        """The next look, if nothing else brings one before."""
+        if not line.armed:
+            line.armed = True
+            left_s = line.admission.next_due_s - self._clock.now()
+            asyncio.get_running_loop().call_later(min(max(left_s, 0.0), LOOK_AGAIN_S), self._time_passed, line)
+
+    def _time_passed(self, line: _Line) -> None:
+        line.armed = False
+        if line.admission.queue:
+            self._look_soon(line)
+        else:
+            self._waiting_lines.discard(line)
+
+    # ---- sending away
+
+    def _send_away(self, line: _Line, away: SentAway) -> None:
+        _, answer = line.waiting[away.entry]
+        _fail(answer, self._error(away))
+
+    def _error(self, away: SentAway) -> ClusterError:
+        if away.entry.exempt:
+            return EngineFailed(
+                f"The replica broke and no other was ready within failover_wait_s "
+                f"({self._config.failover_wait_s:g} s); send the request again with the tokens received so far.",
+                retryable=True,
+            )
+        if away.refusal is Refusal.DEADLINE:
+            return RequestEvicted(
+                f"The request would wait about {away.wait_s:.1f} s for a replica, longer than its deadline allows; "
+                "allow it more time."
+            )
+        again = f"try again in {away.retry_after_s:.1f} s"
+        if away.refusal is Refusal.OBJECTIVE:
+            message = (
+                f"The first token would come later than the objective of {self._config.ttft_objective_s:g} s; {again}, "
+                "or send the request with a negative priority to wait for as long as it takes."
+            )
+        else:
+            message = f"The queue is full, and it was not this request's turn to stay; {again}."
+        return RequestRejected(RejectReason.QUEUE_FULL, message, away.retry_after_s)
+
+    def _show(self, line: _Line) -> None:
+        queue, model = line.admission.queue, line.model
+        self._metrics.queued_requests.labels(model=model).set(len(queue))
+        self._metrics.queued_prompt_tokens.labels(model=model).set(queue.prompt_tokens)
+
+
+class _NoEndpointLeft(Exception):  # noqa: N818 - an event of the desk's inside
+    """Nobody is left to wait for."""
+
+
+def _fail(answer: asyncio.Future[Placed], error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
