@@ -320,7 +320,8 @@ def _end(process: psutil.Process, deadline_s: float) -> None:
     except psutil.NoSuchProcess:
         return
     except psutil.TimeoutExpired:
-        process.kill()
+        for one in [*process.children(recursive=True), process]:
+            one.kill()
         process.wait(PROCESS_END_DEADLINE_S)
     finally:
         _reap()
@@ -404,16 +405,20 @@ def run_worker(
 
 def run_router(config: RouterConfig, controller_address: str, run_dir: Path) -> int:
     """A router until SIGTERM or Ctrl-C; prints one line of JSON with its ports when it listens."""
+    from cluster.router.process_group import RunningProcesses, run_processes
     from cluster.router.service import RunningRouter
     from cluster.router.service import run_router as run
     from cluster.telemetry.logs import configure_logs
 
     logs = run_dir / "logs"
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    configure_logs("router", logs / "router.log")
+    log_file, state_file = logs / "router.log", run_dir / "endpoints.json"
+    configure_logs("router", log_file)
 
-    def started(router: RunningRouter) -> None:
+    def started(router: RunningRouter | RunningProcesses) -> None:
         sys.stdout.write(json.dumps(router.ready_line) + "\n")
         sys.stdout.flush()
 
-    return run(config, controller_address, state_file=run_dir / "endpoints.json", started=started)
+    if config.processes > 1:
+        return run_processes(config, controller_address, state_file=state_file, log_file=log_file, started=started)
+    return run(config, controller_address, state_file=state_file, started=started)

@@ -98,11 +98,16 @@ def router_command(
     host: Annotated[str | None, typer.Option(help="Address to bind.")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="First port tried for /metrics.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes that share the port.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Who gets a request: default, least_load, ...")] = None,
     run_dir: RunDir = None,
     copy_logs: CopyLogs = False,
 ) -> None:
     """Run one router; it serves from the last endpoint table when the controller is away."""
-    flags = {"router.host": host, "router.port": port, "router.metrics_port": metrics_port}
+    flags = {
+        "router.host": host, "router.port": port, "router.metrics_port": metrics_port, "router.processes": processes,
+        "router.policy": policy,
+    }  # fmt: skip
     loaded = load_config(config, os.environ, flags).config
     folder = _folder(run_dir)
     with _logs(folder, copy_logs):

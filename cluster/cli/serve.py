@@ -68,6 +68,9 @@ def serve_command(
     revision: options.Revision = None,
     host: Annotated[str | None, typer.Option(help="Bind the router to it.", rich_help_panel=_PROCESS)] = None,
     port: Annotated[int | None, typer.Option(help="The router's gRPC port.", rich_help_panel=_PROCESS)] = None,
+    router_processes: Annotated[
+        int | None, typer.Option(min=1, help="Router processes that share the port.", rich_help_panel=_PROCESS)
+    ] = None,
     control_port: Annotated[int | None, typer.Option(help="The controller's port.", rich_help_panel=_PROCESS)] = None,
     control_host: Annotated[
         str | None, typer.Option(help="Bind controller, ranks and Ray to it.", rich_help_panel=_PROCESS)
@@ -92,6 +95,7 @@ def serve_command(
     }  # fmt: skip
     processes = {
         "router.host": host, "router.port": port, "router.metrics_port": metrics_port,
+        "router.processes": router_processes,
         "cluster_name": cluster_name,
         "controller.host": control_host, "controller.port": control_port, "controller.metrics_port": metrics_port,
     }  # fmt: skip

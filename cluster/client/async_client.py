@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import grpc
 import grpc.aio
 
 from cluster.client.events import Chunk, Completion
 from cluster.client.requests import Options, Prompt, build_request, build_tokenize_request, error_of_call, never_ready
-from cluster.client.transcript import RESUMES_MAX, Transcript
+from cluster.client.resume_budget import ResumeBudget
+from cluster.client.transcript import RESUMES_MAX, Transcript, flat_addresses
 from cluster.config.schema import ROUTER_ADDRESS
 from cluster.domain.errors import ClusterError
 from cluster.v1 import inference_pb2, inference_pb2_grpc
@@ -22,18 +24,28 @@ from cluster.wire.status import CallFailure, from_rpc_error
 if TYPE_CHECKING:
     from cluster.v1.inference_pb2_grpc import InferenceStub
 
+Answer = TypeVar("Answer")
+
 
 class AsyncClient:
     """Speaks to one router, or to several that serve the same cluster; use it as a context manager.
 
     Errors are those of `cluster.domain.errors`: RequestRejected, RequestEvicted, RequestAborted, ModelNotFound,
     EngineFailed. A stream that breaks because its router or replica did goes on at the next address, exactly where
-    it was. ``timeout_s`` covers a whole request, resumes included.
+    it was. ``timeout_s`` covers a whole request, resumes included. ``addresses``: HOST:PORT, one by one or as lists;
+    ``rng`` spreads the pauses between calls.
     """
 
-    def __init__(self, *addresses: str, resumes_max: int = RESUMES_MAX) -> None:
-        self._addresses = addresses or (ROUTER_ADDRESS,)
+    def __init__(
+        self,
+        *addresses: str | Sequence[str],
+        resumes_max: int = RESUMES_MAX,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._addresses = flat_addresses(addresses) or (ROUTER_ADDRESS,)
         self._resumes_max = resumes_max
+        self._budget = ResumeBudget()
+        self._rng = rng
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def __aenter__(self) -> Self:
@@ -67,7 +79,7 @@ class AsyncClient:
             prompt, options, model=model, request_id=request_id, logprobs=logprobs, priority=priority,
             generated_token_ids=generated_token_ids, cache_salt=cache_salt,
         )  # fmt: skip
-        transcript = Transcript(request, self._addresses, self._resumes_max)
+        transcript = Transcript(request, self._addresses, self._resumes_max, budget=self._budget, rng=self._rng)
         loop = asyncio.get_running_loop()
         until_s = None if timeout_s is None else loop.time() + timeout_s
         while True:
@@ -117,18 +129,11 @@ class AsyncClient:
     ) -> list[int]:
         """The token ids of a text or a chat."""
         request = build_tokenize_request(prompt, model, add_special_tokens=add_special_tokens)
-        try:
-            return list((await self._stub(self._addresses[0]).Tokenize(request, timeout=timeout_s)).ids)
-        except grpc.RpcError as error:
-            raise error_of_call(from_rpc_error(error), self._addresses[0]) from error
+        answer = await self._ask(lambda stub: stub.Tokenize(request, timeout=timeout_s))
+        return list(answer.ids)
 
     async def list_models(self, *, timeout_s: float | None = 30.0) -> list[inference_pb2.Model]:
-        try:
-            answer = await self._stub(self._addresses[0]).ListModels(
-                inference_pb2.ListModelsRequest(), timeout=timeout_s
-            )
-        except grpc.RpcError as error:
-            raise error_of_call(from_rpc_error(error), self._addresses[0]) from error
+        answer = await self._ask(lambda stub: stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s))
         return list(answer.models)
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -145,6 +150,19 @@ class AsyncClient:
             await asyncio.sleep(min(pause_s, max(0.0, until_s - loop.time())))
             pause_s = min(2 * pause_s, 1.0)
         raise never_ready(self._addresses[0], timeout_s)
+
+    async def _ask(self, call: Callable[[InferenceStub], Awaitable[Answer]]) -> Answer:
+        """The answer of the first router that is there; the typed error of the last one otherwise."""
+        failure: ClusterError | None = None
+        for address in self._addresses:
+            try:
+                return await call(self._stub(address))
+            except grpc.RpcError as error:
+                failure = error_of_call(from_rpc_error(error), address)
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    break
+        assert failure is not None, "there is an address"
+        raise failure
 
     def _stub(self, address: str) -> InferenceStub:
         if address not in self._channels:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import grpc
 
 from cluster.client.events import Chunk, Completion
 from cluster.client.requests import Options, Prompt, build_request, build_tokenize_request, error_of_call, never_ready
-from cluster.client.transcript import RESUMES_MAX, Transcript
+from cluster.client.resume_budget import ResumeBudget
+from cluster.client.transcript import RESUMES_MAX, Transcript, flat_addresses
 from cluster.config.schema import ROUTER_ADDRESS
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.errors import ClusterError
@@ -22,13 +24,23 @@ from cluster.wire.status import CallFailure, from_rpc_error
 if TYPE_CHECKING:
     from cluster.v1.inference_pb2_grpc import InferenceStub
 
+Answer = TypeVar("Answer")
+
 
 class Client:
     """The same as AsyncClient, blocking. Threads may share one."""
 
-    def __init__(self, *addresses: str, resumes_max: int = RESUMES_MAX, clock: Clock | None = None) -> None:
-        self._addresses = addresses or (ROUTER_ADDRESS,)
+    def __init__(
+        self,
+        *addresses: str | Sequence[str],
+        resumes_max: int = RESUMES_MAX,
+        rng: random.Random | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._addresses = flat_addresses(addresses) or (ROUTER_ADDRESS,)
         self._resumes_max = resumes_max
+        self._budget = ResumeBudget()
+        self._rng = rng
         self._clock = clock or MonotonicClock()
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
@@ -67,7 +79,7 @@ class Client:
             prompt, options, model=model, request_id=request_id, logprobs=logprobs, priority=priority,
             generated_token_ids=generated_token_ids, cache_salt=cache_salt,
         )  # fmt: skip
-        transcript = Transcript(request, self._addresses, self._resumes_max)
+        transcript = Transcript(request, self._addresses, self._resumes_max, budget=self._budget, rng=self._rng)
         until_s = None if timeout_s is None else self._clock.now() + timeout_s
         while True:
             left_s = None if until_s is None else max(0.0, until_s - self._clock.now())
@@ -116,17 +128,12 @@ class Client:
     ) -> list[int]:
         """The token ids of a text or a chat."""
         request = build_tokenize_request(prompt, model, add_special_tokens=add_special_tokens)
-        try:
-            return list(self._stub(self._addresses[0]).Tokenize(request, timeout=timeout_s).ids)
-        except grpc.RpcError as error:
-            raise error_of_call(from_rpc_error(error), self._addresses[0]) from error
+        return list(self._ask(lambda stub: stub.Tokenize(request, timeout=timeout_s)).ids)
 
     def list_models(self, *, timeout_s: float | None = 30.0) -> list[inference_pb2.Model]:
-        try:
-            answer = self._stub(self._addresses[0]).ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise error_of_call(from_rpc_error(error), self._addresses[0]) from error
-        return list(answer.models)
+        return list(
+            self._ask(lambda stub: stub.ListModels(inference_pb2.ListModelsRequest(), timeout=timeout_s)).models
+        )
 
     def wait_ready(self, timeout_s: float) -> None:
         """Until a model has a ready replica; RequestRejected NO_ENDPOINT when that takes too long."""
@@ -141,6 +148,19 @@ class Client:
             self._closed.wait(min(pause_s, max(0.0, until_s - self._clock.now())))
             pause_s = min(2 * pause_s, 1.0)
         raise never_ready(self._addresses[0], timeout_s)
+
+    def _ask(self, call: Callable[[InferenceStub], Answer]) -> Answer:
+        """The answer of the first router that is there; the typed error of the last one otherwise."""
+        failure: ClusterError | None = None
+        for address in self._addresses:
+            try:
+                return call(self._stub(address))
+            except grpc.RpcError as error:
+                failure = error_of_call(from_rpc_error(error), address)
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    break
+        assert failure is not None, "there is an address"
+        raise failure
 
     def _stub(self, address: str) -> InferenceStub:
         with self._lock:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 
 from cluster.client.events import Chunk, Completion, Usage
 from cluster.client.requests import typed_error
+from cluster.client.resume_budget import ResumeBudget
 from cluster.domain.request import TokenLogprob
 from cluster.v1 import inference_pb2
 from cluster.wire import convert
@@ -14,6 +16,8 @@ from cluster.wire.status import CallFailure
 RESUMES_MAX = 10
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 2.0
+JITTER = 0.5  # of a pause, at most, is left out by chance
+_WORTH_ANOTHER = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 _FINISH = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
@@ -21,19 +25,35 @@ _FINISH = {
 }
 
 
+def flat_addresses(addresses: Iterable[str | Sequence[str]]) -> tuple[str, ...]:
+    """HOST:PORT each, given one by one or in lists."""
+    lists = ([entry] if isinstance(entry, str) else entry for entry in addresses)
+    return tuple(address for entry in lists for address in entry)
+
+
 class Transcript:
     """One request over any number of calls.
 
-    ``resumes_max`` bounds the calls beyond the first one in a row without a new token; every token is
-    received once, because each call is told those that are here already.
+    ``resumes_max`` bounds the calls beyond the first one in a row without a new token, ``budget`` those in vain of all
+    requests that share it; every token is received once, because each call is told those that are here already.
+    ``rng`` spreads the pauses.
     """
 
     def __init__(
-        self, request: inference_pb2.GenerateRequest, addresses: Sequence[str], resumes_max: int = RESUMES_MAX
+        self,
+        request: inference_pb2.GenerateRequest,
+        addresses: Sequence[str],
+        resumes_max: int = RESUMES_MAX,
+        *,
+        budget: ResumeBudget | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         self._request = request
         self._addresses = tuple(addresses)
         self._resumes_max = resumes_max
+        self._budget = budget or ResumeBudget()
+        self._budget.began()
+        self._rng = rng or random.Random(request.request_id)  # noqa: S311 - spreads pauses, keeps no secrets
         self._known = list(request.generated_token_ids)
         self._given = len(self._known)
         self._texts: list[str] = []
@@ -56,6 +76,8 @@ class Transcript:
         if self.started:
             del self._request.generated_token_ids[:]
             self._request.generated_token_ids.extend(self._known)
+            if not self._given:  # else some of the text came before us
+                self._request.received_characters = sum(map(len, self._texts))
         return self._request
 
     def take(self, chunk: inference_pb2.Chunk) -> Chunk:
@@ -103,14 +125,18 @@ class Transcript:
     def resume_after_s(self, code: str, retry_after_s: float | None) -> float | None:
         """Seconds to wait before the next call, on the next router; None when the error is final.
 
-        Only UNAVAILABLE is worth another call. A request that has not started is tried once on each router.
+        UNAVAILABLE is worth another call; so is RESOURCE_EXHAUSTED for a request that has started: what it has would
+        be lost. One that has not started is tried once on each router.
         """
         self._futile += 1
         limit = self._resumes_max if self.started else len(self._addresses) - 1
-        if code != "UNAVAILABLE" or self._futile > limit:
+        if code not in (_WORTH_ANOTHER if self.started else _WORTH_ANOTHER[:1]) or self._futile > limit:
+            return None
+        if self._futile > 1 and not self._budget.spend():
             return None
         self._address += 1
         self.resumes += 1
         if self._futile < len(self._addresses):
             return 0.0  # another router is right there
-        return min(retry_after_s or BACKOFF_FIRST_S * 2 ** (self._futile - 1), BACKOFF_MAX_S)
+        pause_s = min(retry_after_s or BACKOFF_FIRST_S * 2 ** (self._futile - 1), BACKOFF_MAX_S)
+        return pause_s * (1.0 - JITTER * self._rng.random())

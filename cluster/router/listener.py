@@ -6,6 +6,8 @@ still knows it would put that off until the loop is closed, and the process woul
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc.aio
 
 from cluster.domain.errors import PortTakenError
@@ -15,8 +17,11 @@ from cluster.wire import channel
 class Listener:
     """Owns one gRPC server from its creation to ``stop``, after which nobody holds it any more."""
 
-    def __init__(self) -> None:
-        self._server: grpc.aio.Server | None = channel.new_server()
+    def __init__(self, *, shared: bool = False) -> None:
+        """``shared``: the port that ``bind`` is given is held for several processes (``reserve_port``)."""
+        self._shared = shared
+        self._server: grpc.aio.Server | None = channel.new_server(shared=shared)
+        self._leaving: asyncio.Task[None] | None = None
 
     @property
     def server(self) -> grpc.aio.Server:
@@ -28,7 +33,7 @@ class Listener:
         """The bound port; PortTakenError."""
         taken = ""
         try:
-            return channel.bind(self.server, host, port)
+            return (channel.bind_shared if self._shared else channel.bind)(self.server, host, port)
         except PortTakenError as error:
             taken = str(error)
         raise PortTakenError(taken)  # a new one: the old one's traceback knows the server
@@ -36,7 +41,15 @@ class Listener:
     async def start(self) -> None:
         await self.server.start()
 
+    def leave_port(self, grace_s: float) -> None:
+        """Listens no more; calls that run have ``grace_s``, unless ``stop`` gives them less."""
+        if self._server is not None and self._leaving is None:
+            self._leaving = asyncio.get_running_loop().create_task(self._server.stop(grace_s))
+
     async def stop(self, grace_s: float) -> None:
         server, self._server = self._server, None
+        leaving, self._leaving = self._leaving, None
         if server is not None:
             await server.stop(grace_s)
+        if leaving is not None:
+            await leaving

@@ -50,6 +50,7 @@ class Tokenizer:
         merged = {**specials, **self._config}
         self._special_tokens = {n: _token_text(merged[n]) for n in _SPECIAL_NAMES if merged.get(n) is not None}
         self._silent: dict[int, bool] = {}
+        self._alone: dict[int, str] = {}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; blocks for about a microsecond per character without holding the interpreter."""
@@ -81,7 +82,7 @@ class Tokenizer:
         has_fallback = '"ByteFallback"' in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
         found = ((self._backend.token_to_id(f"<0x{b:02X}>"), b) for b in range(256)) if has_fallback else ()
         return Vocabulary(
-            decode=lambda ids: self._backend.decode(ids, skip_special_tokens=False),
+            decode=self._joined,
             is_silent=self._is_silent,
             byte_values={token_id: byte for token_id, byte in found if token_id is not None},
         )
@@ -99,6 +100,15 @@ class Tokenizer:
     def _compiled_template(self) -> jinja2.Template:
         assert self._chat_template is not None
         return _chat_environment().from_string(self._chat_template)
+
+    def _joined(self, token_ids: Sequence[int]) -> str:
+        """As `decode`, special tokens included; what a token is alone is asked for with every one, and kept."""
+        if len(token_ids) != 1:
+            return self._backend.decode(token_ids, skip_special_tokens=False)
+        text = self._alone.get(token_ids[0])
+        if text is None:
+            text = self._alone[token_ids[0]] = self._backend.decode(token_ids, skip_special_tokens=False)
+        return text
 
     def _is_silent(self, token_id: int) -> bool:
         silent = self._silent.get(token_id)
@@ -161,6 +171,7 @@ class TokenizerCache:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             left.set()
+            running.add_done_callback(_look_at)
             raise
 
     def close(self) -> None:
@@ -169,6 +180,12 @@ class TokenizerCache:
 
 class _Abandoned(Exception):  # noqa: N818 - nobody is there to catch it
     """The request left before its turn came."""
+
+
+def _look_at(result: asyncio.Future[Result]) -> None:
+    """Whatever it is: asyncio reports errors that nobody has looked at."""
+    if not result.cancelled():
+        result.exception()
 
 
 def _build(files: Mapping[str, bytes]) -> Tokenizer:

@@ -11,6 +11,7 @@ from cluster.config.listening import listening_problem, refusal
 from cluster.domain.errors import PortTakenError
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+PENDING_CALLS_MAX = 65536  # calls that have come and that no handler has seen yet
 KEEPALIVE_S = 20.0
 KEEPALIVE_TIMEOUT_S = 10.0
 
@@ -35,6 +36,10 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
     ("grpc.so_reuseport", 0),  # a taken port is an error, not a second listener
+    # Calls that have come and not reached Python yet. Beyond the first number gRPC resets some by chance, beyond the
+    # second all, CANCELLED and without a word; by default that begins at 1000, one burst. Ours refuse in words.
+    ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
+    ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
 )
 PORTS_TRIED = 64
 
@@ -49,8 +54,19 @@ def open_sync_channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
-def new_server() -> grpc.aio.Server:
-    return grpc.aio.server(options=SERVER_OPTIONS)
+def new_server(*, shared: bool = False) -> grpc.aio.Server:
+    """``shared``: other processes of ours may listen on its port too; the kernel spreads connections over them."""
+    options = dict(SERVER_OPTIONS) | {"grpc.so_reuseport": int(shared)}
+    return grpc.aio.server(options=tuple(options.items()))
+
+
+def bind_shared(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Binds a ``shared`` server to a port that somebody holds by ``reserve_port``; PortTakenError."""
+    name = f"[{host}]" if ":" in host else host
+    try:
+        return int(server.add_insecure_port(f"{name}:{port}"))
+    except RuntimeError as error:
+        raise PortTakenError(f"Port {port} on {host} is not ours to share; choose another port.") from error
 
 
 def bind(server: grpc.aio.Server, host: str, port: int, *, scan: bool = False) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.client import AsyncClient
 from cluster.config.schema import RouterConfig
@@ -249,3 +250,71 @@ async def test_leaving_a_raw_stream_midway_frees_the_engine(start: StartCluster)
         cluster.injected += 1
         await inference_pb2_grpc.InferenceStub(opened).Generate(request(200)).read()
     await eventually(lambda: not cluster.engines[0].running, "the engine is free")
+
+
+class TestDrainingAQueue:
+    """One place in the engine and one that waits there; the others queue in the router."""
+
+    async def crowd(self, cluster: RouterCluster, max_tokens: int) -> list[asyncio.Task[str]]:
+        async def end() -> str:
+            try:
+                answer = await cluster.generate(request(max_tokens))
+            except grpc.aio.AioRpcError as error:
+                code, reason, text, retry_after_s = from_rpc_error(error)
+                assert text
+                assert retry_after_s
+                return f"{code.name} {reason}"
+            assert answer.token_ids == expected_tokens(NEXT, [1, 2], 3, max_tokens)
+            return "OK"
+
+        cluster.engines[0].step_age_s = 0.1  # it stands still
+        tasks = [asyncio.create_task(end()) for _ in range(6)]
+        async with asyncio.timeout(10):
+            while 'cluster_router_queued_requests{model="demo"} 4.0' not in await cluster.metrics():
+                await asyncio.sleep(0.005)
+        return tasks
+
+    async def test_what_is_queued_is_served_while_there_is_time(self, start: StartCluster) -> None:
+        cluster = await start(engine(max_num_seqs=1), max_queue_wait_s=60.0, drain_deadline_s=10.0)
+        tasks = await self.crowd(cluster, 5)
+        cluster.router.stop()
+        await eventually(lambda: cluster.router.server._draining, "it drains")
+        cluster.engines[0].step_age_s = 0.0
+        cluster.engines[0]._work.set()
+        assert await asyncio.gather(*tasks) == ["OK"] * 6
+        assert await asyncio.wait_for(cluster._serving, 10) == 0
+
+    async def test_what_is_queued_at_the_deadline_is_unavailable_at_once(self, start: StartCluster) -> None:
+        cluster = await start(engine(max_num_seqs=1), max_queue_wait_s=60.0, drain_deadline_s=0.2)
+        tasks = await self.crowd(cluster, 5)
+        cluster.router.stop()
+        assert await asyncio.gather(*tasks) == ["UNAVAILABLE DRAINING"] * 6
+        assert await asyncio.wait_for(cluster._serving, 10) == 0
+
+
+async def test_readiness_goes_before_the_first_refusal(start: StartCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = await start(engine(step_s=0.01))
+    health = health_pb2_grpc.HealthStub(cluster.channel)
+    watching = health.Watch(health_pb2.HealthCheckRequest(service="cluster.v1.Inference"))
+    assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+    server, seen = cluster.router.server, []
+    drain = server.drain
+
+    async def drain_later(deadline_s: float) -> None:
+        seen.append((await watching.read()).status)  # a watcher has been told
+        seen.append((await health.Check(health_pb2.HealthCheckRequest())).status)
+        seen.append((await cluster.generate(request(3))).token_ids)  # and nobody is refused yet
+        await drain(deadline_s)
+
+    monkeypatch.setattr(type(server), "drain", lambda _, deadline_s: drain_later(deadline_s))
+    cluster.router.stop()
+    assert await asyncio.wait_for(cluster._serving, 10) == 0
+    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+    assert seen == [not_serving, not_serving, expected_tokens(NEXT, [1, 2], 3, 3)]
+
+
+async def test_a_burst_of_calls_reaches_the_router(start: StartCluster) -> None:
+    """gRPC's own bound of calls that nobody has looked at would reset some, without a status of ours."""
+    cluster = await start(engine())
+    calls = [cluster.stub.ListModels(inference_pb2.ListModelsRequest(), timeout=20) for _ in range(2500)]
+    assert all(len(answer.models) == 1 for answer in await asyncio.gather(*calls))

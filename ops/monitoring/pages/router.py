@@ -42,6 +42,16 @@ TRAFFIC = (
         "Running requests", "Requests that are valid and have not ended, by router.",
         (Query(f"sum by (instance) (cluster_router_requests_running{{{MODEL}}})", "{{instance}}"),), decimals=0,
     ),
+    Panel(
+        "Processes", "Processes of each router that listen, and how many died and were started again.",
+        (
+            Query(f"cluster_router_processes{{{HERE}}}", "{{instance}}"),
+            Query(
+                f"increase(cluster_router_process_restarts_total{{{HERE}}}[$__rate_interval])", "restarts {{instance}}"
+            ),
+        ),
+        decimals=0, width=24,
+    ),
 )  # fmt: skip
 
 CHOOSING = (
@@ -62,19 +72,78 @@ CHOOSING = (
     ),
 )  # fmt: skip
 
-WAITING = (
+TRUST = (
     Panel(
-        "Before being sent", "From arrival to being sent to a replica: admission and tokenizing.",
-        quantiles("cluster_router_queue_seconds", MODEL, (), ""), unit="s",
+        "Not trusted", "Replicas that some router finds slow or has ejected: they get probes, no other new requests.",
+        (
+            Query(
+                f'max by (replica, standing) (cluster_router_endpoint_standing{{{HERE}, standing!="healthy"}}) > 0',
+                "{{replica}} {{standing}}",
+            ),
+        ),
+        decimals=0,
     ),
     Panel(
-        "Waiting for another replica", "Requests that lost their replica and wait for a ready one.",
-        (Query(f"sum by (model) (cluster_router_queued_requests{{{MODEL}}})", "{{model}}"),), decimals=0,
+        "Taken out", "How often replicas lost a router's trust, by what they did.",
+        (Query(f"sum by (reason) (rate(cluster_router_ejections_total{{{HERE}}}[$__rate_interval]))", "{{reason}}"),),
+        unit="suffix: /s",
+    ),
+    Panel(
+        "Retries refused", "Requests that lost their replica and were not sent to another, by why.",
+        (
+            Query(
+                f"sum by (reason) (rate(cluster_router_retries_refused_total{{{HERE}}}[$__rate_interval]))",
+                "{{reason}}",
+            ),
+        ),
+        unit="reqps",
+    ),
+)  # fmt: skip
+
+CACHES = (
+    Panel(
+        "Cached prompt tokens", "What routers thought to be cached where they sent a request, and what was.",
+        (
+            Query(
+                f"sum(rate(cluster_router_expected_cached_prompt_tokens_total{{{MODEL}}}[$__rate_interval]))",
+                "expected",
+            ),
+            Query(f"sum(rate(cluster_router_cached_prompt_tokens_total{{{MODEL}}}[$__rate_interval]))", "found"),
+        ),
+        unit="suffix: tok/s",
+    ),
+    Panel(
+        "Known blocks", "KV blocks of which a router knows who holds them.",
+        (Query(f"max by (instance, model) (cluster_router_prefix_index_blocks{{{MODEL}}})", "{{model}} {{instance}}"),),
+        decimals=0,
+    ),
+    Panel(
+        "Index", "Blocks forgotten because an index was full; full accounts asked for because news were missing.",
+        (
+            Query(f"sum(rate(cluster_router_prefix_index_dropped_total{{{MODEL}}}[$__rate_interval]))", "forgotten"),
+            Query(f"sum(rate(cluster_router_prefix_index_resyncs_total{{{MODEL}}}[$__rate_interval]))", "resyncs"),
+        ),
+        unit="suffix: /s",
+    ),
+)  # fmt: skip
+
+WAITING = (
+    Panel(
+        "Before being sent", "From arrival to being sent to a replica: tokenizing and waiting.",
+        quantiles("cluster_router_queue_seconds", MODEL, (), ""), unit="s", width=6,
+    ),
+    Panel(
+        "Waiting requests", "Requests that wait for a replica with room, those that lost one included.",
+        (Query(f"sum by (model) (cluster_router_queued_requests{{{MODEL}}})", "{{model}}"),), decimals=0, width=6,
+    ),
+    Panel(
+        "Waiting prompt tokens", "Prompt tokens of those requests: what replicas will have to compute.",
+        (Query(f"sum by (model) (cluster_router_queued_prompt_tokens{{{MODEL}}})", "{{model}}"),), decimals=0, width=6,
     ),
     Panel(
         "Failovers", "Replicas lost under a request, by how.",
         (Query(f"sum by (reason) (rate(cluster_router_failovers_total{{{HERE}}}[$__rate_interval]))", "{{reason}}"),),
-        unit="suffix: /s",
+        unit="suffix: /s", width=6,
     ),
 )  # fmt: skip
 
@@ -111,6 +180,8 @@ PAGE = Dashboard(
         Row("Traffic", TRAFFIC),
         Row("Choosing a replica", CHOOSING),
         Row("Waiting", WAITING),
+        Row("Trust", TRUST),
+        Row("Prefix caches", CACHES),
         Row("Cost", COST),
     ),
 )

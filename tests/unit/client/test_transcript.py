@@ -1,11 +1,14 @@
 """What a client keeps, asks again, and calls its errors."""
 
+import random
+
 import grpc
 import pytest
 
 from cluster.client import AsyncClient, Client
 from cluster.client.requests import build_request, build_tokenize_request, error_of_call, never_ready, typed_error
-from cluster.client.transcript import Transcript
+from cluster.client.resume_budget import ResumeBudget
+from cluster.client.transcript import Transcript, flat_addresses
 from cluster.config.schema import RouterConfig
 from cluster.domain.errors import (
     ClusterError,
@@ -21,8 +24,16 @@ from cluster.v1 import inference_pb2
 from cluster.wire.status import CallFailure
 
 
+class NoChance(random.Random):
+    """Pauses are as long as they can be."""
+
+    def random(self) -> float:
+        return 0.0
+
+
 def transcript(*addresses: str, resumes_max: int = 2) -> Transcript:
-    return Transcript(build_request([1, 2], {"max_tokens": 9}, cache_salt="tenant"), addresses or ("a",), resumes_max)
+    request = build_request([1, 2], {"max_tokens": 9}, cache_salt="tenant")
+    return Transcript(request, addresses or ("a",), resumes_max, rng=NoChance())
 
 
 def chunk(*ids: int, text: str = "") -> inference_pb2.Chunk:
@@ -64,11 +75,59 @@ def test_resumes_are_bounded_and_start_again_with_progress() -> None:
     assert t.resume_after_s("UNAVAILABLE", 60.0) == 2.0
 
 
-@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "INTERNAL", "RESOURCE_EXHAUSTED"])
-def test_only_unavailable_is_tried_again(code: str) -> None:
+@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED"])
+def test_what_another_call_would_not_change_is_not_tried_again(code: str) -> None:
     t = transcript("a", "b")
     t.take(chunk(5))
     assert t.resume_after_s(code, None) is None
+
+
+def test_a_full_router_ends_a_request_only_before_its_start() -> None:
+    assert transcript("a", "b").resume_after_s("RESOURCE_EXHAUSTED", 1.0) is None
+    t = transcript("a")
+    t.take(chunk(5))
+    assert t.resume_after_s("RESOURCE_EXHAUSTED", 1.0) == 1.0
+
+
+def test_pauses_are_spread_by_chance() -> None:
+    def pause_s(seed: int) -> float:
+        t = Transcript(build_request([1], {}), ("a",), rng=random.Random(seed))
+        t.take(chunk(5))
+        return t.resume_after_s("UNAVAILABLE", 1.0) or 0.0
+
+    pauses = [pause_s(seed) for seed in range(50)]
+    assert len(set(pauses)) > 40
+    assert min(pauses) >= 0.5
+    assert max(pauses) <= 1.0
+
+
+def test_calls_in_vain_have_a_budget_of_all_requests_and_resumes_with_tokens_do_not() -> None:
+    budget = ResumeBudget(reserve=5)
+    many = [Transcript(build_request([1], {}), ("a",), budget=budget, rng=NoChance()) for _ in range(20)]
+    for t in many:
+        t.take(chunk(5))
+        assert t.resume_after_s("UNAVAILABLE", None) is not None  # every one may go on
+    allowed = sum(t.resume_after_s("UNAVAILABLE", None) is not None for t in many)
+    assert allowed == 5
+    for _ in range(10):
+        Transcript(build_request([1], {}), ("a",), budget=budget)
+    assert sum(t.resume_after_s("UNAVAILABLE", None) is not None for t in many) == 2  # a fifth of ten requests
+
+
+def test_text_that_came_is_told_too_unless_some_came_before_us() -> None:
+    t = transcript("a")
+    assert t.next_request().received_characters == 0
+    t.take(chunk(5, text="äb"))
+    t.take(chunk(text="c"))
+    assert t.next_request().received_characters == 3
+    t = Transcript(build_request([1], {}, generated_token_ids=[8, 9]), ("a",))
+    t.take(chunk(5, text="x"))
+    assert t.next_request().received_characters == 0
+
+
+def test_addresses_come_one_by_one_or_in_lists() -> None:
+    assert flat_addresses(["a:1", ["b:2", "c:3"]]) == ("a:1", "b:2", "c:3")
+    assert Client(["a:1", "b:2"])._addresses == AsyncClient("a:1", "b:2")._addresses == ("a:1", "b:2")
 
 
 def test_what_has_not_started_is_tried_once_on_each_router() -> None:

@@ -8,11 +8,20 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.telemetry.metrics import ControllerMetrics, EngineMetrics, NodeMetrics, RankMetrics, RouterMetrics
+from cluster.telemetry.metrics import (
+    ALIKE_IN_PROCESSES,
+    ControllerMetrics,
+    EngineMetrics,
+    NodeMetrics,
+    RankMetrics,
+    RouterMetrics,
+)
 
 # Dashboards and alerts know these names: as they stand on /metrics, with their labels.
 PUBLISHED = {
     RouterMetrics: {
+        "cluster_router_processes": set(),
+        "cluster_router_process_restarts_total": set(),
         "cluster_router_requests_total": {"model", "outcome"},
         "cluster_router_time_to_first_token_seconds": {"model"},
         "cluster_router_inter_token_latency_seconds": {"model"},
@@ -65,7 +74,7 @@ PUBLISHED = {
 }
 CLOSED_LABELS = {
     "model", "outcome", "reason", "replica", "scorer", "kind", "rank", "node", "state", "phase", "from", "to", "call",
-    "device",
+    "device", "standing",
 }  # fmt: skip
 
 
@@ -121,6 +130,11 @@ def test_every_router_metric_with_a_model_goes_with_the_model() -> None:
     metrics = RouterMetrics(CollectorRegistry())
     with_model = [m for m in vars(metrics).values() if "model" in getattr(m, "_labelnames", ())]
     assert {m._name for m in metrics.of_model} == {m._name for m in with_model}
+
+
+def test_what_processes_show_alike_are_gauges_of_the_router() -> None:
+    gauges = {metric._name for metric in declared(RouterMetrics) if metric._type == "gauge"}
+    assert gauges >= ALIKE_IN_PROCESSES
 
 
 SOURCES = {path: path.read_text() for path in (Path(__file__).parents[3] / "cluster").rglob("*.py")}

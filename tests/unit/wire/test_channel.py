@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from cluster.config.listening import can_listen
+from cluster.config.listening import can_listen, reserve_port
 from cluster.domain.errors import ConfigError, PortTakenError
 from cluster.wire import channel
 
@@ -61,3 +61,23 @@ def test_both_ends_agree_on_limits() -> None:
     assert ours["grpc.keepalive_time_ms"] == theirs["grpc.keepalive_time_ms"] == 20_000
     # A server that allows fewer pings than its clients send cuts them off.
     assert theirs["grpc.http2.min_recv_ping_interval_without_data_ms"] < ours["grpc.keepalive_time_ms"]
+
+
+async def test_servers_share_a_port_that_is_held_for_them_and_nobody_else_does(server: grpc.aio.Server) -> None:
+    with reserve_port("127.0.0.1", 0) as reserved:
+        port = reserved.getsockname()[1]
+        shared = [channel.new_server(shared=True) for _ in range(2)]
+        assert [channel.bind_shared(one, "127.0.0.1", port) for one in shared] == [port, port]
+        with pytest.raises(PortTakenError):
+            channel.bind(server, "127.0.0.1", port)
+        with pytest.raises(PortTakenError, match="choose another port"):
+            reserve_port("127.0.0.1", port)
+        for one in shared:
+            await one.stop(None)
+
+
+async def test_a_port_of_somebody_else_is_not_shared() -> None:
+    shared = channel.new_server(shared=True)
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(PortTakenError, match="not ours to share"):
+        channel.bind_shared(shared, "127.0.0.1", other.getsockname()[1])
+    await shared.stop(None)

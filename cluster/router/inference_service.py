@@ -1,0 +1,74 @@
+"""Adapter: cluster.v1.Inference on a gRPC server. What no message of ours is, is its sender's fault."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from cluster.domain.errors import RejectReason, RequestRejected
+from cluster.router.server import InferenceServer
+from cluster.v1 import inference_pb2
+from cluster.wire.status import to_rpc_status
+
+_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Method = Callable[[Message | None, _Context], Awaitable[Message | None]]
+_UNDECODABLE = "The message is no {} of cluster.v1; send one that was made from its protos."
+
+
+def _decoder(message: type[Message]) -> Callable[[bytes], Message | None]:
+    """None for what cannot be decoded: gRPC itself would call it UNKNOWN, which looks like a bug of ours."""
+
+    def decode(raw: bytes) -> Message | None:
+        try:
+            return message.FromString(raw)
+        except DecodeError:
+            return None
+
+    return decode
+
+
+def _message(descriptor: Any) -> type[Message]:
+    found: type[Message] = getattr(inference_pb2, descriptor.name)
+    return found
+
+
+DECODERS = {method.name: _decoder(_message(method.input_type)) for method in _SERVICE.methods}
+
+
+def inference_handlers(server: InferenceServer) -> dict[str, Method]:
+    """The methods by name; each takes what its decoder made."""
+    return {method.name: _method(server, method.name, method.input_type.name) for method in _SERVICE.methods}
+
+
+def _method(server: InferenceServer, name: str, message: str) -> Method:
+    answer = getattr(server, name)
+
+    async def handle(request: Message | None, context: _Context) -> Message | None:
+        if request is None:
+            if name in ("Generate", "Complete"):
+                server.count_undecodable()
+            error = RequestRejected(RejectReason.INVALID, _UNDECODABLE.format(message))
+            await context.abort_with_status(to_rpc_status(error))
+        answered: Message | None = await answer(request, context)
+        return answered
+
+    return handle
+
+
+def add_inference(server: InferenceServer, grpc_server: grpc.aio.Server) -> None:
+    """In place of the generated ``add_InferenceServicer_to_server``."""
+    made = {}
+    for method in _SERVICE.methods:
+        kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+        made[method.name] = kind(
+            inference_handlers(server)[method.name],
+            request_deserializer=DECODERS[method.name],
+            response_serializer=_message(method.output_type).SerializeToString,
+        )
+    grpc_server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, made),))
+    grpc_server.add_registered_method_handlers(_SERVICE.full_name, made)
