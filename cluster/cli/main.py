@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "controller": ("cluster.cli.processes:controller_command", "Run Ray's head and the controller."),
     "router": ("cluster.cli.processes:router_command", "Run one router."),
     "worker": ("cluster.cli.processes:worker_command", "Run this machine as a node of the cluster."),
+    "explain": ("cluster.cli.explain:explain_command", "Show why a request goes where it goes."),
     "doctor": ("cluster.cli.doctor:doctor_command", "Check whether this machine is fit to serve."),
     "manifest": ("cluster.cli.manifest:manifest_command", "Write or compare digests of a model's weights."),
     "plan": ("cluster.cli.plan:plan_command", "Show how a model would be laid out on a set of machines."),

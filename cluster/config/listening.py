@@ -32,6 +32,24 @@ def require_free(host: str, port: int, what: str) -> None:
         raise refusal(problem, host, port, what) from problem
 
 
+def reserve_port(host: str, port: int) -> socket.socket:
+    """A port (0: any) for several processes of this user, which share it by SO_REUSEPORT for as long as this is open.
+
+    The socket does not listen itself: connections go to those that do. Raises ``refusal``, PortTakenError when
+    somebody listens there already.
+    """
+    if port:
+        require_free(host, port, "port")
+    reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind((host, port))
+    except OSError as error:
+        reserved.close()
+        raise refusal(error, host, port) from error
+    return reserved
+
+
 def refusal(problem: OSError, host: str, port: int, what: str = "port") -> ConfigError:
     """PortTakenError when somebody listens there, else a ConfigError that says what is wrong with the address."""
     if problem.errno == errno.EADDRINUSE:

@@ -15,6 +15,7 @@ ROUTER_ADDRESS = f"{LOOPBACK}:{ROUTER_PORT}"  # where clients look when they are
 # A day: longer than a generation of a million tokens takes.
 MAX_DRAIN_S = 86_400.0
 Port = int
+RoutingPolicy = Literal["default", "round_robin", "least_load", "power_of_two", "prefix_aware", "session"]
 # Settings that may be written as a mapping, and are one value all the same.
 MAPPINGS = frozenset({"rope_scaling"})
 
@@ -94,7 +95,25 @@ class RouterConfig(_Section):
     host: str = Field(LOOPBACK, description="Address to bind.")
     port: Port = Field(ROUTER_PORT, ge=0, le=65535, description="gRPC Inference; 0 = any free port.")
     metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
+    processes: int = Field(1, ge=1, le=256, description="Processes that share the port, each with bounds of its own.")
     max_concurrent_requests: int = Field(4096, ge=1, description="Requests in flight; over it RESOURCE_EXHAUSTED.")
+    max_queued_requests: int = Field(
+        1024, ge=1, description="Bound of each model's queue, in requests; over it RESOURCE_EXHAUSTED."
+    )
+    max_queued_prompt_tokens: int = Field(
+        1_048_576, ge=1, description="Bound of each model's queue, in tokens of their prompts."
+    )
+    max_queue_wait_s: float | None = Field(
+        None,
+        gt=0,
+        description="Longest wait for a place of requests with priority >= 0; default: what ttft_objective_s leaves.",
+    )
+    policy: RoutingPolicy = Field(
+        "default", description="Who gets a request: the profile of filters and scorers by which replicas are chosen."
+    )
+    max_index_blocks: int = Field(
+        500_000, ge=1, description="KV blocks of each model of which a router remembers who holds them."
+    )
     max_failovers: int = Field(8, ge=0, description="Replicas that one request may outlive.")
     failover_wait_s: float = Field(120.0, ge=0, description="How long a started request waits for a ready replica.")
     engine_silence_s: float = Field(2.0, gt=0, description="A leader silent for so long is suspect.")

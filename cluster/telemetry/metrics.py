@@ -12,6 +12,16 @@ LATENCY_BUCKETS_S = (
 )  # fmt: skip
 STEP_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
 
+# Gauges that every process of one router shows alike: together they are the largest, all others are sums.
+ALIKE_IN_PROCESSES = frozenset(
+    {
+        "cluster_router_endpoints",
+        "cluster_router_endpoint_standing",
+        "cluster_router_ttft_objective_seconds",
+        "cluster_router_tpot_objective_seconds",
+    }
+)
+
 
 class RouterMetrics:
     """What clients feel: requests, their latencies, and where they went."""
@@ -40,11 +50,48 @@ class RouterMetrics:
         self.queued_requests = Gauge(
             f"{prefix}_queued_requests", "Requests that wait for a replica.", ["model"], registry=registry
         )
+        self.queued_prompt_tokens = Gauge(
+            f"{prefix}_queued_prompt_tokens", "Prompt tokens of the requests that wait for a replica.", ["model"],
+            registry=registry,
+        )  # fmt: skip
         self.failovers = Counter(
             f"{prefix}_failovers", "Replicas that were lost under a request, by how.", ["reason"], registry=registry
         )
         self.endpoint_picks = Counter(
             f"{prefix}_endpoint_picks", "Requests sent, by replica and deciding scorer.", ["replica", "scorer"],
+            registry=registry,
+        )  # fmt: skip
+        self.endpoint_standing = Gauge(
+            f"{prefix}_endpoint_standing", "1 for what a replica is to this router now: healthy, slow or ejected.",
+            ["replica", "standing"], registry=registry,
+        )  # fmt: skip
+        self.ejections = Counter(
+            f"{prefix}_ejections", "Replicas that got no new requests for a while, by what they did.", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        self.retries_refused = Counter(
+            f"{prefix}_retries_refused", "Requests that lost their replica and were not sent to another, by why.",
+            ["reason"], registry=registry,
+        )  # fmt: skip
+        self.prefix_index_blocks = Gauge(
+            f"{prefix}_prefix_index_blocks", "KV blocks of which the router knows who holds them.", ["model"],
+            registry=registry,
+        )  # fmt: skip
+        self.prefix_index_dropped = Counter(
+            f"{prefix}_prefix_index_dropped", "KV blocks that the router forgot because its index was full.", ["model"],
+            registry=registry,
+        )  # fmt: skip
+        self.prefix_index_resyncs = Counter(
+            f"{prefix}_prefix_index_resyncs", "Full accounts of KV blocks asked for because news were missing.",
+            ["model"], registry=registry,
+        )  # fmt: skip
+        self.expected_cached_tokens = Counter(
+            f"{prefix}_expected_cached_prompt_tokens",
+            "Prompt tokens of completed requests that the router thought to be cached where it sent them.", ["model"],
+            registry=registry,
+        )  # fmt: skip
+        self.cached_tokens = Counter(
+            f"{prefix}_cached_prompt_tokens", "Those that replicas did find in their caches.", ["model"],
             registry=registry,
         )  # fmt: skip
         self.goodput_requests = Counter(
@@ -64,6 +111,11 @@ class RouterMetrics:
         self.endpoints = Gauge(
             f"{prefix}_endpoints", "Replicas that take new requests from this router.", ["model"], registry=registry
         )
+        self.processes = Gauge(f"{prefix}_processes", "Processes of this router that listen.", registry=registry)
+        self.process_restarts = Counter(
+            f"{prefix}_process_restarts", "Processes of this router that died and were started again.",
+            registry=registry,
+        )  # fmt: skip
         self.ttft_objective = Gauge(
             f"{prefix}_ttft_objective_seconds", "Highest time to first token that counts as good.", registry=registry
         )
@@ -77,8 +129,10 @@ class RouterMetrics:
         """Those with a label ``model``: they come and go with it."""
         return (
             self.requests, self.time_to_first_token, self.inter_token_latency, self.request_duration,
-            self.queue_seconds, self.queued_requests, self.goodput_requests, self.prompt_tokens,
-            self.generation_tokens, self.running, self.endpoints,
+            self.queue_seconds, self.queued_requests, self.queued_prompt_tokens, self.goodput_requests,
+            self.prompt_tokens, self.generation_tokens, self.running, self.endpoints,
+            self.prefix_index_blocks, self.prefix_index_dropped, self.prefix_index_resyncs,
+            self.expected_cached_tokens, self.cached_tokens,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ class FakeControl(control_pb2_grpc.ControlServicer):
     def __init__(self) -> None:
         self.table = EndpointTable(epoch=0)
         self.watchers: list[control_pb2.WatchEndpointsRequest] = []
+        self.attended: list[control_pb2.ProcessStatus] = []
         self._changed = asyncio.Condition()
         self.port = 0
 
@@ -41,6 +42,11 @@ class FakeControl(control_pb2_grpc.ControlServicer):
         async with self._changed:
             self.table = EndpointTable(self.table.epoch + 1 if epoch is None else epoch, endpoints, models, state_id)
             self._changed.notify_all()
+
+    async def Attend(self, request: control_pb2.ProcessStatus, context: Any) -> None:
+        self.attended.append(request)
+        await context.write(control_pb2.AttendResponse())
+        await asyncio.Event().wait()
 
     async def WatchEndpoints(self, request: control_pb2.WatchEndpointsRequest, context: Any) -> None:
         self.watchers.append(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from cluster.domain.block_hash import block_hashes, short_name
 from cluster.domain.endpoint import Endpoint
 from cluster.domain.ids import Incarnation, ReplicaId
+from cluster.engine.block_events import BlockLog, BlockReader
 from cluster.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from cluster.wire import channel
 
@@ -51,15 +54,20 @@ class _Sequence:
     submit: engine_pb2.Submit
     generated: list[int]
     sent: int = 0
+    cached_tokens: int = 0
 
 
 @dataclass
 class FakeEngine:
     """Told what to do through its attributes, at any time.
 
-    ``die_after``: the process "dies" once a sequence got so many tokens in one attempt. ``reject``: answers every
+    ``die_after``: the process "dies" once a sequence got so many tokens in one attempt; ``break_after``: only the
+    session breaks, and may be opened again. ``dies_of``: "dies" of any prompt with this token. ``reject``: answers every
     submit with this end. ``silent``: says nothing any more, like a stopped process. ``step_s``: pause between steps.
     ``step_age_s``: a step "runs" since then; while it is not 0 there are beats only. ``draw`` replaces ``next_token``.
+    ``max_num_seqs``: sequences of a step, the others wait in order of arrival; 0: any number, and routers are not told.
+    ``tell_blocks``: has a prefix cache of every prompt it began, without a bound, and tells routers that ask. With
+    ``lose_block_message`` the next such message never arrives.
     """
 
     next_token: NextToken
@@ -79,11 +87,20 @@ class FakeEngine:
     draw: Draw | None = None
     tokens_per_step: int = 1
     die_after: int | None = None
+    break_after: int | None = None
+    dies_of: int | None = None
     reject: engine_pb2.SequenceEnd = engine_pb2.SEQUENCE_END_UNSPECIFIED
+    max_num_seqs: int = 0
     silent: bool = False
     echo_old_attempts: bool = False
     claimed_generation: int | None = None
+    tell_blocks: bool = False
+    lose_block_message: bool = False
+    resyncs: int = 0
+    blocks: BlockLog = field(default_factory=BlockLog)
+    _work: asyncio.Event = field(default_factory=asyncio.Event)
     submits: list[engine_pb2.Submit] = field(default_factory=list)
+    submitters: set[int] = field(default_factory=set)  # sessions
     commands: int = 0
     cancels: list[int] = field(default_factory=list)
     running: dict[tuple[int, int], _Sequence] = field(default_factory=dict)
@@ -91,7 +108,6 @@ class FakeEngine:
     port: int = 0
 
     async def start(self) -> FakeEngine:
-        self._work = asyncio.Event()
         self.dead = asyncio.Event()
         self._server = channel.new_server()
         engine_pb2_grpc.add_EngineServicer_to_server(_Servicer(self), self._server)
@@ -105,6 +121,21 @@ class FakeEngine:
         server, self._server = self._server, None
         if server is not None:  # a server must be gone before its event loop: it knows us, and must not be kept by us
             await server.stop(0)
+
+    def hold(self, token_ids: Sequence[int], salt: str = "") -> int:
+        """The full blocks of these tokens are cached from now on; how many tokens need not be computed."""
+        names = block_hashes(token_ids, BLOCK_SIZE, salt.encode())
+        held = set(self.blocks.names())
+        known = [short_name(name) in held for name in names]
+        self.blocks.append(dict.fromkeys(names, True))
+        self._work.set()
+        hits = known.index(False) if False in known else len(known)
+        return BLOCK_SIZE * min(hits, (len(token_ids) - 1) // BLOCK_SIZE)
+
+    def evict(self, token_ids: Sequence[int], keep: int = 0, salt: str = "") -> None:
+        """Forgets the blocks of these tokens behind the first ``keep``."""
+        self.blocks.append(dict.fromkeys(block_hashes(token_ids, BLOCK_SIZE, salt.encode())[keep:], False))
+        self._work.set()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -132,7 +163,21 @@ class FakeEngine:
             tokenizer_digest=hashlib.sha256(content).hexdigest() if content else "",
             end_token_ids=self.end_token_ids,
             default_sampling=self.default_sampling,
+            max_num_seqs=self.max_num_seqs,
         )
+
+    @property
+    def load(self) -> engine_pb2.Load:
+        """Told only with ``max_num_seqs``."""
+        if not self.max_num_seqs:
+            return engine_pb2.Load()
+        running = min(len(self.running), self.max_num_seqs)
+        return engine_pb2.Load(running_sequences=running, waiting_sequences=len(self.running) - running)
+
+    def stepping(self, session: int) -> list[_Sequence]:
+        """Those of ``session`` that the next step holds."""
+        first = itertools.islice(self.running.items(), self.max_num_seqs or None)
+        return [sequence for (owner, _), sequence in first if owner == session]
 
 
 class _Servicer(engine_pb2_grpc.EngineServicer):
@@ -161,36 +206,56 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         await context.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=engine.identity)))
         engine.sessions += 1
         session = engine.sessions
-        reader = asyncio.create_task(self._read(session, context))
+        blocks = engine.blocks.open() if engine.tell_blocks and first.hello.block_events else None
+        reader = asyncio.create_task(self._read(session, context, blocks))
         try:
-            await self._steps(session, context)
+            await self._steps(session, context, blocks)
         finally:
+            if blocks is not None:
+                blocks.close()
             reader.cancel()
             await asyncio.wait([reader])
             for key in [k for k in engine.running if k[0] == session]:
                 del engine.running[key]
         await context.abort(grpc.StatusCode.UNAVAILABLE, "dead")
 
-    async def _read(self, session: int, context: Any) -> None:
+    async def _read(self, session: int, context: Any, blocks: BlockReader | None) -> None:
         engine = self._engine
         while True:
             message = await context.read()
             if message is grpc.aio.EOF:
                 return
-            engine.commands += 1
+            if message.HasField("resync_blocks"):
+                engine.resyncs += 1
+                assert blocks is not None, "a router that never asked for blocks misses some"
+                blocks.restart()
+            engine.commands += message.HasField("commands")
             for submit in message.commands.submits:
                 engine.submits.append(submit)
-                engine.running[session, submit.sequence_id] = _Sequence(submit, list(submit.generated_token_ids))
+                engine.submitters.add(session)
+                sequence = _Sequence(submit, list(submit.generated_token_ids))
+                if engine.tell_blocks:
+                    sequence.cached_tokens = engine.hold(submit.prompt_token_ids, submit.cache_salt)
+                engine.running[session, submit.sequence_id] = sequence
             for cancel in message.commands.cancels:
                 engine.cancels.append(cancel.sequence_id)
                 engine.running.pop((session, cancel.sequence_id), None)
             engine._work.set()
 
-    async def _steps(self, session: int, context: Any) -> None:
+    async def _tell_blocks(self, context: Any, blocks: BlockReader) -> None:
+        while not self._engine.silent and (events := blocks.next()) is not None:
+            if self._engine.lose_block_message:
+                self._engine.lose_block_message = False
+            else:
+                await context.write(engine_pb2.SessionResponse(blocks=events))
+
+    async def _steps(self, session: int, context: Any, blocks: BlockReader | None) -> None:
         engine = self._engine
         step = 0
         while not engine.dead.is_set():
-            mine = [s for (owner, _), s in engine.running.items() if owner == session]
+            if blocks is not None:
+                await self._tell_blocks(context, blocks)
+            mine = engine.stepping(session)
             if engine.silent or engine.step_age_s or not mine:
                 engine._work.clear()
                 try:
@@ -198,14 +263,19 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
                         await engine._work.wait()
                 except TimeoutError:
                     if not engine.silent:
-                        beat = engine_pb2.Beat(step=step, step_age_s=engine.step_age_s)
+                        beat = engine_pb2.Beat(step=step, step_age_s=engine.step_age_s, load=engine.load)
                         await context.write(engine_pb2.SessionResponse(beat=beat))
                 continue
+            if engine.break_after is not None and any(s.sent >= engine.break_after for s in mine):
+                return
+            if any(engine.dies_of in s.submit.prompt_token_ids for s in mine):
+                engine.dead.set()
+                return
             if engine.start_delay_s and any(s.sent == 0 for s in mine):
                 await asyncio.sleep(engine.start_delay_s)
             step += 1
             updates = [self._advance(session, sequence) for sequence in mine]
-            update = engine_pb2.StepUpdate(step=step, sequences=updates, load=engine_pb2.Load())
+            update = engine_pb2.StepUpdate(step=step, sequences=updates, load=engine.load)
             await context.write(engine_pb2.SessionResponse(step=update))
             if engine.die_after is not None and any(s.sent >= engine.die_after for s in mine):
                 engine.dead.set()
@@ -214,6 +284,8 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
     def _advance(self, session: int, sequence: _Sequence) -> engine_pb2.SequenceUpdate:
         engine, submit = self._engine, sequence.submit
         update = engine_pb2.SequenceUpdate(sequence_id=submit.sequence_id, attempt=submit.attempt)
+        if not sequence.sent:
+            update.cached_prompt_tokens = sequence.cached_tokens
         if engine.echo_old_attempts:
             update.attempt = submit.attempt + 7
         if engine.reject:

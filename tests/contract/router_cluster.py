@@ -17,6 +17,8 @@ from cluster.wire import channel
 from tests.contract.fake_control import FakeControl
 from tests.contract.fake_engine import FakeEngine
 
+Metadata = tuple[tuple[str, str], ...]
+
 
 async def eventually(condition: Callable[[], bool], what: str, deadline_s: float = 10.0) -> None:
     """Waits until ``condition`` holds; the test fails when it does not."""
@@ -80,13 +82,17 @@ class RouterCluster:
             lambda: sum(fleet.ready_replicas(m) for m in fleet.models) == replicas, f"{replicas} replicas are ready"
         )
 
-    def call(self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0) -> Any:
+    def call(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0, metadata: Metadata = ()
+    ) -> Any:
         self.injected += 1
-        return self.stub.Generate(request, timeout=timeout_s)
+        return self.stub.Generate(request, timeout=timeout_s, metadata=metadata)
 
-    async def generate(self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0) -> Answer:
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, timeout_s: float | None = 20.0, metadata: Metadata = ()
+    ) -> Answer:
         answer = Answer()
-        async for event in self.call(request, timeout_s):
+        async for event in self.call(request, timeout_s, metadata):
             assert answer.end is None, "something came after the End"
             if event.HasField("end"):
                 answer.end = event.end

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.domain.ids import Incarnation
 from cluster.router.endpoint_table import Candidate
+from cluster.router.prefix_index import Holders
+
+if TYPE_CHECKING:
+    from cluster.router.policy.group import Group
+    from cluster.router.policy.prompt_blocks import PromptBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +23,8 @@ class Demand:
     ``checkpoint_digest``: the weights it was tokenized for, empty for any; a continuation must find the same.
     ``refused``: incarnations that said no; ``failed``: incarnations that broke under this request. With
     ``needs_room`` an endpoint that would only queue it does not qualify. ``prompt_tokens``: those to be computed where
-    nothing is cached.
+    nothing is cached. ``blocks``: the prompt as prefix caches know it, one object for all attempts of a request; None
+    where nobody cares. ``session_key``: requests with one key belong to one conversation.
     """
 
     model: str
@@ -26,20 +33,26 @@ class Demand:
     failed: frozenset[Incarnation] = frozenset()
     needs_room: bool = False
     prompt_tokens: int = 0
+    blocks: PromptBlocks | None = None
+    session_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Keeps the candidates that qualify. One that is not ``required`` steps aside when nobody would be left."""
+    """Keeps the candidates that qualify. One that is not ``required`` steps aside when nobody would be left.
+
+    ``static``: the verdict changes only with the endpoint table and with sessions, so it is asked once for both.
+    """
 
     name: str
     keep: Callable[[Candidate, Demand], bool]
     required: bool = True
+    static: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """One number in [0, 1] for each candidate, more is better."""
+    """One number in [0, 1] for each candidate, more is better. Candidates come in the order of the profile's walk."""
 
     name: str
     score: Callable[[Sequence[Candidate], Demand], Sequence[float]]
@@ -49,14 +62,34 @@ class Scorer:
 Picker = Callable[[Sequence[float], random.Random], int]
 
 
+@dataclass(slots=True)
+class Turn:
+    """Whose turn it is among the members of a group: what a router remembers between two picks."""
+
+    position: int = 0
+
+
+# The members of a group, by position, in the order in which a profile looks at them. May repeat some; names every
+# member when it is followed to its end, so that somebody who qualifies is found if there is one.
+Walk = Callable[["Group", Demand, Holders, Turn, random.Random], Iterator[int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A whole policy: every filter in order, the weighted sum of the scorers, one picker."""
+    """A whole policy: every filter in order, the weighted sum of the scorers, one picker.
+
+    ``walk`` and ``enough`` bound the work of one pick: members are looked at in the walk's order until ``enough`` of
+    them qualify. ``uses_blocks``: candidates come with what is cached there; ``uses_homes``: and with ``at_home``.
+    """
 
     name: str
     filters: tuple[Filter, ...]
     scorers: tuple[tuple[Scorer, float], ...]
     picker: Picker
+    walk: Walk
+    enough: int
+    uses_blocks: bool = False
+    uses_homes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,44 +1,54 @@
-"""The policies there are, and how one is applied."""
+"""The policies there are, by the names that the config knows."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from cluster.router.policy import filters, pickers, scorers, walks
+from cluster.router.policy.contracts import Profile
 
-from cluster.router.endpoint_table import Candidate
-from cluster.router.policy import filters, pickers, scorers
-from cluster.router.policy.contracts import Choice, Demand, Profile
+EVERYBODY = 24  # members that qualify after which no more are looked at: a group of up to so many is seen whole
 
-ONLY = "only"
-
-LEAST_LOAD = Profile(
-    name="least_load",
-    filters=(
-        filters.SERVES_MODEL,
-        filters.SESSION_UP,
-        filters.NOT_DRAINING,
-        filters.SAME_CHECKPOINT,
-        filters.NOT_REFUSED,
-        filters.NOT_FAILED,
-    ),
-    scorers=((scorers.LEAST_LOAD, 1.0),),
-    picker=pickers.best,
+FILTERS = (
+    filters.SERVES_MODEL,
+    filters.SESSION_UP,
+    filters.NOT_DRAINING,
+    filters.SAME_CHECKPOINT,
+    filters.NOT_REFUSED,
+    filters.HAS_ROOM,
+    filters.NOT_EJECTED,
+    filters.NOT_FAILED,
+    filters.NOT_SLOW,
+    filters.NOT_FULL,
 )
 
+ROUND_ROBIN = Profile(
+    name="round_robin", filters=FILTERS, scorers=((scorers.TURN, 1.0),), picker=pickers.best, walk=walks.in_turn,
+    enough=1,
+)  # fmt: skip
+LEAST_LOAD = Profile(
+    name="least_load", filters=FILTERS, scorers=((scorers.LEAST_LOAD, 1.0),), picker=pickers.best,
+    walk=walks.at_random, enough=EVERYBODY,
+)  # fmt: skip
+POWER_OF_TWO = Profile(
+    name="power_of_two", filters=FILTERS, scorers=((scorers.LEAST_LOAD, 1.0),), picker=pickers.best,
+    walk=walks.at_random, enough=2,
+)  # fmt: skip
+PREFIX_AWARE = Profile(
+    name="prefix_aware", filters=FILTERS, scorers=((scorers.CACHED_PREFIX, 1.0), (scorers.SHORT_QUEUE, 1.0)),
+    picker=pickers.best, walk=walks.holders_first, enough=EVERYBODY, uses_blocks=True,
+)  # fmt: skip
+SESSION = Profile(
+    name="session", filters=FILTERS, scorers=((scorers.RING, 1.0),), picker=pickers.best, walk=walks.round_the_ring,
+    enough=1,
+)  # fmt: skip
+# What prefix_aware counts, and two things that it does not: a prompt that is computed delays those behind it as well,
+# so that a cached token is worth two; and routers that know nothing of each other should begin a new prompt's cache
+# at one place, and spread prompts that come at one moment.
+DEFAULT = Profile(
+    name="default", filters=FILTERS,
+    scorers=((scorers.CACHED_PREFIX, 2.0), (scorers.SHORT_QUEUE, 1.0), (scorers.AT_HOME, 0.1)),
+    picker=pickers.best, walk=walks.holders_first, enough=EVERYBODY, uses_blocks=True, uses_homes=True,
+)  # fmt: skip
 
-def choose(profile: Profile, candidates: Sequence[Candidate], demand: Demand, rng: random.Random) -> Choice | None:
-    """The endpoint ``profile`` takes for ``demand``; None when none qualifies."""
-    left = list(candidates)
-    for rule in profile.filters:
-        kept = [candidate for candidate in left if rule.keep(candidate, demand)]
-        if kept or rule.required:
-            left = kept
-    if not left:
-        return None
-    if len(left) == 1:
-        return Choice(left[0], ONLY)
-    columns = [(scorer.name, [weight * s for s in scorer.score(left, demand)]) for scorer, weight in profile.scorers]
-    totals = [sum(scores[index] for _, scores in columns) for index in range(len(left))]
-    taken = profile.picker(totals, rng)
-    loudest = max(columns, key=lambda column: column[1][taken])[0]
-    return Choice(left[taken], loudest)
+PROFILES = {
+    profile.name: profile for profile in (ROUND_ROBIN, LEAST_LOAD, POWER_OF_TWO, PREFIX_AWARE, SESSION, DEFAULT)
+}

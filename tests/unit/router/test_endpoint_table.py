@@ -6,7 +6,7 @@ import pytest
 
 from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 from cluster.domain.ids import Incarnation, ReplicaId
-from cluster.router.endpoint_table import LiveLoad, supersedes, table_change
+from cluster.router.endpoint_table import QUEUED_PROMPT_TOKENS_MAX, LiveLoad, supersedes, table_change
 
 
 def endpoint(slot: int, generation: int = 1) -> Endpoint:
@@ -69,3 +69,78 @@ def test_the_larger_of_our_account_and_the_report_counts() -> None:
     assert load.tokens == load.outstanding_tokens == 0
     with pytest.raises(AssertionError, match="twice"):
         load.ended(1)
+
+
+class TestRoom:
+    """Whether one more sequence would begin soon."""
+
+    def load(self, slots: int = 8, **reported: int) -> LiveLoad:
+        load = LiveLoad(16)
+        load.max_num_seqs = slots
+        load.reported(LoadSnapshot(**reported))
+        return load
+
+    def test_slots_and_a_small_backlog(self) -> None:
+        load = self.load(slots=16)
+        for sent in range(18):
+            assert load.has_room, sent
+            load.sent(10)
+        assert not load.has_room
+        load.ended(10)
+        assert load.has_room
+
+    def test_sequences_of_other_routers_count(self) -> None:
+        assert self.load(running_sequences=6, waiting_sequences=2).has_room
+        load = self.load(running_sequences=5, waiting_sequences=2)
+        load.sent(10)
+        load.sent(10)
+        assert not load.has_room
+
+    def test_without_a_card_there_is_no_bound_of_slots(self) -> None:
+        assert self.load(slots=0, running_sequences=10_000).has_room
+
+    def test_a_place_that_is_held_is_taken(self) -> None:
+        load = self.load(slots=1)
+        load.hold(10)
+        assert load.has_room
+        load.hold(10)
+        assert not load.has_room
+        load.let_go(10)
+        assert load.has_room
+        load.let_go(10)
+        with pytest.raises(AssertionError, match="twice"):
+            load.let_go(10)
+
+    def test_prompts_that_wait_fill_it_too(self) -> None:
+        assert self.load(running_sequences=1, queued_prompt_tokens=QUEUED_PROMPT_TOKENS_MAX - 1).has_room
+        assert not self.load(running_sequences=1, queued_prompt_tokens=QUEUED_PROMPT_TOKENS_MAX).has_room
+        load = self.load(running_sequences=1)
+        load.sent(QUEUED_PROMPT_TOKENS_MAX)
+        assert not load.has_room
+        load.ended(QUEUED_PROMPT_TOKENS_MAX)
+        assert load.has_room
+
+    def test_kv_blocks(self) -> None:
+        assert self.load(running_sequences=2, kv_blocks_used=99, kv_blocks_total=100).has_room
+        assert not self.load(running_sequences=2, kv_blocks_used=100, kv_blocks_total=100).has_room
+        load = self.load(running_sequences=2, kv_blocks_used=90, kv_blocks_total=100)
+        load.sent(160)
+        assert not load.has_room
+
+    def test_an_empty_endpoint_has_room_for_any(self) -> None:
+        load = self.load(kv_blocks_used=100, kv_blocks_total=100)
+        assert load.has_room
+
+    def test_who_refused_has_none_before_it_reports(self) -> None:
+        load = self.load()
+        load.refused()
+        assert (load.has_room, load.refuses) == (False, True)
+        load.reported(LoadSnapshot())
+        assert (load.has_room, load.refuses) == (True, False)
+
+    def test_what_ended_before_a_report_does_not_count_for_ever(self) -> None:
+        load = self.load(slots=2)
+        for _ in range(100):
+            load.sent(1000)
+            load.ended(1000)
+        assert load.has_room

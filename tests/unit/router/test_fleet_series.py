@@ -4,15 +4,22 @@ from prometheus_client import CollectorRegistry
 
 from cluster.config.schema import RouterConfig
 from cluster.domain.request import Outcome
+from cluster.router.endpoint_table import Standing
+from cluster.router.fleet_health import EJECTION_CAUSES
 from cluster.router.fleet_series import FleetSeries
+from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
 from cluster.telemetry.metrics import LATENCY_BUCKETS_S, RouterMetrics
 
 HISTOGRAMS = 4
-PLAIN_OF_MODEL = 6  # goodput, prompt and generation tokens, running, queued, endpoints
+# Goodput, prompt and generation tokens, running, queued requests and tokens, endpoints; three of prefix indexes.
+PLAIN_OF_MODEL = 12
 # Of a counter and of a histogram prometheus_client shows when they began, too.
-PER_MODEL = 2 * len(Outcome) + PLAIN_OF_MODEL + 3 + HISTOGRAMS * (len(LATENCY_BUCKETS_S) + 1 + 3)
-PER_ROUTER = 2 * len(LossReason) + 2
+PER_MODEL = 2 * len(Outcome) + PLAIN_OF_MODEL + 7 + HISTOGRAMS * (len(LATENCY_BUCKETS_S) + 1 + 3)
+PER_ROUTER = (
+    2 * (len(LossReason) + len(EJECTION_CAUSES) + len(RetryRefused)) + 2 + 3
+)  # the objectives; processes and restarts
+PER_REPLICA = len(Standing) + 2  # and one scorer's picks
 
 
 class Page:
@@ -76,4 +83,4 @@ def test_series_are_bounded_by_models_and_replicas_whatever_comes_and_goes() -> 
             page.metrics.endpoint_picks.labels(replica=replica, scorer="least_load").inc()
         for name in names:
             page.metrics.time_to_first_token.labels(model=name).observe(0.1)
-    assert len(page.samples()) == PER_ROUTER + models * (PER_MODEL + 2 * replicas)
+    assert len(page.samples()) == PER_ROUTER + models * (PER_MODEL + PER_REPLICA * replicas)

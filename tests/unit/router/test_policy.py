@@ -9,7 +9,8 @@ from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.endpoint_table import Candidate, LiveLoad, supersedes, table_change
 from cluster.router.policy.contracts import Demand
-from cluster.router.policy.profiles import LEAST_LOAD, ONLY, choose
+from cluster.router.policy.profiles import LEAST_LOAD
+from cluster.router.policy.selector import ONLY, choose
 
 
 def candidate(slot: int, tokens: int = 0, *, model: str = "demo", up: bool = True, **fields: object) -> Candidate:

@@ -1,0 +1,140 @@
+"""Where a request would go and why: the Routing service over a real socket, and the command on top of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import grpc
+import pytest
+
+from cluster.cli.main import main
+from cluster.v1 import inference_pb2, routing_pb2, routing_pb2_grpc
+from tests.contract import small_tokenizers
+from tests.contract.fake_engine import BLOCK_SIZE, FakeEngine, hashed_token
+from tests.contract.router_cluster import RouterCluster, eventually
+
+pytestmark = pytest.mark.integration
+PROMPT = list(range(10, 10 + 5 * BLOCK_SIZE))  # five blocks
+
+
+def request(prompt: list[int] = PROMPT, **fields: object) -> inference_pb2.GenerateRequest:
+    return inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=prompt),
+        sampling=inference_pb2.Sampling(max_tokens=4, ignore_eos=True),
+        **fields,
+    )
+
+
+async def explain(cluster: RouterCluster, asked: inference_pb2.GenerateRequest) -> routing_pb2.RouteExplanation:
+    return await routing_pb2_grpc.RoutingStub(cluster.channel).ExplainRoute(asked, timeout=10)
+
+
+def taken(explanation: routing_pb2.RouteExplanation) -> str:
+    names = [row.replica for row in explanation.endpoints if row.taken]
+    assert len(names) == 1
+    return names[0]
+
+
+@pytest.fixture
+async def cluster():
+    files = small_tokenizers.files(small_tokenizers.byte_level())
+    engines = [
+        FakeEngine(hashed_token(300), slot=slot, vocab_size=400, tell_blocks=True, tokenizer_files=files)
+        for slot in range(3)
+    ]
+    made = await RouterCluster().start(*engines)
+    yield made
+    await made.close()
+
+
+async def test_what_is_explained_is_what_is_done(cluster: RouterCluster) -> None:
+    for number in range(6):
+        asked = request([100 + number, *PROMPT])
+        foretold = taken(await explain(cluster, asked))
+        assert taken(await explain(cluster, asked)) == foretold, "an explanation moves nothing"
+        before = [len(engine.submits) for engine in cluster.engines]
+        await cluster.generate(asked)
+        moved = [len(e.submits) - n for e, n in zip(cluster.engines, before, strict=True)]
+        assert moved[int(foretold.rpartition("/")[2])] == 1
+        assert sum(moved) == 1
+
+
+async def test_every_endpoint_with_every_verdict(cluster: RouterCluster) -> None:
+    await cluster.generate(request())
+    home = next(e for e in cluster.engines if e.submits)
+    name = str(home.endpoint.incarnation.replica)
+    longer = [*PROMPT, 1, 2, 3]
+
+    async def cached() -> int:
+        rows = (await explain(cluster, request(longer))).endpoints
+        return next(row.cached_tokens for row in rows if row.replica == name)
+
+    async with asyncio.timeout(10):
+        while await cached() != 5 * BLOCK_SIZE:
+            await asyncio.sleep(0.01)
+    explanation = await explain(cluster, request(longer))
+    assert (explanation.policy, explanation.model, explanation.prompt_tokens) == ("default", "demo", 5 * BLOCK_SIZE + 3)
+    assert taken(explanation) == name
+    assert {row.replica for row in explanation.endpoints} == {"demo/0", "demo/1", "demo/2"}
+    for row in explanation.endpoints:
+        assert [f.name for f in row.filters][:3] == ["serves_model", "session_up", "not_draining"]
+        assert all(f.passes for f in row.filters)
+        assert [s.name for s in row.scores] == ["cached_prefix", "short_queue", "at_home"]
+        assert row.total == pytest.approx(sum(s.weight * s.score for s in row.scores))
+        assert row.standing == "HEALTHY"
+    assert max(explanation.endpoints, key=lambda row: row.total).replica == name
+
+
+async def test_who_is_kept_out_says_by_what(cluster: RouterCluster) -> None:
+    cluster.engines[0].dead.set()
+    await cluster.until_ready(2)
+    explanation = await explain(cluster, request())
+    row = next(row for row in explanation.endpoints if row.replica == "demo/0")
+    assert "session_up" in [f.name for f in row.filters if not f.passes]
+    assert not row.scores
+    assert not row.taken
+
+
+async def test_errors_are_those_of_generate(cluster: RouterCluster) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await explain(cluster, request(model="nobody"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await explain(cluster, request([]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await cluster.outcomes() == {}
+
+
+async def test_the_command_prints_a_table_and_json(cluster: RouterCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            main(["explain", "route", "hello there", "--address", cluster.address, *arguments])
+        printed = capsys.readouterr()
+        assert left.value.code == 0, printed.err
+        return printed.out
+
+    values = json.loads(await asyncio.to_thread(run, "--json"))
+    chosen = [row["replica"] for row in values["endpoints"] if row["taken"]]
+    assert len(values["endpoints"]) == 3
+    table = await asyncio.to_thread(run)
+    assert f"would go to {chosen[0]}" in table
+    assert all(name in table for name in ("cached_prefix", "short_queue", "demo/2#1"))
+    await eventually(lambda: not any(engine.submits for engine in cluster.engines), "nothing was sent")
+
+
+async def test_what_was_expected_to_be_cached_is_counted_beside_what_was(cluster: RouterCluster) -> None:
+    await cluster.generate(request())
+    longer = request([*PROMPT, 1, 2, 3])
+
+    async def foreseen() -> int:
+        return max(row.cached_tokens for row in (await explain(cluster, longer)).endpoints)
+
+    async with asyncio.timeout(10):
+        while await foreseen() != 5 * BLOCK_SIZE:
+            await asyncio.sleep(0.01)
+    answer = await cluster.generate(longer)
+    assert answer.end.usage.cached_prompt_tokens == 5 * BLOCK_SIZE
+    page = await cluster.metrics()
+    for name in ("expected_cached", "cached"):
+        assert f'cluster_router_{name}_prompt_tokens_total{{model="demo"}} {5 * BLOCK_SIZE}.0' in page

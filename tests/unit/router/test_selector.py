@@ -1,0 +1,259 @@
+"""What holds for every profile, whatever the fleet looks like."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config.schema import RoutingPolicy
+from cluster.router.endpoint_table import Standing
+from cluster.router.policy.contracts import Demand
+from cluster.router.policy.group import Group
+from cluster.router.policy.profiles import EVERYBODY, PROFILES
+from cluster.router.policy.scorers import tokens_ahead
+from cluster.router.policy.selector import LOOKED_MAX, ONLY, Selector
+from cluster.router.prefix_index import Holders
+from tests.unit.router.policy_fleet import BLOCK_SIZE, FakeSeat, demand_for, holders_of, prompt_of
+
+PROMPT = prompt_of(200)
+NOBODY = Holders((), (), {})
+EVERY_PROFILE = sorted(PROFILES)
+seats = st.builds(
+    FakeSeat,
+    slot=st.just(0),
+    queued_tokens=st.integers(0, 5000),
+    running_tokens=st.integers(0, 50_000),
+    has_room=st.booleans(),
+    standing=st.sampled_from(Standing),
+)
+
+
+def _large(seed: int, count: int) -> list[FakeSeat]:
+    rng = random.Random(seed)
+    rare = rng.choice([0.02, 0.5, 1.0])
+    standings = [Standing.HEALTHY, Standing.SLOW, Standing.EJECTED]
+    return [
+        FakeSeat(slot, rng.randrange(5000), rng.randrange(50_000), rng.random() < rare, rng.choice(standings))
+        for slot in range(count)
+    ]
+
+
+# Few and many: of those above EVERYBODY, a profile sees a part only.
+fleets = st.one_of(
+    st.lists(seats, max_size=6).map(lambda made: [replace(seat, slot=slot) for slot, seat in enumerate(made)]),
+    st.builds(_large, st.integers(0, 99), st.integers(EVERYBODY + 1, 3 * EVERYBODY)),
+)
+
+
+def slot_of(choice: object) -> int | None:
+    return None if choice is None else choice.candidate.endpoint.incarnation.replica.slot
+
+
+def test_the_config_knows_every_profile() -> None:
+    assert set(get_args(RoutingPolicy)) == set(PROFILES)
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+@settings(max_examples=60, deadline=None)
+@given(fleet=fleets, data=st.data(), needs_room=st.booleans(), seed=st.integers(0, 3))
+def test_who_is_taken_passes_every_filter_that_somebody_can_pass(name, fleet, data, needs_room, seed) -> None:
+    chosen = st.sets(st.sampled_from([seat.incarnation for seat in fleet]), max_size=3) if fleet else st.just(set())
+    refused, failed = frozenset(data.draw(chosen)), frozenset(data.draw(chosen))
+    demand = demand_for(PROMPT, refused=refused, failed=failed, needs_room=needs_room)
+    held = {seat.slot: 16 * (seat.slot % 12) for seat in fleet}
+    choice = Selector(PROFILES[name], random.Random(seed)).choose(
+        Group(fleet, BLOCK_SIZE), demand, holders_of(PROMPT, held)
+    )
+    wanted = [s for s in fleet if s.incarnation not in refused]
+    fit = [s for s in wanted if s.has_room or not needs_room]
+    if choice is None:
+        sound = [s for s in wanted if s.standing is Standing.HEALTHY and s.incarnation not in failed]
+        assert not fit or (needs_room and sound), "somebody qualified, and nobody better could soon"
+        return
+    taken = fleet[slot_of(choice)]
+    assert taken in fit
+    spotless = [s for s in fit if s.has_room and s.standing is Standing.HEALTHY and s.incarnation not in failed]
+    assert not spotless or taken in spotless
+    assert taken.standing is not Standing.EJECTED or all(s.standing is Standing.EJECTED for s in fit)
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_the_same_seed_picks_the_same(name: str) -> None:
+    fleet = [FakeSeat(slot, queued_tokens=slot * 37 % 900) for slot in range(40)]
+
+    def picks(seed: int) -> list[int | None]:
+        selector = Selector(PROFILES[name], random.Random(seed))
+        group = Group(fleet, BLOCK_SIZE)
+        return [slot_of(selector.choose(group, demand_for(prompt_of(64, n)), NOBODY)) for n in range(30)]
+
+    assert picks(1) == picks(1)
+
+
+@pytest.mark.parametrize("name", ["least_load", "prefix_aware", "default", "session"])
+@settings(max_examples=60, deadline=None)
+@given(order=st.permutations(range(8)), seed=st.integers(0, 20))
+def test_the_order_of_the_table_decides_nothing(name, order, seed) -> None:
+    fleet = [FakeSeat(slot, queued_tokens=100 * slot + 7) for slot in range(8)]
+    holders = holders_of(PROMPT, {3: 160, 5: 48})
+
+    def taken(members: list[FakeSeat]) -> int | None:
+        selector = Selector(PROFILES[name], random.Random(seed))
+        return slot_of(selector.choose(Group(members, BLOCK_SIZE), demand_for(PROMPT), holders))
+
+    assert taken([fleet[slot] for slot in order]) == taken(fleet)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 200))
+def test_round_robin_gives_everybody_the_same(count: int, picks: int) -> None:
+    selector, group = (
+        Selector(PROFILES["round_robin"], random.Random(0)),
+        Group([FakeSeat(s) for s in range(count)], 16),
+    )
+    taken = Counter(slot_of(selector.choose(group, Demand("demo"), NOBODY)) for _ in range(picks))
+    counts = [taken[slot] for slot in range(count)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_round_robin_gives_the_turn_of_who_does_not_qualify_to_the_next() -> None:
+    fleet = [FakeSeat(0), FakeSeat(1, has_room=False), FakeSeat(2)]
+    selector, group = Selector(PROFILES["round_robin"], random.Random(0)), Group(fleet, 16)
+    picks = [slot_of(selector.choose(group, Demand("demo", needs_room=True), NOBODY)) for _ in range(4)]
+    assert picks == [0, 2, 0, 2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=40), st.integers(0, 1000))
+def test_power_of_two_never_takes_the_worse_of_its_two(queues: list[int], seed: int) -> None:
+    looked: list[FakeSeat] = []
+
+    class Watched(FakeSeat):
+        def candidate(self, cached_tokens: int = 0, **fields):
+            looked.append(self)
+            return super().candidate(cached_tokens, **fields)
+
+    fleet = [Watched(slot, queued_tokens=tokens) for slot, tokens in enumerate(queues)]
+    choice = Selector(PROFILES["power_of_two"], random.Random(seed)).choose(Group(fleet, 16), Demand("demo"), NOBODY)
+    assert len(looked) == len({seat.slot for seat in looked}) == 2
+    assert queues[slot_of(choice)] == min(seat.queued_tokens for seat in looked)
+
+
+def test_power_of_two_looks_at_every_pair() -> None:
+    fleet = [FakeSeat(slot) for slot in range(6)]
+    group, pairs = Group(fleet, 16), set()
+    for seed in range(400):
+        order = list(group.shuffled(random.Random(seed)))
+        assert sorted(order) == list(range(6))
+        pairs.add(frozenset(order[:2]))
+    assert len(pairs) == 15
+
+
+def test_a_session_stays_where_it_is_and_moves_only_when_it_must() -> None:
+    fleet = [FakeSeat(slot) for slot in range(12)]
+
+    def home(members: list[FakeSeat], key: str, seed: int = 0) -> int | None:
+        selector = Selector(PROFILES["session"], random.Random(seed))
+        return slot_of(selector.choose(Group(members, 16), demand_for(PROMPT, session_key=key), NOBODY))
+
+    homes = {f"s{n}": home(fleet, f"s{n}") for n in range(600)}
+    assert all(home(fleet, key, seed=9) == slot for key, slot in homes.items()), "routers agree"
+    counts = Counter(homes.values())
+    assert max(counts.values()) < 1.6 * 600 / 12
+    for key, slot in homes.items():
+        assert home(fleet[1:], key) == slot or slot == 0, "only who lived there moves"
+    fleet[homes["s1"]].has_room = False
+    assert home(fleet, "s1") != homes["s1"]
+
+
+def test_without_a_session_key_the_first_block_decides() -> None:
+    fleet = [FakeSeat(slot) for slot in range(12)]
+    selector, group = Selector(PROFILES["session"], random.Random(0)), Group(fleet, BLOCK_SIZE)
+    homes = {slot_of(selector.choose(group, demand_for((*range(16), *prompt_of(40, n))), NOBODY)) for n in range(1, 30)}
+    assert len(homes) == 1
+    assert len({slot_of(selector.choose(group, demand_for(prompt_of(40, n)), NOBODY)) for n in range(1, 60)}) > 6
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_a_pick_looks_at_a_bounded_number_of_endpoints(name: str) -> None:
+    """O(fleet) per request is a failure mode of its own (smg#1789)."""
+    looked = 0
+
+    class Watched(FakeSeat):
+        def candidate(self, cached_tokens: int = 0, **fields):
+            nonlocal looked
+            looked += 1
+            return super().candidate(cached_tokens, **fields)
+
+    for full in (False, True):
+        fleet = [Watched(slot, queued_tokens=slot, has_room=not full or slot % 50 == 0) for slot in range(2000)]
+        holders = holders_of(PROMPT, dict.fromkeys(range(2000), 160))
+        looked = 0
+        demand = demand_for(PROMPT, needs_room=True)
+        assert Selector(PROFILES[name], random.Random(3)).choose(Group(fleet, BLOCK_SIZE), demand, holders)
+        assert 1 <= looked <= EVERYBODY
+    assert LOOKED_MAX < 2000
+
+
+def test_one_that_qualifies_among_thousands_is_found() -> None:
+    fleet = [FakeSeat(slot, has_room=slot == 1234) for slot in range(2000)]
+    for profile in PROFILES.values():
+        choice = Selector(profile, random.Random(0)).choose(
+            Group(fleet, BLOCK_SIZE), demand_for(PROMPT, needs_room=True), NOBODY
+        )
+        assert slot_of(choice) == 1234
+
+
+def test_equal_holders_share_the_work() -> None:
+    fleet = [FakeSeat(slot) for slot in range(300)]
+    holders = holders_of(PROMPT, dict.fromkeys(range(300), 192))
+    selector, group = Selector(PROFILES["default"], random.Random(1)), Group(fleet, BLOCK_SIZE)
+    taken = Counter(slot_of(selector.choose(group, demand_for(PROMPT), holders)) for _ in range(1500))
+    assert len(taken) > 280
+    assert max(taken.values()) < 20
+
+
+def test_the_scorer_that_made_the_difference_is_named() -> None:
+    def loudest(fleet: list[FakeSeat], held: dict[int, int], name: str = "prefix_aware") -> str:
+        choice = Selector(PROFILES[name], random.Random(0)).choose(
+            Group(fleet, BLOCK_SIZE), demand_for(PROMPT), holders_of(PROMPT, held)
+        )
+        assert choice is not None
+        return choice.scorer
+
+    assert loudest([FakeSeat(0), FakeSeat(1)], {1: 160}) == "cached_prefix"
+    assert loudest([FakeSeat(0, queued_tokens=900), FakeSeat(1)], {}) == "short_queue"
+    assert loudest([FakeSeat(0)], {0: 160}) == ONLY
+    assert loudest([FakeSeat(0), FakeSeat(1)], {}, "round_robin") == "turn"
+
+
+def test_an_explanation_foretells_the_pick_and_moves_nothing() -> None:
+    fleet = [FakeSeat(slot, queued_tokens=slot % 3) for slot in range(60)]
+    holders = holders_of(PROMPT, {7: 64, 9: 160})
+    for profile in PROFILES.values():
+        selector, group = Selector(profile, random.Random(5)), Group(fleet, BLOCK_SIZE)
+        for number in range(5):
+            demand = demand_for(PROMPT, session_key=str(number))
+            rows = selector.explain(group, [], demand, holders)
+            again = selector.explain(group, [], demand, holders)
+            assert rows == again
+            assert len(rows) == len(fleet)
+            [foretold] = [row.candidate for row in rows if row.taken]
+            choice = selector.choose(group, demand, holders)
+            assert choice is not None
+            assert choice.candidate == foretold
+            looked = [row for row in rows if row.looked_at]
+            assert len(looked) == min(profile.enough, len(fleet))
+            assert foretold in [row.candidate for row in looked]
+
+
+def test_tokens_ahead_are_those_to_be_computed_and_a_little_for_those_that_run() -> None:
+    waiting = FakeSeat(0, queued_tokens=100).candidate(has_room=True)
+    running = FakeSeat(1, running_tokens=1000).candidate(has_room=True)
+    assert tokens_ahead(waiting) == 100
+    assert 0 < tokens_ahead(running) < 100
