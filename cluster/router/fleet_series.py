@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from cluster.config.schema import RouterConfig
 from cluster.domain.request import Outcome
+from cluster.router.endpoint_table import Standing
+from cluster.router.fleet_health import EJECTION_CAUSES
+from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
 from cluster.telemetry.metrics import RouterMetrics
 
@@ -26,6 +29,10 @@ class FleetSeries:
         metrics.tpot_objective.set(config.tpot_objective_s)
         for reason in LossReason:
             metrics.failovers.labels(reason=reason.value)
+        for cause in EJECTION_CAUSES:
+            metrics.ejections.labels(reason=cause)
+        for refused in RetryRefused:
+            metrics.retries_refused.labels(reason=refused.value)
 
     def follow(self, ready: Mapping[str, int], replicas: frozenset[str]) -> None:
         """``ready``: replicas that take new work, by every known model; ``replicas``: those in the endpoint table."""
@@ -39,9 +46,14 @@ class FleetSeries:
         for model in self._models - ready.keys():
             for metric in metrics.of_model:
                 metric.remove_by_labels({"model": model})
+        for replica in replicas - self._replicas:
+            for standing in Standing:
+                series = metrics.endpoint_standing.labels(replica=replica, standing=standing.value)
+                series.set(1 if standing is Standing.HEALTHY else 0)
         self._replicas |= replicas
         for replica in self._replicas - replicas:
             metrics.endpoint_picks.remove_by_labels({"replica": replica})
+            metrics.endpoint_standing.remove_by_labels({"replica": replica})
         self._replicas = set(replicas)
 
     def _begin(self, model: str) -> None:

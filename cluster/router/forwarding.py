@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.domain.errors import (
     AbortReason,
@@ -16,21 +17,22 @@ from cluster.domain.errors import (
 from cluster.domain.ids import Incarnation
 from cluster.domain.request import SequenceEnd
 from cluster.router.goodput import Timing
+from cluster.router.interruption import Interruption
 from cluster.router.journal import Journal
 from cluster.router.placing import EndpointSearch
-from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
+from cluster.router.sequence_stream import LossReason, News, SequenceLost, SequenceStream
 from cluster.router.session import EngineSession
-from cluster.router.surroundings import Interruption, Surroundings
+from cluster.router.surroundings import Surroundings
 from cluster.router.text import TextStream
 from cluster.router.validation import ValidRequest
 from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire import convert
 
 UPDATES_SLACK = 16  # updates of a sequence beside one for each token
+TOKENS_TOGETHER_MAX = 1024  # of one message to a client: with all log-probabilities far below what a channel carries
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """New text and tokens of a request."""
 
     text: str
@@ -66,9 +68,10 @@ class RequestRun:
         self._timing = Timing(arrived_s)
         self._journal = Journal(request.resumed_token_ids, request.sampling.max_tokens)
         self._interruption = Interruption()
-        self._search = EndpointSearch(request, checkpoint_digest, surroundings, self._interruption)
+        self._search = EndpointSearch(request, checkpoint_digest, surroundings, self._interruption, arrived_s)
         self._stream: SequenceStream | None = None
         self._cached_prompt_tokens = 0
+        self._flushed_characters = 0  # of the text's end, which comes with no token: the client has them already
         self._itl = surroundings.metrics.inter_token_latency.labels(model=request.model)
         self._generated = surroundings.metrics.generation_tokens.labels(model=request.model)
 
@@ -102,6 +105,7 @@ class RequestRun:
         loop = asyncio.get_running_loop()
         until_s = None if deadline_s is None else loop.time() + deadline_s
         timer = None if until_s is None else loop.call_at(until_s, self.reach_deadline)
+        ended: Ended | None = None
         try:
             ended = await self._replay(emit)
             while ended is None:
@@ -110,19 +114,22 @@ class RequestRun:
         finally:
             if timer is not None:
                 timer.cancel()
+            generated, complete = self._journal.generated_tokens, ended is not None
+            self._search.close(generated, self._cached_prompt_tokens, complete=complete)
 
     async def _replay(self, emit: Emit) -> Ended | None:
         """Brings the text up to the tokens generated before this call; they may already be the end."""
         resumed = self._request.resumed_token_ids
         if self._text is not None and resumed:
-            self._text.push(resumed)
+            text = self._text.push(resumed).text
+            self._flushed_characters = max(0, self._request.received_characters - len(text))
             if self._text.stopped:
                 return self._ended(inference_pb2.FINISH_REASON_STOP)
         return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH) if self._journal.full else None
 
     async def _attempt(self, emit: Emit, deadline_s: float | None) -> Ended | None:
         """One try on one endpoint; None when another one has to follow."""
-        session = await self._search.endpoint()
+        session = await self._search.endpoint(deadline_s)
         attempt = self._journal.begin_attempt()
         incarnation = session.endpoint.incarnation
         try:
@@ -156,7 +163,8 @@ class RequestRun:
             cache_salt=request.cache_salt,
         )
         tokens = len(request.prompt_token_ids) + len(self._journal.generated)
-        entry = session.submit(submit, tokens, updates_max=self._journal.room() + UPDATES_SLACK)
+        cached = min(self._search.cached_tokens, tokens)
+        entry = session.submit(submit, tokens, self._journal.room() + UPDATES_SLACK, cached)
         if attempt == 1:
             metrics, waited_s = self._around.metrics, self._around.clock.now() - self._timing.arrived_s
             metrics.queue_seconds.labels(model=request.model).observe(waited_s)
@@ -164,36 +172,36 @@ class RequestRun:
         return entry
 
     async def _follow(self, emit: Emit, stream: SequenceStream, incarnation: Incarnation) -> Ended | None:
-        """Journals and emits whatever the engine says, until it says that it is over."""
-        while True:
-            for update in await stream.receive():
-                if not self._journal.accepts(update.attempt):
-                    continue
-                if update.cached_prompt_tokens:
-                    self._cached_prompt_tokens = max(self._cached_prompt_tokens, update.cached_prompt_tokens)
-                if update.token_ids:
-                    await self._take(emit, update)
-                    if self._text is not None and self._text.stopped:
-                        return self._ended(inference_pb2.FINISH_REASON_STOP)
-                end = convert.end_from_message(update.end)
-                if end is not None:
-                    return await self._close(emit, end, update.detail, incarnation)
+        """Journals and emits whatever the engine says, until it says that it is over.
 
-    async def _take(self, emit: Emit, update: engine_pb2.SequenceUpdate) -> None:
-        token_ids: Sequence[int] = update.token_ids
-        room = self._journal.room()
-        if len(token_ids) > room:
-            token_ids = token_ids[:room]
+        What has come while ``emit`` waited for a slow client goes out together: fewer and larger messages.
+        """
+        while True:
+            news = await stream.receive()
+            if news.cached_prompt_tokens:
+                self._cached_prompt_tokens = max(self._cached_prompt_tokens, news.cached_prompt_tokens)
+            for first in range(0, len(news.token_ids), TOKENS_TOGETHER_MAX):
+                await self._take(emit, news, first)
+                if self._text is not None and self._text.stopped:
+                    return self._ended(inference_pb2.FINISH_REASON_STOP)
+            end = convert.end_from_message(news.end) if news.end else None
+            if end is not None:
+                return await self._close(emit, end, news.detail, incarnation)
+
+    async def _take(self, emit: Emit, news: News, first: int) -> None:
+        """The tokens of ``news`` from index ``first`` on, as many as go together."""
+        room = min(self._journal.room(), TOKENS_TOGETHER_MAX)
+        token_ids = news.token_ids[first : first + room]
         text = ""
         if self._text is not None:
-            emission = self._text.push(token_ids)
-            text = emission.text
-            if emission.kept < len(token_ids):
-                token_ids = token_ids[: emission.kept]
+            text, kept = self._text.push(token_ids)
+            if kept < len(token_ids):
+                token_ids = token_ids[:kept]
         self._journal.append(token_ids)
         self._search.made_progress()
         self._observe_tokens(len(token_ids))
-        await emit(Progress(text, token_ids, update.logprobs[: len(token_ids)]))
+        logprobs = news.logprobs[first : first + len(token_ids)] if news.logprobs else ()
+        await emit(Progress(text, token_ids, logprobs))
 
     def _observe_tokens(self, count: int) -> None:
         now_s, last_s = self._around.clock.now(), self._timing.last_token_s
@@ -217,7 +225,7 @@ class RequestRun:
             self._search.refused_draining(incarnation)
             return None
         if end is SequenceEnd.REJECTED_CAPACITY:
-            self._search.refused_full(incarnation)
+            self._search.refused_full()
             return None
         if end is SequenceEnd.CANCELLED:
             raise SequenceLost(LossReason.DROPPED)
@@ -230,7 +238,7 @@ class RequestRun:
     async def _finish(self, emit: Emit, reason: inference_pb2.FinishReason) -> Ended:
         """Lets the held-back text out; a stop string found in it beats LENGTH."""
         if self._text is not None:
-            text = self._text.flush()
+            text = self._text.flush()[self._flushed_characters :]
             if self._text.stopped:
                 reason = inference_pb2.FINISH_REASON_STOP
             if text:

@@ -9,7 +9,7 @@ class Journal:
     """The tokens of one request, each once, however often they were replayed.
 
     ``resumed`` tokens came with the request (they count towards ``max_tokens``, not as this call's);
-    ``attempt`` numbers the tries from 1, and only the current one may append.
+    ``attempt`` numbers the tries from 1; only what the current one's stream lets through is appended.
     """
 
     __slots__ = ("_generated", "_max_tokens", "_resumed", "attempt")
@@ -21,12 +21,9 @@ class Journal:
         self.attempt = 0
 
     def begin_attempt(self) -> int:
-        """A new try: whatever an older one still says is ignored from here on."""
+        """The number of a new try."""
         self.attempt += 1
         return self.attempt
-
-    def accepts(self, attempt: int) -> bool:
-        return attempt == self.attempt
 
     def room(self) -> int:
         """Tokens that may still come."""

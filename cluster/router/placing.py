@@ -2,120 +2,176 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 
 from cluster.domain.errors import EngineFailed, RejectReason, RequestRejected
 from cluster.domain.ids import Incarnation
+from cluster.router.admission_desk import Ticket
+from cluster.router.interruption import Interruption
 from cluster.router.policy.contracts import Demand
+from cluster.router.policy.prompt_blocks import PromptBlocks
+from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
 from cluster.router.session import EngineSession
-from cluster.router.surroundings import Interruption, Surroundings
+from cluster.router.surroundings import Surroundings
 from cluster.router.validation import ValidRequest
+from cluster.router.waiting_rank import Entry
 
-REFUSALS_MAX = 1  # further endpoints that a new request tries after one is full
-FULL_PAUSE_S = 0.1  # a started request that finds every endpoint full looks again after this
+# A request that kills whatever it meets must not take the fleet down: so many replicas in a row may break under it
+# before they gave it a token.
+FRUITLESS_MAX = 2
+SENT_BACK_MAX = 8  # how often endpoints that seemed to have room may have none for one new request
 
 
 class EndpointSearch:
     """Finds the endpoint of each attempt of one request.
 
-    A new request takes one now or is rejected. A request that has lost its replica waits, exempt from bounds, for
-    ``failover_wait_s`` at most, which begins anew with every token (``made_progress``). ``losses`` counts the replicas
-    that broke under it.
+    A new request waits its turn at the admission desk, if it may. A request that has lost its replica waits before all
+    others, exempt from bounds, for ``failover_wait_s`` at most, which begins anew with every token
+    (``made_progress``). ``losses`` counts the replicas that broke under it. ``cached_tokens``: of the prompt, that the
+    last endpoint found is thought to have cached.
     """
 
     def __init__(
-        self, request: ValidRequest, checkpoint_digest: str, around: Surroundings, interruption: Interruption
+        self,
+        request: ValidRequest,
+        checkpoint_digest: str,
+        around: Surroundings,
+        interruption: Interruption,
+        arrived_s: float | None = None,
     ) -> None:
         self._request, self._digest, self._around = request, checkpoint_digest, around
         self._interruption = interruption
+        self._blocks = PromptBlocks(request.prompt_token_ids, request.cache_salt)
         self._failed: set[Incarnation] = set()
-        self._full: set[Incarnation] = set()
         self._draining: set[Incarnation] = set()
+        self._ticket: Ticket | None = None
+        self._arrived_s = around.clock.now() if arrived_s is None else arrived_s
+        self._session: EngineSession | None = None
+        self._sent_s: float | None = None
+        self._sent_back = 0
         self._wait_until_s: float | None = None
+        self._fruitless = 0  # replicas in a row that broke before they gave it a token
+        self._fruitful = False  # the one it is on has given it some
         self.losses = 0
+        self.cached_tokens = 0
 
     def made_progress(self) -> None:
+        if self._sent_s is not None and self._ticket is not None:
+            self._around.desk.first_token_after(self._ticket, self._around.clock.now() - self._sent_s)
+            self._sent_s = None
         self._wait_until_s = None
+        self._fruitless, self._fruitful = 0, True
 
-    def refused_full(self, incarnation: Incarnation) -> None:
-        self._full.add(incarnation)
+    def refused_full(self) -> None:
+        """The endpoint had no room after all."""
+        assert self._session is not None, "nobody was asked"
+        self._session.load.refused()
+        self._sent_back += 1
 
     def refused_draining(self, incarnation: Incarnation) -> None:
         self._draining.add(incarnation)
 
     def lost(self, incarnation: Incarnation, reason: LossReason) -> None:
-        """EngineFailed when more replicas broke under the request than ``max_failovers`` allows."""
+        """EngineFailed when the request may not be tried again: see ``RetryRefused``."""
         self._failed.add(incarnation)
         self.losses += 1
+        if not self._fruitful and reason is not LossReason.REMOVED:
+            self._fruitless += 1
+        self._fruitful = False
         self._around.metrics.failovers.labels(reason=reason.value).inc()
         allowed = self._around.config.max_failovers
         if self.losses > allowed:
-            raise EngineFailed(
-                f"{self.losses} replicas broke under this request, more than max_failovers {allowed}; "
-                "send it again with the tokens received so far.",
-                retryable=True,
+            raise self._gives_up(
+                RetryRefused.FAILOVERS,
+                f"{self.losses} replicas broke under this request, more than max_failovers {allowed}",
             )
+        if self._fruitless > FRUITLESS_MAX:
+            raise self._gives_up(
+                RetryRefused.FRUITLESS,
+                f"{self._fruitless} replicas in a row broke under this request before they gave it a token",
+            )
+        wait_s = self._around.fleet.health.retry(incarnation)
+        if wait_s is not None:
+            fault = "The replica broke, and so many did of late that the budget of retries is used up"
+            raise self._gives_up(RetryRefused.BUDGET, fault, wait_s)
 
-    async def endpoint(self) -> EngineSession:
-        """An endpoint for the next attempt; RequestRejected, or EngineFailed for a request that had one."""
+    def _gives_up(self, why: RetryRefused, fault: str, retry_after_s: float | None = None) -> EngineFailed:
+        self._around.metrics.retries_refused.labels(reason=why.value).inc()
+        message = f"{fault}; send it again with the tokens received so far."
+        return EngineFailed(message, retryable=True, retry_after_s=retry_after_s)
+
+    async def endpoint(self, deadline_s: float | None = None) -> EngineSession:
+        """The endpoint of the next attempt, which is to be submitted before anything else is awaited.
+
+        ``deadline_s``: seconds until the client's deadline. RequestRejected or RequestEvicted for a new request,
+        EngineFailed for one that had an endpoint.
+        """
         self._interruption.check()
-        picked = self._pick()
-        if picked is not None:
-            return picked
-        if not self.losses:
+        now_s = self._around.clock.now()
+        ticket = self._ticket
+        if ticket is None:
+            ticket = self._ticket = self._new_ticket(now_s, deadline_s)
+        elif self.losses:
+            if self._wait_until_s is None:
+                self._wait_until_s = now_s + self._around.config.failover_wait_s
+            ticket.entry.exempt, ticket.entry.due_s = True, self._wait_until_s
+        elif self._sent_back > SENT_BACK_MAX:
             raise self._rejection()
-        gauge = self._around.metrics.queued_requests.labels(model=self._request.model)
-        loop = asyncio.get_running_loop()
-        if self._wait_until_s is None:
-            self._wait_until_s = loop.time() + self._around.config.failover_wait_s
-        with gauge.track_inprogress():
-            while (left_s := self._wait_until_s - loop.time()) > 0:
-                await self._pause(min(left_s, FULL_PAUSE_S) if self._full else left_s)
-                self._interruption.check()
-                self._full.clear()
-                picked = self._pick()
-                if picked is not None:
-                    return picked
-        raise EngineFailed(
-            f"The replica broke and no other was ready within failover_wait_s "
-            f"({self._around.config.failover_wait_s:g} s); send the request again with the tokens received so far.",
-            retryable=True,
-        )
-
-    def _pick(self) -> EngineSession | None:
-        if len(self._full) > REFUSALS_MAX and not self.losses:
-            return None
-        demand = Demand(
-            model=self._request.model,
-            checkpoint_digest=self._digest,
-            refused=frozenset(self._full | self._draining),
-            failed=frozenset(self._failed),
-        )
-        found = self._around.fleet.choose(demand)
+        found = await self._around.desk.place(ticket, self._interruption)
+        self._interruption.check()
         if found is None:
-            return None
+            raise self._rejection()
         session, choice = found
         replica = str(session.endpoint.incarnation.replica)
         self._around.metrics.endpoint_picks.labels(replica=replica, scorer=choice.scorer).inc()
         self._digest = session.endpoint.checkpoint_digest
+        self.cached_tokens = choice.candidate.cached_tokens
+        self._session = session
+        if not self.losses:
+            self._sent_s = self._around.clock.now()
         return session
+
+    def close(self, generated: int, cached_prompt_tokens: int, *, complete: bool) -> None:
+        """The request is over, by itself (``complete``) or otherwise, after so many tokens of its own."""
+        if self._ticket is not None:
+            computed = max(0, len(self._request.prompt_token_ids) - cached_prompt_tokens)
+            self._around.desk.close(self._ticket, computed, generated, complete=complete)
+        if complete and self._session is not None and not self.losses:
+            metrics, model = self._around.metrics, self._request.model
+            metrics.expected_cached_tokens.labels(model=model).inc(self.cached_tokens)
+            metrics.cached_tokens.labels(model=model).inc(cached_prompt_tokens)
+
+    def _new_ticket(self, now_s: float, deadline_s: float | None) -> Ticket:
+        request = self._request
+        prompt_tokens = len(request.prompt_token_ids) + len(request.resumed_token_ids)
+        entry = Entry(
+            tenant=request.tenant,
+            priority=request.priority,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max(0, request.sampling.max_tokens - len(request.resumed_token_ids)),
+            arrived_s=self._arrived_s,
+            deadline_s=math.inf if deadline_s is None else now_s + deadline_s,
+        )
+        return Ticket(request.model, entry, self._demand, prompt_tokens)
+
+    def _demand(self, needs_room: bool) -> Demand:  # noqa: FBT001 - what the desk asks with
+        return Demand(
+            model=self._request.model,
+            checkpoint_digest=self._digest,
+            refused=frozenset(self._draining),
+            failed=frozenset(self._failed),
+            needs_room=needs_room,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            blocks=self._blocks,
+            session_key=self._request.session_key,
+        )
 
     def _rejection(self) -> RequestRejected:
         model = self._request.model
-        if self._full:
+        if self._sent_back:
             message = f"Model {model} has no room for another request; try again in a moment."
             return RequestRejected(RejectReason.QUEUE_FULL, message)
         message = f"No replica of model {model} takes new requests; try again in a moment."
         reason = RejectReason.DRAINING if self._draining else RejectReason.NO_ENDPOINT
         return RequestRejected(reason, message)
-
-    async def _pause(self, limit_s: float) -> None:
-        """Until an endpoint changes, the request is interrupted, or ``limit_s`` have passed."""
-        change = self._around.fleet.change()
-        interrupted = asyncio.ensure_future(self._interruption.wait())
-        try:
-            await asyncio.wait((change, interrupted), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            change.cancel()
-            interrupted.cancel()

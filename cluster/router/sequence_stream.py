@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 
-from cluster.v1 import engine_pb2
+from cluster.v1 import engine_pb2, inference_pb2
 
 
 class LossReason(enum.StrEnum):
@@ -27,31 +27,61 @@ class SequenceLost(Exception):  # noqa: N818 - an event of the router's inside, 
         self.reason = reason
 
 
-class SequenceStream:
-    """Updates in order, without anybody waiting for a slow client.
+class News:
+    """What an engine has said about one sequence since somebody last asked, as if it had said it at once.
 
-    Bounded by ``updates_max``, which is one more than the tokens the request may still get: an engine that
-    sends more breaks its contract. What was delivered before a failure is handed out before it is raised.
+    Tokens in plain lists, since a message would keep its whole step in memory. ``end`` is UNSPECIFIED while it goes on.
     """
 
-    __slots__ = ("_failure", "_updates", "_updates_max", "_waiter", "ended")
+    __slots__ = ("cached_prompt_tokens", "detail", "end", "logprobs", "token_ids")
 
-    def __init__(self, updates_max: int) -> None:
-        self._updates: list[engine_pb2.SequenceUpdate] = []
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[inference_pb2.TokenLogprobs] = []
+        self.end: engine_pb2.SequenceEnd = engine_pb2.SEQUENCE_END_UNSPECIFIED
+        self.detail = ""
+        self.cached_prompt_tokens = 0
+
+
+class SequenceStream:
+    """News of one attempt in order, without anybody waiting for a slow client, whose news grow together meanwhile.
+
+    Bounded by ``updates_max`` updates that nobody has taken, which is more than the request may still get: an engine
+    that sends more breaks its contract. What was delivered before a failure is handed out before it is raised. Updates
+    of another attempt, and whatever comes after the end, are ignored.
+    """
+
+    __slots__ = ("_attempt", "_failure", "_news", "_untaken", "_updates_max", "_waiter", "ended")
+
+    def __init__(self, updates_max: int, attempt: int) -> None:
+        self._attempt = attempt
         self._updates_max = updates_max
+        self._news: News | None = None
+        self._untaken = 0
         self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
         self.ended = False  # the engine has said its last word
 
     def deliver(self, update: engine_pb2.SequenceUpdate) -> None:
-        if update.end:
+        over, end = self.ended, update.end
+        if end:
             self.ended = True
-        if self._failure is not None:
+        if over or self._failure is not None or update.attempt != self._attempt:
             return  # after an update that was refused, the next one would leave a gap
-        if len(self._updates) >= self._updates_max:
+        self._untaken += 1
+        if self._untaken > self._updates_max:
             self.fail(SequenceLost(LossReason.OVERFLOW))
             return
-        self._updates.append(update)
+        news = self._news
+        if news is None:
+            news = self._news = News()
+        news.token_ids.extend(update.token_ids)
+        if update.logprobs:
+            news.logprobs.extend(update.logprobs)
+        if update.cached_prompt_tokens:
+            news.cached_prompt_tokens = max(news.cached_prompt_tokens, update.cached_prompt_tokens)
+        if end:
+            news.end, news.detail = end, update.detail
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -60,9 +90,9 @@ class SequenceStream:
             self._failure = error
             self._wake()
 
-    async def receive(self) -> list[engine_pb2.SequenceUpdate]:
+    async def receive(self) -> News:
         """Everything delivered since the last call, at least one update; or raises what ``fail`` was told."""
-        while not self._updates:
+        while self._news is None:
             if self._failure is not None:
                 raise self._failure
             self._waiter = asyncio.get_running_loop().create_future()
@@ -70,8 +100,8 @@ class SequenceStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        updates, self._updates = self._updates, []
-        return updates
+        news, self._news, self._untaken = self._news, None, 0
+        return news
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

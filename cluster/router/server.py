@@ -23,17 +23,22 @@ from cluster.domain.errors import (
 )
 from cluster.domain.request import Outcome
 from cluster.router import validation
+from cluster.router.client_writer import ClientStalled, ClientWriter
 from cluster.router.fleet import Fleet
 from cluster.router.forwarding import Ended, Progress, RequestRun
+from cluster.router.route_explanation import route_explanation
 from cluster.router.session import ServedModel
 from cluster.router.surroundings import Surroundings
 from cluster.router.text import TextStream
 from cluster.router.tokenization import TokenizerCache
+from cluster.router.validation import ValidRequest
 from cluster.telemetry.logs import Logger
-from cluster.v1 import inference_pb2, inference_pb2_grpc
+from cluster.v1 import inference_pb2, inference_pb2_grpc, routing_pb2
 from cluster.wire.status import to_rpc_status, wire_status
 
 REQUEST_ID_KEY = "x-request-id"
+TENANT_KEY = "x-tenant"  # who is served, for fairness; set by whoever knows its clients
+SESSION_KEY = "x-session-id"  # the conversation, for policies that keep one together
 UNKNOWN_MODEL = "unknown"  # the label of requests that name no served model: labels are a closed set
 CUT_OFF_S = 0.1  # a status that a stalled client's transport does not take by then is not sent
 # Our own deadline comes a moment before the transport's, so that its status carries a reason.
@@ -55,9 +60,12 @@ class _Call:
     arrived_s: float
     deadline_s: float | None
     model: str
+    tenant: str = ""
+    session_key: str = ""
     counted: bool = True
     run: RequestRun | None = None
     answered: bool = False  # its End is on the way: whoever hangs up now has got everything
+    writer: ClientWriter | None = None
     stalled: bool = False  # its client takes no messages, perhaps no status either
     leave: Callable[[], object] = lambda: None  # takes it off the running ones
 
@@ -75,6 +83,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         self._calls: set[int] = set()
         self._runs: set[RequestRun] = set()
         self._draining = False
+        self._drained = False  # the time to finish is over
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -89,16 +98,18 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         async with self._inside(call, context):
             await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
 
+            writer = call.writer = ClientWriter(context.write, self._around.config.client_stall_s)
+
             async def emit(progress: Progress) -> None:
-                chunk = _chunk(progress, with_ids=with_ids)
-                if chunk is not None:
-                    await self._write(inference_pb2.GenerateResponse(chunk=chunk), call, context)
+                response = _response(progress, with_ids=with_ids)
+                if response is not None:
+                    await writer.write(response)
 
             run, with_ids = await self._prepare(request, call)
             ended = await self._run(run, emit, call)
             end = inference_pb2.End(finish_reason=ended.finish_reason, usage=ended.usage)
             call.answered = True
-            await self._write(inference_pb2.GenerateResponse(end=end), call, context)
+            await writer.write(inference_pb2.GenerateResponse(end=end))
 
     async def Complete(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -137,10 +148,22 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             answer.ids.extend(await self._tokenize(request))
         return answer
 
+    async def explain_route(
+        self, request: inference_pb2.GenerateRequest, context: _Context
+    ) -> routing_pb2.RouteExplanation:
+        """Where the request would go if it came now; nothing is sent or counted."""
+        explanation = routing_pb2.RouteExplanation()
+        call = self._call(request.model, request.request_id, context, counted=False)
+        async with self._inside(call, context):
+            valid, served = await self._valid(request, call)
+            explanation.CopyFrom(route_explanation(self._around.fleet, valid, served.card.checkpoint_digest))
+        return explanation
+
     async def drain(self, deadline_s: float) -> None:
         self._draining = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), deadline_s)
+        self._drained = True
         for run in tuple(self._runs):
             run.interrupt(_draining())
         with suppress(TimeoutError):
@@ -150,7 +173,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         remaining_s: float | None = context.time_remaining()
         deadline_s = None if remaining_s is None else deadline_within(remaining_s)
         label = self._around.fleet.resolve(model) or UNKNOWN_MODEL
-        return _Call(request_id or uuid.uuid4().hex, self._around.clock.now(), deadline_s, label, counted)
+        tenant, session_key = _caller(context)
+        request_id = request_id or uuid.uuid4().hex
+        return _Call(request_id, self._around.clock.now(), deadline_s, label, tenant, session_key, counted)
 
     @asynccontextmanager
     async def _inside(self, call: _Call, context: _Context) -> AsyncIterator[None]:
@@ -159,6 +184,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         outcome = Outcome.FAILED_INTERNAL
         try:
             validation.check_request_id(call.request_id)
+            validation.check_caller(call.tenant, call.session_key)
             self._admit(call)
             yield
             outcome = Outcome.COMPLETED
@@ -168,6 +194,10 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         except ClusterError as error:
             outcome = wire_status(error).outcome
             await self._abort(error, call, context)
+        except ClientStalled:
+            outcome = Outcome.ABORTED_CLIENT
+            call.stalled = True
+            await self._abort(_stalled(self._around.config.client_stall_s), call, context)
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
             outcome = _outcome_of_cancellation(call, clock.now())  # the client left while we wrote
             raise asyncio.CancelledError from None
@@ -179,23 +209,16 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             if call.counted:
                 self._count(call, outcome)
 
+    def count_undecodable(self) -> None:
+        """A Generate or Complete ended because what came was no request."""
+        self._around.metrics.requests.labels(model=UNKNOWN_MODEL, outcome=Outcome.REJECTED_INVALID.value).inc()
+
     def _count(self, call: _Call, outcome: Outcome) -> None:
         metrics = self._around.metrics
         metrics.requests.labels(model=call.model, outcome=outcome.value).inc()
         metrics.request_duration.labels(model=call.model).observe(self._around.clock.now() - call.arrived_s)
         if outcome is Outcome.COMPLETED and call.run is not None and call.run.good:
             metrics.goodput_requests.labels(model=call.model).inc()
-
-    async def _write(self, message: inference_pb2.GenerateResponse, call: _Call, context: _Context) -> None:
-        """Hands ``message`` to the transport, which takes it when the client has read enough of the others."""
-        stall_s = self._around.config.client_stall_s
-        try:
-            async with asyncio.timeout(stall_s):
-                await context.write(message)
-        except TimeoutError:
-            call.stalled = True
-            fault = f"The client has read nothing for client_stall_s ({stall_s:g} s); read the stream as it comes."
-            raise RequestAborted(AbortReason.CLIENT, fault) from None
 
     async def _abort(self, error: Exception, call: _Call, context: _Context) -> None:
         """Ends the call with the status of ``error``; always raises."""
@@ -219,6 +242,8 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
 
     def _dismiss(self, call: _Call) -> None:
         self._calls.discard(id(call))
+        if call.writer is not None:
+            call.writer.close()
         if call.run is not None:
             self._runs.discard(call.run)
         call.leave()
@@ -226,20 +251,29 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             self._idle.set()
 
     async def _prepare(self, request: inference_pb2.GenerateRequest, call: _Call) -> tuple[RequestRun, bool]:
-        """The request validated and tokenized; and whether its answer carries token ids."""
-        served = self._around.fleet.served(request.model)
+        """A run of the request; and whether its answer carries token ids."""
+        valid, served = await self._valid(request, call)
         card, tokenizer = served.card, served.tokenizer
-        call.model = card.name
-        sampling = validation.check_fields(request, card, has_tokenizer=tokenizer is not None)
-        prompt = await self._prompt_ids(request, served)
-        valid = validation.resolve(request, call.request_id, sampling, card, prompt)
         text = TextStream(tokenizer.vocabulary, valid.stops, valid.sampling.min_tokens) if tokenizer else None
         call.run = RequestRun(valid, text, card.checkpoint_digest, self._around, call.arrived_s)
         self._runs.add(call.run)
+        if self._drained:
+            call.run.interrupt(_draining())
         running = self._around.metrics.running.labels(model=call.model)
         running.inc()
         call.leave = running.dec
         return call.run, request.return_token_ids or tokenizer is None
+
+    async def _valid(self, request: inference_pb2.GenerateRequest, call: _Call) -> tuple[ValidRequest, ServedModel]:
+        """The request checked and tokenized, and what serves it."""
+        served = self._around.fleet.served(request.model)
+        call.model = served.card.name
+        sampling = validation.check_fields(request, served.card, has_tokenizer=served.tokenizer is not None)
+        prompt = await self._prompt_ids(request, served)
+        valid = validation.resolve(
+            request, call.request_id, sampling, served.card, prompt, tenant=call.tenant, session_key=call.session_key
+        )
+        return valid, served
 
     async def _run(self, run: RequestRun, emit: Callable[[Progress], Awaitable[None]], call: _Call) -> Ended:
         if call.deadline_s is None:
@@ -280,12 +314,30 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         return await self._encode(served, await self._render(served, request.chat), add_special_tokens=False)
 
 
-def _chunk(progress: Progress, *, with_ids: bool) -> inference_pb2.Chunk | None:
+def _caller(context: _Context) -> tuple[str, str]:
+    """The tenant and the conversation that the call's metadata name, "" where they name none."""
+    tenant = session_key = ""
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_KEY:
+            tenant = str(value)
+        elif key == SESSION_KEY:
+            session_key = str(value)
+    return tenant, session_key
+
+
+def _response(progress: Progress, *, with_ids: bool) -> inference_pb2.GenerateResponse | None:
     """What a client gets to see of some progress; None when that is nothing."""
-    ids = progress.token_ids if with_ids else ()
-    if not (progress.text or ids or progress.logprobs):
+    text, token_ids, logprobs = progress
+    if not (text or logprobs or (with_ids and token_ids)):
         return None
-    return inference_pb2.Chunk(text=progress.text, token_ids=ids, logprobs=progress.logprobs)
+    response = inference_pb2.GenerateResponse()
+    chunk = response.chunk  # filled in place: a third of the cost of a message that is copied into another
+    chunk.text = text
+    if with_ids:
+        chunk.token_ids.extend(token_ids)
+    if logprobs:
+        chunk.logprobs.extend(logprobs)
+    return response
 
 
 def _model(fleet: Fleet, name: str) -> inference_pb2.Model:
@@ -301,6 +353,11 @@ def _model(fleet: Fleet, name: str) -> inference_pb2.Model:
 def _draining() -> RequestRejected:
     message = "This router is shutting down; send the request, with the tokens received so far, to another one."
     return RequestRejected(RejectReason.DRAINING, message)
+
+
+def _stalled(stall_s: float) -> RequestAborted:
+    message = f"The client has read nothing for client_stall_s ({stall_s:g} s); read the stream as it comes."
+    return RequestAborted(AbortReason.CLIENT, message)
 
 
 def deadline_within(remaining_s: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import grpc
@@ -18,6 +18,8 @@ from cluster.domain.endpoint import Endpoint
 from cluster.domain.errors import CheckpointError
 from cluster.router.cancellation import being_cancelled
 from cluster.router.endpoint_table import Candidate, LiveLoad
+from cluster.router.fleet_health import FleetHealth
+from cluster.router.prefix_index import MAX_BLOCKS, PrefixIndex
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
 from cluster.router.tokenization import Tokenizer, TokenizerCache
 from cluster.telemetry.logs import Logger
@@ -45,6 +47,9 @@ class SessionSettings:
     engine_silence_s: float
     engine_step_deadline_s: float
     tokenizers: TokenizerCache
+    health: FleetHealth = field(default_factory=FleetHealth)
+    max_index_blocks: int = MAX_BLOCKS
+    index_changed: Callable[[str, PrefixIndex], None] = lambda _model, _index: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +63,19 @@ class ServedModel:
 class EngineSession:
     """The router's side of Engine.Session for one endpoint.
 
-    ``on_change`` is called whenever ``up`` changed. ``submit`` and ``release`` never wait: they are gathered
-    and leave once per turn of the event loop, in one Commands message unless they are large.
+    ``on_change`` is called whenever ``up`` changed, ``on_load`` whenever ``load`` may have become less. ``submit`` and
+    ``release`` never wait: they are gathered and leave once per turn of the event loop, in one Commands message unless
+    they are large. Which blocks the endpoint holds goes to ``index``, if there is one.
     """
 
     def __init__(
-        self, endpoint: Endpoint, settings: SessionSettings, on_change: Callable[[], None], log: Logger
+        self,
+        endpoint: Endpoint,
+        settings: SessionSettings,
+        on_change: Callable[[], None],
+        log: Logger,
+        index: PrefixIndex | None = None,
+        on_load: Callable[[EngineSession], None] = lambda _: None,
     ) -> None:
         self.endpoint = endpoint
         self.up = False
@@ -71,11 +83,15 @@ class EngineSession:
         self.served: ServedModel | None = None
         self._settings = settings
         self._on_change = on_change
+        self._on_load = on_load
+        self._pulse = settings.health.pulse(endpoint.incarnation)
         self._log = log.bind(replica=str(endpoint.incarnation), address=endpoint.address)
         self._sequences: dict[int, tuple[SequenceStream, int]] = {}
         self._next_id = 1
         self._submits: dict[int, engine_pb2.Submit] = {}
         self._cancels: list[int] = []
+        self._index = index
+        self._resync_due = False
         self._outgoing = asyncio.Event()
         self._heard = False
         self._stuck = False  # its step ran too long: it is down until it says that it works again
@@ -89,18 +105,24 @@ class EngineSession:
     def open_sequences(self) -> int:
         return len(self._sequences)
 
-    def submit(self, submit: engine_pb2.Submit, tokens: int, updates_max: int) -> tuple[int, SequenceStream]:
-        """Sends ``submit`` under an id of its own. SequenceLost when the session is down or its outbox full."""
+    def submit(
+        self, submit: engine_pb2.Submit, tokens: int, updates_max: int, cached_tokens: int = 0
+    ) -> tuple[int, SequenceStream]:
+        """Sends ``submit`` under an id of its own. SequenceLost when the session is down or its outbox full.
+
+        Of its ``tokens``, ``cached_tokens`` are thought to be cached there.
+        """
         if not self.up:
             raise SequenceLost(LossReason.BROKEN)
         if len(self._submits) >= OUTBOX_MAX:
             raise SequenceLost(LossReason.OVERFLOW)
         sequence_id, self._next_id = self._next_id, self._next_id + 1
         submit.sequence_id = sequence_id
-        stream = SequenceStream(updates_max)
+        stream = SequenceStream(updates_max, submit.attempt)
         self._sequences[sequence_id] = stream, tokens
         self._submits[sequence_id] = submit
-        self.load.sent(tokens)
+        self.load.sent(tokens, cached_tokens)
+        self._pulse.submitted(submit.attempt)
         self._outgoing.set()
         return sequence_id, stream
 
@@ -111,14 +133,22 @@ class EngineSession:
             return
         stream, tokens = entry
         self.load.ended(tokens)
+        self._on_load(self)
         unsent = self._submits.pop(sequence_id, None)
         if self.up and unsent is None and not stream.ended:
             self._cancels.append(sequence_id)
             self._outgoing.set()
 
+    def forget_blocks(self) -> None:
+        """The endpoint leaves the table: what it holds interests nobody any more, nor what it may still say."""
+        index, self._index = self._index, None
+        if index is not None:
+            index.forget(self.endpoint.incarnation)
+
     async def close(self, reason: LossReason = LossReason.REMOVED) -> None:
         """Ends the session; its sequences are lost for ``reason``."""
         self.up = False
+        self._pulse.closed(len(self._sequences))
         self._fail_sequences(reason)
         self._task.cancel()
         await asyncio.wait([self._task])
@@ -147,13 +177,20 @@ class EngineSession:
         tasks: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(self._settings.engine_silence_s):
+                if self._index is not None:
+                    self._index.interrupted(self.endpoint.incarnation)
+                pause_s = self._index.pause_s if self._index is not None else 0.0
                 hello = engine_pb2.Hello(
-                    router_id=self._settings.router_id, expected=convert.identity_of(self.endpoint)
+                    router_id=self._settings.router_id,
+                    expected=convert.identity_of(self.endpoint),
+                    block_events=self._index is not None,
+                    block_events_pause_s=pause_s,
                 )
                 await call.write(engine_pb2.SessionRequest(hello=hello))
                 self._check_welcome(await call.read())
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 self.served = await self._describe(stub)
+                self.load.max_num_seqs = self.served.card.max_num_seqs
             silent = asyncio.Event()
             spawn = asyncio.get_running_loop().create_task
             tasks = [spawn(self._watch_silence(call, silent)), spawn(self._write(call))]
@@ -192,10 +229,23 @@ class EngineSession:
                     entry[0].deliver(update)
             if message.step.HasField("load"):
                 self.load.reported(convert.load_from_message(message.step.load))
+                self._on_load(self)
+            self._pulse.stepped(message.step.step, self.load.snapshot.running_sequences)
         elif kind == "beat":
             if message.beat.HasField("load"):
                 self.load.reported(convert.load_from_message(message.beat.load))
+                self._on_load(self)
+            self._pulse.beat(message.beat.step_age_s)
             self._judge(message.beat.step_age_s)
+        elif kind == "blocks" and self._index is not None:
+            self._hear_blocks(self._index, message.blocks)
+
+    def _hear_blocks(self, index: PrefixIndex, events: engine_pb2.BlockEvents) -> None:
+        if not index.apply(self.endpoint.incarnation, events):
+            self._log.warning("block_events_missed", sequence_number=events.sequence_number)
+            self._resync_due = True
+            self._outgoing.set()
+        self._settings.index_changed(self.endpoint.model, index)
 
     def _judge(self, step_age_s: float) -> None:
         if step_age_s <= self._settings.engine_step_deadline_s:
@@ -217,6 +267,9 @@ class EngineSession:
             try:
                 for commands in batches(submits.values(), cancels):
                     await call.write(engine_pb2.SessionRequest(commands=commands))
+                if self._resync_due:
+                    self._resync_due = False
+                    await call.write(engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks()))
             except (grpc.RpcError, asyncio.InvalidStateError):
                 return  # the reader sees the same end and says so
 
@@ -245,12 +298,13 @@ class EngineSession:
         return ServedModel(answer.card, known)
 
     async def _watch_silence(self, call: _Call, silent: asyncio.Event) -> None:
-        """Cancels the call after ``engine_silence_s`` without a message.
+        """Cancels the call at most ``engine_silence_s`` after the last message, and not much earlier.
 
         Time is counted in short waits, each for its nominal length: while this process itself stands still,
-        silence proves nothing about the engine.
+        silence proves nothing about the engine. The last message may have come at the beginning of a wait that
+        counts as one with a message, so there is one wait more than those that count as missed.
         """
-        interval_s = self._settings.engine_silence_s / SILENCE_CHECKS
+        interval_s = self._settings.engine_silence_s / (SILENCE_CHECKS + 1)
         missed = 0
         while missed < SILENCE_CHECKS:
             self._heard = False
@@ -261,12 +315,15 @@ class EngineSession:
 
     def _came_up(self) -> None:
         self.up = True
+        self._pulse.came_up()
         self._log.info("session_up")
         self._on_change()
 
     def _went_down(self, reason: LossReason) -> None:
         was_up, self.up = self.up, False
-        self._submits, self._cancels = {}, []
+        self._submits, self._cancels, self._resync_due = {}, [], False
+        if was_up:
+            self._pulse.went_down(reason, len(self._sequences))
         self._fail_sequences(reason)
         if was_up:
             self._log.warning("session_down", reason=reason.value)

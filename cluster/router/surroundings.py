@@ -1,47 +1,26 @@
-"""What every request of a router shares, and how one is ended from outside."""
+"""What every request of a router shares."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock
+from cluster.router.admission_desk import AdmissionDesk
 from cluster.router.fleet import Fleet
 from cluster.telemetry.metrics import RouterMetrics
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every request of a router shares."""
+    """What every request of a router shares. ``desk`` follows from the others."""
 
     fleet: Fleet
     config: RouterConfig
     metrics: RouterMetrics
     clock: Clock
+    desk: AdmissionDesk = field(init=False)
 
-
-class Interruption:
-    """Why a request has to end, once somebody says so; the first reason counts."""
-
-    __slots__ = ("_event", "error")
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-        self._event = asyncio.Event()
-
-    def trip(self, error: Exception) -> bool:
-        """False when there was a reason already."""
-        if self.error is not None:
-            return False
-        self.error = error
-        self._event.set()
-        return True
-
-    def check(self) -> None:
-        """Raises the reason, if there is one."""
-        if self.error is not None:
-            raise self.error
-
-    async def wait(self) -> None:
-        await self._event.wait()
+    def __post_init__(self) -> None:
+        desk = AdmissionDesk(self.fleet, self.config, self.metrics, self.clock)
+        object.__setattr__(self, "desk", desk)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.router.detokenizer import Detokenizer, Vocabulary
 from cluster.router.stop_strings import StopFilter
 
 
-@dataclass(frozen=True, slots=True)
-class Emission:
+class Emission(NamedTuple):
     """What some tokens let out: ``kept`` of them count, the rest came after a stop."""
 
     text: str

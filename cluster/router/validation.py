@@ -21,6 +21,8 @@ STOP_CHARACTERS_MAX = 256
 STOP_TOKENS_MAX = 64
 LOGIT_BIAS_MAX = 1024
 LOGPROBS_MAX = 20
+TENANT_MAX = 64
+SESSION_KEY_MAX = 256
 CACHE_SALT_MAX = 256
 CHAT_MESSAGES_MAX = 4096
 
@@ -39,7 +41,10 @@ _RANGES = {
 class ValidRequest:
     """A request that can be run: every default resolved, every bound checked.
 
-    ``resumed_token_ids`` were generated before this call. ``max_tokens`` in ``sampling`` counts them.
+    ``session_key`` names the conversation it belongs to, for policies that keep one together.
+    ``tenant``: whom admission counts it for.
+    ``resumed_token_ids`` were generated before this call, and ``received_characters`` of text came with them.
+    ``max_tokens`` in ``sampling`` counts them.
     """
 
     request_id: str
@@ -51,11 +56,22 @@ class ValidRequest:
     priority: int
     return_token_ids: bool
     cache_salt: str = ""
+    received_characters: int = 0
+    session_key: str = ""
+    tenant: str = ""
 
 
 def check_request_id(request_id: str) -> None:
-    if len(request_id) > REQUEST_ID_MAX or not all(" " <= c <= "~" for c in request_id):
+    if len(request_id) > REQUEST_ID_MAX or not (request_id.isascii() and request_id.isprintable()):
         raise _invalid(f"request_id must be at most {REQUEST_ID_MAX} printable ASCII characters.")
+
+
+def check_caller(tenant: str, session_key: str) -> None:
+    """Of the call's metadata, which name them."""
+    if len(tenant) > TENANT_MAX or not tenant.isprintable():
+        raise _invalid(f"x-tenant must be at most {TENANT_MAX} printable characters.")
+    if len(session_key) > SESSION_KEY_MAX:
+        raise _invalid(f"x-session-id must be at most {SESSION_KEY_MAX} characters.")
 
 
 def check_fields(
@@ -78,8 +94,10 @@ def check_fields(
     if request.logprobs > LOGPROBS_MAX:
         raise _invalid(f"logprobs is {request.logprobs}; at most {LOGPROBS_MAX} are given per token.")
     _check_numbers(sampling, card.vocab_size)
-    _check_stops(sampling, card, has_tokenizer=has_tokenizer)
-    _check_logit_bias(sampling, card.vocab_size)
+    if sampling.stop or sampling.stop_token_ids:
+        _check_stops(sampling, card, has_tokenizer=has_tokenizer)
+    if sampling.logit_bias:
+        _check_logit_bias(sampling, card.vocab_size)
     return sampling
 
 
@@ -117,6 +135,9 @@ def resolve(
     sampling: inference_pb2.Sampling,
     card: engine_pb2.ModelCard,
     prompt_token_ids: Iterable[int],
+    *,
+    tenant: str = "",
+    session_key: str = "",
 ) -> ValidRequest:
     """Lengths checked and every default filled in; RequestRejected INVALID."""
     prompt = tuple(prompt_token_ids)
@@ -149,6 +170,9 @@ def resolve(
         priority=request.priority,
         return_token_ids=request.return_token_ids,
         cache_salt=request.cache_salt,
+        received_characters=request.received_characters,
+        session_key=session_key,
+        tenant=tenant,
     )
 
 

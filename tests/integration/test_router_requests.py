@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.domain.endpoint import Endpoint
+from cluster.router.placing import SENT_BACK_MAX
 from cluster.router.tokenization import Tokenizer
 from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire.status import from_rpc_error
@@ -460,7 +461,7 @@ class TestEnds:
         assert message
         assert (retry_s is not None) == (code in ("RESOURCE_EXHAUSTED", "UNAVAILABLE"))
         assert await cluster.outcomes() == {outcome: 1}
-        tried = {"QUEUE_FULL": 2, "DRAINING": 3}.get(reason, 1)
+        tried = {"QUEUE_FULL": 1 + SENT_BACK_MAX, "DRAINING": 3}.get(reason, 1)
         assert sum(len(e.submits) for e in cluster.engines) == tried
 
     async def test_one_full_engine_of_two_is_passed_by(self, start: StartCluster) -> None:

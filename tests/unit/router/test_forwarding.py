@@ -14,9 +14,11 @@ from cluster.domain.endpoint import Endpoint
 from cluster.domain.errors import AbortReason, EngineFailed, RequestAborted, RequestRejected
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.domain.request import SamplingParams
-from cluster.router.endpoint_table import Candidate
+from cluster.router.endpoint_table import Candidate, LiveLoad
 from cluster.router.fleet import Fleet
+from cluster.router.fleet_health import FleetHealth
 from cluster.router.forwarding import UPDATES_SLACK, Ended, Progress, RequestRun
+from cluster.router.placing import SENT_BACK_MAX
 from cluster.router.policy.contracts import Choice, Demand
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
 from cluster.router.surroundings import Surroundings
@@ -45,14 +47,17 @@ class Session:
     loss: LossReason | None = LossReason.BROKEN
     submits: list[engine_pb2.Submit] = field(default_factory=list)
     released: int = 0
+    load: LiveLoad = field(default_factory=lambda: LiveLoad(16))
 
     @property
     def endpoint(self) -> Endpoint:
         return Endpoint(Incarnation(ReplicaId("demo", self.slot), 1), "127.0.0.1:1", "sha256:a", 16)
 
-    def submit(self, submit: engine_pb2.Submit, _tokens: int, updates_max: int) -> tuple[int, SequenceStream]:
+    def submit(
+        self, submit: engine_pb2.Submit, _tokens: int, updates_max: int, _cached_tokens: int = 0
+    ) -> tuple[int, SequenceStream]:
         self.submits.append(submit)
-        stream = SequenceStream(updates_max)
+        stream = SequenceStream(updates_max, submit.attempt)
         for says in self.script:
             stream.deliver(
                 engine_pb2.SequenceUpdate(
@@ -72,15 +77,19 @@ class Sessions:
 
     def __init__(self, *sessions: Session) -> None:
         self.sessions = sessions
+        self.health = FleetHealth()
+        self.models = ("demo",)
 
     def choose(self, demand: Demand) -> tuple[Session, Choice] | None:
         for session in self.sessions:
-            if session.endpoint.incarnation not in demand.refused | demand.failed:
+            if not (session.endpoint.incarnation in demand.refused | demand.failed or session.load.refuses):
                 return session, Choice(Candidate(session.endpoint, session_up=True), "only")
         return None
 
-    def change(self) -> asyncio.Future[None]:
-        return asyncio.get_running_loop().create_future()
+    def serves(self, demand: Demand) -> bool:
+        return any(s.endpoint.incarnation not in demand.refused for s in self.sessions)
+
+    def watch_room(self, *_: Any) -> None: ...
 
 
 class Request:
@@ -93,7 +102,7 @@ class Request:
         around = Surroundings(fleet, settings, RouterMetrics(self.registry), MonotonicClock())
         sampling = SamplingParams(max_tokens=max_tokens, seed=1)
         valid = ValidRequest("id", "demo", (1, 2), resumed, sampling, (), 0, return_token_ids=True, cache_salt="tenant")
-        self.run = RequestRun(valid, None, "sha256:a", around, 0.0)
+        self.run = RequestRun(valid, None, "sha256:a", around, around.clock.now())
         self.sessions = sessions
         self.token_ids: list[int] = []
 
@@ -153,11 +162,18 @@ async def test_a_resumed_request_that_is_complete_asks_nobody() -> None:
     assert (await request.ended()).usage.generated_tokens == 0
 
 
-async def test_a_new_request_tries_one_more_endpoint_when_one_is_full() -> None:
+async def test_a_new_request_that_is_sent_back_tries_the_others_and_then_waits_its_time() -> None:
     full = [Session(slot, [Says(end=FULL)], loss=None) for slot in range(3)]
+    with pytest.raises(RequestRejected, match="objective"):
+        await Request(*full, ttft_objective_s=0.05).ended()
+    assert [len(session.submits) for session in full] == [1, 1, 1]
+
+
+async def test_a_request_is_not_sent_back_for_ever() -> None:
+    full = [Session(slot, [Says(end=FULL)], loss=None) for slot in range(12)]
     with pytest.raises(RequestRejected, match="no room"):
         await Request(*full).ended()
-    assert [len(session.submits) for session in full] == [1, 1, 0]
+    assert sum(len(session.submits) for session in full) == 1 + SENT_BACK_MAX
 
 
 async def test_losses_are_bounded() -> None:

@@ -42,6 +42,9 @@ class Context:
     def time_remaining(self) -> float | None:
         return None
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     async def send_initial_metadata(self, _metadata: Any) -> None: ...
 
     async def write(self, message: Any) -> None:
@@ -215,9 +218,13 @@ async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
     router = Router(client_stall_s=0.02)
     router.serve(monkeypatch)
     monkeypatch.setattr(RequestRun, "run", run_that_emits(texts))
-    call = asyncio.create_task(router.server.Generate(request(), Context(stalled=True)))
+    told: list[dict[str, Any]] = []
+    router.server._log = get_logger().bind()
+    monkeypatch.setattr(router.server._log, "warning", lambda event, **facts: told.append({"event": event, **facts}))
+    call = asyncio.create_task(router.server.Generate(request(request_id="mine"), Context(stalled=True)))
     await asyncio.wait([call], timeout=2)
     assert call.cancelled()
+    assert told == [{"event": "client_stalled", "request_id": "mine", "model": "demo"}]
     assert router.server.active_requests == 0
     assert list(router.outcomes()) == [("demo", "aborted_client")]
 

@@ -1,0 +1,86 @@
+"""Clients that read slowly, late or never, over real sockets: nobody waits for them, and what they get is the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import pytest
+
+from cluster.router.forwarding import TOKENS_TOGETHER_MAX
+from cluster.v1 import inference_pb2, inference_pb2_grpc
+from tests.contract.fake_engine import FakeEngine, scripted_token
+from tests.contract.router_cluster import Answer, RouterCluster, eventually
+
+pytestmark = pytest.mark.integration
+TOKENS = 8_000
+SCRIPT = [index % 997 for index in range(TOKENS)]
+PROMPT = (5, 6, 7)
+# Little room for what has not been read: a stall begins after a few kilobytes instead of some megabytes.
+LITTLE_ROOM = (
+    ("grpc.http2.lookahead_bytes", 16384),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def request(tokens: int = TOKENS, request_id: str = "") -> inference_pb2.GenerateRequest:
+    ids = inference_pb2.TokenIds(ids=PROMPT)
+    sampling = inference_pb2.Sampling(max_tokens=tokens, seed=9)
+    return inference_pb2.GenerateRequest(
+        token_ids=ids, sampling=sampling, return_token_ids=True, logprobs=1, request_id=request_id
+    )
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[RouterCluster]:
+    lots = FakeEngine(scripted_token(SCRIPT), max_model_len=10**6, tokens_per_step=4)
+    started = await RouterCluster(client_stall_s=10.0).start(lots)
+    yield started
+    await started.close()
+
+
+async def test_a_client_that_reads_late_gets_all_in_fewer_messages(cluster: RouterCluster) -> None:
+    engine = cluster.engines[0]
+    largest, answer = 0, Answer()
+    async with grpc.aio.insecure_channel(cluster.address, options=LITTLE_ROOM) as narrow:
+        cluster.injected += 1
+        call = inference_pb2_grpc.InferenceStub(narrow).Generate(request(), timeout=30)
+        await eventually(lambda: bool(engine.submits) and not engine.running, "the engine is done: it waits for nobody")
+        async for event in call:
+            answer.chunks += 1
+            answer.token_ids += event.chunk.token_ids
+            answer.logprobs += event.chunk.logprobs
+            largest = max(largest, len(event.chunk.token_ids))
+            answer.end = event.end if event.HasField("end") else None
+    assert answer.token_ids == SCRIPT
+    assert [logprobs.token_id for logprobs in answer.logprobs] == SCRIPT
+    assert answer.reason == "LENGTH"
+    assert answer.end is not None
+    assert answer.end.usage.generated_tokens == TOKENS
+    steps = TOKENS // engine.tokens_per_step
+    assert answer.chunks < steps / 2, "what has gathered goes out together"
+    assert engine.tokens_per_step < largest <= TOKENS_TOGETHER_MAX
+    assert await cluster.outcomes() == {"completed": 1}
+
+
+async def test_a_slow_client_delays_nobody_else(cluster: RouterCluster) -> None:
+    async with grpc.aio.insecure_channel(cluster.address, options=LITTLE_ROOM) as narrow:
+        cluster.injected += 1
+        slow = inference_pb2_grpc.InferenceStub(narrow).Generate(request())
+        await eventually(lambda: bool(cluster.engines[0].submits), "it is running")
+        others = await asyncio.gather(*(cluster.generate(request(200)) for _ in range(8)))
+        assert [answer.token_ids for answer in others] == [SCRIPT[:200]] * 8
+        slow.cancel()
+    await eventually(lambda: cluster.router.server.active_requests == 0, "it is gone")
+    assert await cluster.outcomes() == {"completed": 8, "aborted_client": 1}
+
+
+async def test_a_burst_of_calls_is_answered_by_us_alone(cluster: RouterCluster) -> None:
+    """gRPC cancels calls by itself when more than a thousand wait to be looked at, unless it is told not to."""
+    asked = [cluster.stub.ListModels(inference_pb2.ListModelsRequest(), timeout=60) for _ in range(2000)]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    refused = [answer.code() for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+    assert refused == []
