@@ -103,10 +103,8 @@ class RouterConfig(_Section):
     max_queued_prompt_tokens: int = Field(
         1_048_576, ge=1, description="Bound of each model's queue, in tokens of their prompts."
     )
-    max_queue_wait_s: float | None = Field(
-        None,
-        gt=0,
-        description="Longest wait for a place of requests with priority >= 0; default: what ttft_objective_s leaves.",
+    max_queue_wait_s: float = Field(
+        30.0, gt=0, description="Longest wait for a replica of requests with priority >= 0; then RESOURCE_EXHAUSTED."
     )
     policy: RoutingPolicy = Field(
         "default", description="Who gets a request: the profile of filters and scorers by which replicas are chosen."

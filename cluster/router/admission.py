@@ -5,8 +5,13 @@ or of a tenant that has less waiting, pushes others out where they are reached. 
 newcomer is estimated as the work ahead of it over the measured rate at which such work leaves, and one that cannot
 start in time is told so at once, while it can still go elsewhere.
 
-In time means: before its client's deadline, and for requests with priority >= 0 early enough for the objective of the
-first token. Requests with a negative priority are batch work, which waits for as long as its client does.
+In time means before its client's deadline, and within ``max_wait_s``. Requests with a negative priority are batch work,
+which waits for as long as its client does.
+
+A request whose first token cannot come within the objective any more is late: it stands behind all that can still be
+good, whatever their priorities, and before batch work. So an overload costs those who came too late for their turn,
+not everybody (Facebook's adaptive LIFO, "Fail at Scale", ACM Queue 13(8), has the same aim); and a burst that nobody
+else follows is served to its end.
 
 Continuations of requests that had a replica (``Entry.exempt``) are outside of all bounds.
 """
@@ -22,7 +27,7 @@ from cluster.router.drain_rate import DrainRate
 from cluster.router.fair_queue import FairQueue
 from cluster.router.served_tokens import ServedTokens, cost
 from cluster.router.start_times import StartTimes
-from cluster.router.waiting_rank import Entry
+from cluster.router.waiting_rank import Entry, Level
 
 # The estimate is noisy, so one that would need more than this share of the time there is counts as too late.
 SURE_SHARE = 0.5
@@ -37,7 +42,7 @@ class Refusal(enum.Enum):
     """Why a request does not wait, or waits no longer."""
 
     QUEUE_FULL = "queue_full"  # the bounds are reached
-    OBJECTIVE = "objective"  # its first token would come too late to be any good
+    WAIT = "wait"  # its turn would come too late, or did not come in time
     DEADLINE = "deadline"  # its client would be gone
 
 
@@ -56,12 +61,12 @@ class SentAway:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """``max_wait_s``: the longest wait of a request with priority >= 0; None: what the objective leaves."""
+    """``max_wait_s``: the longest wait of a request with priority >= 0."""
 
     max_requests: int
     max_prompt_tokens: int
     ttft_objective_s: float
-    max_wait_s: float | None = None
+    max_wait_s: float = 30.0
 
 
 class Admission:
@@ -108,8 +113,7 @@ class Admission:
                 return away
         elif not entry.exempt:
             self._sent_back(entry)
-        if entry.due_s < math.inf:
-            heapq.heappush(self._due, (entry.due_s, id(entry), entry))
+        self._wait_until(entry, entry.due_s)
         self.queue.add(entry)
         self._rate.waiting(now_s, somebody=True)
         return away
@@ -117,7 +121,7 @@ class Admission:
     def take(self, entry: Entry, now_s: float) -> None:
         """A waiting entry goes to an endpoint."""
         self.queue.remove(entry)
-        self._rate.left(entry.cost, entry.priority, now_s)
+        self._rate.left(entry.cost, _urgency(entry.level), now_s)
         self._charge(entry)
         self._after_departure(now_s)
 
@@ -129,12 +133,16 @@ class Admission:
         self._after_departure(now_s)
 
     def expire(self, now_s: float) -> tuple[SentAway, ...]:
-        """Those whose time has come while they waited."""
+        """Those whose time has come while they waited. Others may have become late."""
         away = []
         while self.next_due_s <= now_s:
             _, _, entry = heapq.heappop(self._due)
+            if not entry.exempt and now_s < self._last_s(entry):
+                self.queue.becomes_late(entry)
+                self._wait_until(entry, self._last_s(entry))
+                continue
             self.withdraw(entry, now_s)
-            away.append(self._away(entry, Refusal.OBJECTIVE, now_s))
+            away.append(self._away(entry, Refusal.WAIT, now_s))
         return tuple(away)
 
     def ended(self, entry: Entry, prompt_tokens: int, generated: int, *, complete: bool) -> None:
@@ -148,19 +156,22 @@ class Admission:
         """A replica took so long from a submit to a first token."""
         self._starts.took(entry.priority, seconds)
 
-    def wait_s(self, tenant: str, priority: int, now_s: float) -> float | None:
+    def wait_s(self, tenant: str, level: Level, now_s: float) -> float | None:
         """How long one more request of ``tenant`` would wait; None while nothing is known."""
-        rate = self._rate.per_second(priority, now_s)
-        return None if rate is None else self.queue.cost_ahead(tenant, priority) / rate
+        rate = self._rate.per_second(_urgency(level), now_s)
+        return None if rate is None else self.queue.cost_ahead(tenant, level) / rate
 
     def _make_way(self, entry: Entry, now_s: float) -> tuple[SentAway, ...]:
         """Decides about a newcomer, and sends others away in its favour."""
-        due_s = entry.arrived_s + self._patience_s(entry)
-        wait_s = self.wait_s(entry.tenant, entry.priority, now_s)
+        last_s, due_s = self._last_s(entry), entry.arrived_s + self._patience_s(entry)
+        wait_s = self.wait_s(entry.tenant, entry.level, now_s)
+        if wait_s is not None and wait_s > SURE_SHARE * (due_s - now_s):
+            entry.late, due_s = True, last_s
+            wait_s = self.wait_s(entry.tenant, entry.level, now_s)
         if wait_s is not None and wait_s > entry.deadline_s - now_s - self._starts.expected_s(entry.priority):
             return (self._away(entry, Refusal.DEADLINE, now_s),)
-        if wait_s is not None and wait_s > SURE_SHARE * (due_s - now_s):
-            return (self._away(entry, Refusal.OBJECTIVE, now_s),)
+        if wait_s is not None and wait_s > last_s - now_s:
+            return (self._away(entry, Refusal.WAIT, now_s),)
         pushed_out = self._pushed_out_by(entry)
         if pushed_out is None:
             return (self._away(entry, Refusal.QUEUE_FULL, now_s),)
@@ -173,17 +184,25 @@ class Admission:
         """It waits again, and is not charged before it goes to another endpoint."""
         self._correct(entry, -entry.cost)
         entry.charged = False
-        entry.due_s = min(entry.due_s, entry.arrived_s + self._patience_s(entry))
+        last_s = self._last_s(entry)
+        entry.due_s = last_s if entry.late else min(entry.due_s, entry.arrived_s + self._patience_s(entry), last_s)
+
+    def _wait_until(self, entry: Entry, due_s: float) -> None:
+        entry.due_s = due_s
+        if due_s < math.inf:
+            heapq.heappush(self._due, (due_s, id(entry), entry))
 
     def _patience_s(self, entry: Entry) -> float:
-        """How long a request may wait from its arrival."""
+        """How long a request may wait from its arrival without being late."""
         if entry.priority < 0:
             return math.inf
         limits = self._limits
-        if limits.max_wait_s is not None:
-            return limits.max_wait_s
         left_s = limits.ttft_objective_s - self._starts.expected_s(entry.priority)
-        return max(LEAST_SHARE * limits.ttft_objective_s, left_s)
+        return min(limits.max_wait_s, max(LEAST_SHARE * limits.ttft_objective_s, left_s))
+
+    def _last_s(self, entry: Entry) -> float:
+        """Until when a request may wait."""
+        return math.inf if entry.priority < 0 else entry.arrived_s + self._limits.max_wait_s
 
     def _pushed_out_by(self, entry: Entry) -> tuple[Entry, ...] | None:
         """Who leaves for ``entry``; None when it has to go itself. One that is alone may be larger than the bound."""
@@ -194,14 +213,16 @@ class Admission:
         return self.queue.pushed_out_by(entry, requests, min(tokens, self.queue.prompt_tokens))
 
     def _away(self, entry: Entry, refusal: Refusal, now_s: float) -> SentAway:
-        wait_s = self.wait_s(entry.tenant, entry.priority, now_s)
-        return SentAway(entry, refusal, wait_s, self._retry_after_s(entry, wait_s, now_s))
+        wait_s = self.wait_s(entry.tenant, entry.level, now_s)
+        return SentAway(entry, refusal, wait_s, self._retry_after_s(entry, now_s))
 
-    def _retry_after_s(self, entry: Entry, wait_s: float | None, now_s: float) -> float:
-        """When its wait would be short enough, and all that was sent away before has had its turn.
+    def _retry_after_s(self, entry: Entry, now_s: float) -> float:
+        """When another try would be in time, and all that was sent away before has had its turn.
 
         So those who are sent away together do not come back together, but at the rate at which they can be served.
         """
+        again = int(entry.priority >= 0), entry.priority
+        wait_s = self.wait_s(entry.tenant, again, now_s)
         rate = self._rate.per_second(entry.priority, now_s)
         if rate is None or wait_s is None:
             return min(RETRY_MAX_S, max(RETRY_UNKNOWN_S, now_s - entry.arrived_s))
@@ -235,6 +256,12 @@ class Admission:
         if len(self._due) > STALE_MAX + 2 * len(self.queue):
             self._due = [due for due in self._due if _is_due(due)]
             heapq.heapify(self._due)
+
+
+def _urgency(level: Level) -> int:
+    """The priority as which a level's departures are counted: what is late leaves as batch work does."""
+    in_time, priority = level
+    return priority if in_time else -1
 
 
 def _is_due(due: tuple[float, int, Entry]) -> bool:

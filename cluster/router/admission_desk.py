@@ -226,9 +226,9 @@ class AdmissionDesk:
                 "allow it more time."
             )
         again = f"try again in {away.retry_after_s:.1f} s"
-        if away.refusal is Refusal.OBJECTIVE:
+        if away.refusal is Refusal.WAIT:
             message = (
-                f"The first token would come later than the objective of {self._config.ttft_objective_s:g} s; {again}, "
+                f"The wait for a replica is over max_queue_wait_s ({self._config.max_queue_wait_s:g} s); {again}, "
                 "or send the request with a negative priority to wait for as long as it takes."
             )
         else:

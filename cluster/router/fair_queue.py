@@ -1,6 +1,7 @@
-"""Who of the waiting requests is next: continuations, then priorities, then tenants by service, then arrival. Pure.
+"""Who of the waiting requests is next: continuations, then levels, then tenants by service, then arrival. Pure.
 
-Between tenants of one priority the one with the lowest virtual token counter is next (``served_tokens``), so a tenant
+A level is a priority, apart for what is late: that stands behind all that is not, and before batch work. Between
+tenants of one level the one with the lowest virtual token counter is next (``served_tokens``), so a tenant
 that sends 50 times as much gets no more than its share while others wait, and all there is when nobody does. Within a
 tenant arrival counts. Whoever begins to wait is lifted to the counters of those who wait already.
 """
@@ -12,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from cluster.router.served_tokens import ServedTokens
-from cluster.router.waiting_rank import Entry, WaitingRank, insert
+from cluster.router.waiting_rank import Entry, Level, WaitingRank, insert
 
 PUSHED_OUT_MAX = 8  # waiting requests that make room for one newcomer
 
@@ -20,15 +21,15 @@ PUSHED_OUT_MAX = 8  # waiting requests that make room for one newcomer
 class FairQueue:
     """Entries in the order of this module; ``requests`` and ``prompt_tokens`` are those that bounds count.
 
-    Nothing takes longer than O(log waiting), amortised, but for what goes over the distinct priorities that wait.
+    Nothing takes longer than O(log waiting), amortised, but for what goes over the distinct levels that wait.
     """
 
     def __init__(self, served: ServedTokens) -> None:
         self._served = served
         self._exempt: OrderedDict[int, Entry] = OrderedDict()
         self._exempt_cost = 0.0
-        self._ranks: dict[int, WaitingRank] = {}
-        self._priorities: list[int] = []  # rising
+        self._ranks: dict[Level, WaitingRank] = {}
+        self._levels: list[Level] = []  # rising
         self._numbers = 0
         self.requests = 0
         self.prompt_tokens = 0
@@ -49,7 +50,7 @@ class FairQueue:
 
     def head(self) -> Entry | None:
         """Who is next of those that are not exempt."""
-        return self._ranks[self._priorities[-1]].head(self._served.counter) if self._priorities else None
+        return self._ranks[self._levels[-1]].head(self._served.counter) if self._levels else None
 
     def add(self, entry: Entry) -> None:
         """Takes ``entry`` in; one that was in before keeps its place before those that came later."""
@@ -61,10 +62,10 @@ class FairQueue:
             insert(self._exempt, entry)
             self._exempt_cost += entry.cost
             return
-        rank = self._ranks.get(entry.priority)
+        rank = self._ranks.get(entry.level)
         if rank is None:
-            rank = self._ranks[entry.priority] = WaitingRank()
-            insort(self._priorities, entry.priority)
+            rank = self._ranks[entry.level] = WaitingRank()
+            insort(self._levels, entry.level)
         if entry.tenant not in rank:
             self._served.lift(entry.tenant, rank.least_counter(self._served))
         rank.add(entry, self._served.counter(entry.tenant))
@@ -78,13 +79,20 @@ class FairQueue:
             del self._exempt[entry.number]
             self._exempt_cost -= entry.cost
             return
-        rank = self._ranks[entry.priority]
+        rank = self._ranks[entry.level]
         rank.remove(entry)
         self.requests -= 1
         self.prompt_tokens -= entry.prompt_tokens
         if not rank:
-            del self._ranks[entry.priority]
-            self._priorities.remove(entry.priority)
+            del self._ranks[entry.level]
+            self._levels.remove(entry.level)
+
+    def becomes_late(self, entry: Entry) -> None:
+        """It goes on behind those who were late before."""
+        assert not entry.exempt, "what goes on after a loss is never late"
+        self.remove(entry)
+        entry.late, entry.number = True, -1
+        self.add(entry)
 
     def gained(self, tenant: str) -> None:
         """The counter of ``tenant`` has become less: its turn may come sooner."""
@@ -92,27 +100,27 @@ class FairQueue:
         for rank in self._ranks.values():
             rank.gained(tenant, counter)
 
-    def cost_ahead(self, tenant: str, priority: int) -> float:
+    def cost_ahead(self, tenant: str, level: Level) -> float:
         """Virtual tokens that are served before one more request of ``tenant``, if nobody else comes.
 
-        All of higher priority and of its own; of each other tenant what that is given until the counters are equal.
+        All of higher levels and of its own; of each other tenant what that is given until the counters are equal.
         """
-        ahead = self._exempt_cost + sum(self._ranks[p].cost for p in self._priorities if p > priority)
-        rank = self._ranks.get(priority)
+        ahead = self._exempt_cost + sum(self._ranks[other].cost for other in self._levels if other > level)
+        rank = self._ranks.get(level)
         return ahead if rank is None else ahead + rank.cost_ahead(tenant, self._served)
 
     def pushed_out_by(self, entry: Entry, requests: int, prompt_tokens: int) -> tuple[Entry, ...] | None:
         """Who has to leave so that ``requests`` and ``prompt_tokens`` less wait; None when ``entry`` may not ask that.
 
-        Lowest priority first, and there the youngest of the tenant that has the most waiting. Within the newcomer's own
-        priority only of tenants that keep at least as many as its own would have.
+        Lowest level first, and there the youngest of the tenant that has the most waiting. Within the newcomer's own
+        level only of tenants that keep at least as many as its own would have.
         """
         chosen: list[Entry] = []
-        for priority in self._priorities:
-            if priority > entry.priority:
+        for level in self._levels:
+            if level > entry.level:
                 break
-            rank = self._ranks[priority]
-            keep = rank.waiting(entry.tenant) + 1 if priority == entry.priority else 0
+            rank = self._ranks[level]
+            keep = rank.waiting(entry.tenant) + 1 if level == entry.level else 0
             for victim in rank.youngest_of_longest(keep, PUSHED_OUT_MAX - len(chosen)):
                 chosen.append(victim)
                 requests -= 1
@@ -129,7 +137,7 @@ class FairQueue:
         assert self.requests == len(entries), "requests are miscounted"
         assert self.prompt_tokens == sum(e.prompt_tokens for e in entries), "prompt tokens are miscounted"
         assert all(e.queued for e in self), "an entry does not know that it waits"
-        assert self._priorities == sorted(self._ranks), "the priorities are out of order"
+        assert self._levels == sorted(self._ranks), "the levels are out of order"
         for rank in self._ranks.values():
-            assert rank, "a priority without anybody is kept"
+            assert rank, "a level without anybody is kept"
             rank.check(self._served)

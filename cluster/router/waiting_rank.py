@@ -1,4 +1,4 @@
-"""What waits in one priority: a line for each tenant, and whose turn it is among them. Pure.
+"""What waits on one level: a line for each tenant, and whose turn it is among them. Pure.
 
 Two heaps answer who is next and who has the most waiting. Their items may be out of date in one direction only, towards
 the top: when such an item comes up it is put where it belongs now.
@@ -17,15 +17,16 @@ from cluster.router.served_tokens import ServedTokens
 
 LINES_ASKED = 64  # for an estimate; of more tenants these stand for all
 STALE_MAX = 64  # items of a heap beside two for each line
+Level = tuple[int, int]  # whether it is in time, and its priority
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
     """One request that may wait. Times are a clock's seconds.
 
-    ``deadline_s``: its client's. ``due_s``: when waiting has no use any more, by which it has to leave the queue;
-    ``admission`` sets it. ``exempt``: it goes on after a loss, before all others and outside of every bound. ``cost``:
-    virtual tokens it is charged with.
+    ``deadline_s``: its client's. ``due_s``: by when it has to be placed, or becomes late; ``admission`` sets it.
+    ``late``: its first token cannot be good any more, so it stands behind all that can. ``exempt``: it goes on after a
+    loss, before all others and outside of every bound. ``cost``: virtual tokens it is charged with.
     """
 
     tenant: str
@@ -41,6 +42,12 @@ class Entry:
     queued: bool = False
     known: bool = False  # its tenant's account counts it
     charged: bool = False
+    late: bool = False
+
+    @property
+    def level(self) -> Level:
+        """Higher goes first: what can still be good by priority, then what is late or has a negative priority."""
+        return int(self.priority >= 0 and not self.late), self.priority
 
 
 @dataclass(slots=True)
@@ -56,7 +63,7 @@ class _Line:
 
 
 class WaitingRank:
-    """The lines of one priority. ``cost``: virtual tokens of all of them."""
+    """The lines of one level. ``cost``: virtual tokens of all of them."""
 
     def __init__(self) -> None:
         self._lines: dict[str, _Line] = {}
@@ -123,7 +130,7 @@ class WaitingRank:
         return served.counter(self.head(served.counter).tenant) if self._lines else served.floor
 
     def cost_ahead(self, tenant: str, served: ServedTokens) -> float:
-        """Virtual tokens of this priority that are served before one more request of ``tenant``."""
+        """Virtual tokens of this level that are served before one more request of ``tenant``."""
         own = self._lines.get(tenant)
         turn = served.counter(tenant)
         if own is None:

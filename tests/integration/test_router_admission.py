@@ -109,7 +109,7 @@ async def test_order_of_service(start: StartCluster) -> None:
 
 async def test_ten_times_of_what_can_be_served(start: StartCluster) -> None:
     """Every request ends in one way, what is served is whole, high priority gets through, the rest is told when to come."""
-    cluster = await start(*(engine(slot, max_num_seqs=4) for slot in range(2)))
+    cluster = await start(*(engine(slot, max_num_seqs=4) for slot in range(2)), max_queue_wait_s=2.0)
     rng = random.Random(3)
     high: list[asyncio.Task[tuple[str, float | None]]] = []
     low: list[asyncio.Task[tuple[str, float | None]]] = []
@@ -155,8 +155,8 @@ async def test_every_end_of_a_request_that_waits(start: StartCluster) -> None:
     }  # fmt: skip
 
 
-async def test_who_has_waited_past_the_objective_hears_when_to_come_back(start: StartCluster) -> None:
-    cluster = await start(engine(), ttft_objective_s=0.2)
+async def test_who_has_waited_for_too_long_hears_when_to_come_back(start: StartCluster) -> None:
+    cluster = await start(engine(), max_queue_wait_s=0.2)
     running = await occupied(cluster)
     end, retry_after_s = await ended(cluster, request())
     assert (end, bool(retry_after_s)) == ("RESOURCE_EXHAUSTED QUEUE_FULL", True)

@@ -89,7 +89,8 @@ class Model:
             self._by_entry.pop(away.entry).away = away
         self.most_waiting = max(self.most_waiting, len(self.admission.queue))
         if arrival.entry.queued:
-            self._at(min(arrival.entry.due_s, self.now_s + 1e6), lambda: None)
+            for at_s in (arrival.entry.due_s, self.now_s + LIMITS.max_wait_s):
+                self._at(min(at_s, self.now_s + 1e6), lambda: None)
 
     def _look(self) -> None:
         for away in self.admission.expire(self.now_s):

@@ -105,13 +105,14 @@ class TestTime:
         assert away.wait_s == pytest.approx(2.0, rel=0.1)
         assert admission.offer(entry(priority=-1, arrived_s=10.0, deadline_s=12.5), 10.0) == ()
 
-    def test_who_cannot_meet_the_objective_is_told_at_once_and_when_to_come_back(self) -> None:
-        admission = measured(10)
+    def test_who_cannot_start_in_time_is_told_at_once_and_when_to_come_back(self) -> None:
+        admission = measured(10, AdmissionLimits(1000, 100_000, 2.0, max_wait_s=4.0))
         sent_away: list[SentAway] = []
-        for _ in range(30):
+        for _ in range(80):
             sent_away += admission.offer(entry(arrived_s=10.0), 10.0)
-        assert admission.queue.requests == pytest.approx(11, abs=2)  # about one second of work
-        assert {one.refusal for one in sent_away} == {Refusal.OBJECTIVE}
+        assert sum(not one.late for one in admission.queue) == pytest.approx(11, abs=2)  # about one second of work
+        assert admission.queue.requests == pytest.approx(41, abs=5)  # about four
+        assert {one.refusal for one in sent_away} == {Refusal.WAIT}
         retries_s = [one.retry_after_s for one in sent_away]
         assert retries_s == sorted(retries_s)  # not all at once
         assert retries_s[-1] - retries_s[0] == pytest.approx((len(retries_s) - 1) / 10, rel=0.1)
@@ -122,17 +123,40 @@ class TestTime:
             assert admission.offer(entry(priority=-1, arrived_s=10.0), 10.0) == ()
         assert admission.next_due_s == math.inf
 
-    def test_who_has_waited_for_the_objective_is_sent_away(self) -> None:
+    def test_who_has_waited_past_the_objective_stands_behind_all_that_can_still_be_good(self) -> None:
         admission = Admission(LIMITS)
-        admission.offer(first := entry(arrived_s=0.0), 0.5)
-        admission.offer(second := entry(arrived_s=0.7), 0.7)
+        batch = entry(priority=-1)
+        for one in (batch, first := entry(priority=7), second := entry(arrived_s=0.7)):
+            admission.offer(one, one.arrived_s)
         assert admission.next_due_s == 2.0
         assert admission.expire(1.9) == ()
-        assert [one.entry for one in admission.expire(2.0)] == [first]
-        assert admission.next_due_s == 2.7
+        assert admission.queue.head() is first
+        assert admission.expire(2.0) == ()
+        assert first.late
+        assert admission.queue.head() is second
         admission.take(second, 2.1)
+        assert admission.queue.head() is first  # before batch work
+        admission.queue.check()
+
+    def test_who_has_waited_for_the_longest_is_sent_away(self) -> None:
+        admission = Admission(AdmissionLimits(100, 1000, 2.0, max_wait_s=5.0))
+        admission.offer(first := entry(arrived_s=0.0), 0.5)
+        admission.offer(second := entry(arrived_s=3.7), 3.7)
+        assert admission.expire(4.9) == ()
+        assert [(one.entry, one.refusal) for one in admission.expire(5.0)] == [(first, Refusal.WAIT)]
+        admission.take(second, 5.1)
         assert admission.next_due_s == math.inf
-        assert admission.expire(9.0) == ()
+        assert admission.expire(99.0) == ()
+
+    def test_a_newcomer_in_time_pushes_out_who_is_late(self) -> None:
+        admission = Admission(SMALL)
+        waiting = [entry(priority=1, arrived_s=arrived_s) for arrived_s in (0.0, 0.1, 0.2)]
+        for one in waiting:
+            admission.offer(one, one.arrived_s)
+        admission.expire(2.2)
+        (away,) = admission.offer(newcomer := entry(arrived_s=2.5), 2.5)
+        assert (away.entry, away.refusal) == (waiting[2], Refusal.QUEUE_FULL)
+        assert admission.queue.head() is newcomer
 
     def test_the_wait_ends_early_enough_for_a_first_token(self) -> None:
         admission = Admission(LIMITS)
@@ -146,18 +170,23 @@ class TestTime:
         admission.expire(5.0)
         assert admission.next_due_s == 20.5  # a quarter of the objective in any case
 
-    def test_a_longest_wait_may_be_set(self) -> None:
-        limits = AdmissionLimits(100, 1000, 2.0, max_wait_s=60.0)
-        admission = measured(10, limits)
-        for _ in range(25):
-            assert admission.offer(entry(arrived_s=10.0), 10.0) == ()
-        assert admission.next_due_s == 70.0
+    def test_a_burst_that_nobody_follows_is_served_to_its_end(self) -> None:
+        admission = measured(10)
+        burst = [entry(arrived_s=10.0) for _ in range(250)]
+        assert [away for one in burst for away in admission.offer(one, 10.0)] == []
+        now_s, served = 10.0, 0
+        while (head := admission.queue.head()) is not None:
+            now_s += 0.1
+            assert admission.expire(now_s) == ()
+            admission.take(head, now_s)
+            served += 1
+        assert served == 250
 
     def test_light_tenants_do_not_wait_behind_a_heavy_one(self) -> None:
         admission = measured(10)
         for _ in range(200):
             admission.offer(entry("heavy", arrived_s=10.0), 10.0)
-        light_s, heavy_s = admission.wait_s("light", 0, 10.0), admission.wait_s("heavy", 0, 10.0)
+        light_s, heavy_s = admission.wait_s("light", (1, 0), 10.0), admission.wait_s("heavy", (1, 0), 10.0)
         assert light_s is not None
         assert heavy_s is not None
         assert light_s == pytest.approx(0.1, rel=0.2)

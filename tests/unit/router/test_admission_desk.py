@@ -246,8 +246,8 @@ async def test_a_full_queue_says_when_to_come_back() -> None:
     desk.check_empty()
 
 
-async def test_who_waits_past_the_objective_is_told_so() -> None:
-    desk = Desk(1, ttft_objective_s=0.05)
+async def test_who_waits_for_too_long_is_told_so() -> None:
+    desk = Desk(1, max_queue_wait_s=0.05)
     await desk.full(1)
     with pytest.raises(RequestRejected, match="negative priority") as caught:
         await asyncio.wait_for(desk.placed("a", desk.ticket()), 2)

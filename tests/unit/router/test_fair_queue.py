@@ -95,12 +95,22 @@ def test_the_work_ahead_is_that_which_goes_first() -> None:
     queue = Queue()
     queue.add(*[entry("heavy", cost=10) for _ in range(50)], entry("vip", priority=5, cost=7))
     ahead = queue.queue.cost_ahead
-    assert ahead("heavy", 0) == 507
-    assert ahead("light", 0) == 17  # the one of higher priority and one turn of the other tenant
-    assert ahead("light", 5) == 7
-    assert ahead("heavy", 6) == 0
+    assert ahead("heavy", (1, 0)) == 507
+    assert ahead("light", (1, 0)) == 17  # the one of higher priority and one turn of the other tenant
+    assert ahead("light", (1, 5)) == 7
+    assert ahead("heavy", (1, 6)) == 0
     queue.add(entry("light", cost=30))
-    assert ahead("light", 0) == 30 + 7 + 40
+    assert ahead("light", (1, 0)) == 30 + 7 + 40
+
+
+def test_what_is_late_stands_behind_all_that_is_not_and_before_batch_work() -> None:
+    queue = Queue()
+    batch, late, urgent, plain = entry("a", -1), entry("a", 0), entry("b", 5), entry("a", 0)
+    queue.add(batch, late, urgent, plain)
+    for one in (urgent, late):
+        queue.queue.becomes_late(one)
+    assert queue.queue.cost_ahead("a", (0, 0)) == plain.cost + urgent.cost + late.cost
+    assert queue.order() == [plain, urgent, late, batch]
 
 
 def test_the_lowest_priority_and_its_youngest_make_room() -> None:
