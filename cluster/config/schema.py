@@ -96,7 +96,12 @@ class RouterConfig(_Section):
     port: Port = Field(ROUTER_PORT, ge=0, le=65535, description="gRPC Inference; 0 = any free port.")
     metrics_port: Port = Field(9100, ge=0, le=65535, description="First port tried for /metrics.")
     processes: int = Field(1, ge=1, le=256, description="Processes that share the port, each with bounds of its own.")
-    max_concurrent_requests: int = Field(4096, ge=1, description="Requests in flight; over it RESOURCE_EXHAUSTED.")
+    max_concurrent_requests: int = Field(
+        16_384,
+        ge=1,
+        description="Requests in flight, waiting ones included: a bound of memory, blind to priorities and tenants; over "
+        "it RESOURCE_EXHAUSTED.",
+    )
     max_queued_requests: int = Field(
         1024, ge=1, description="Bound of each model's queue, in requests; over it RESOURCE_EXHAUSTED."
     )

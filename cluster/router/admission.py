@@ -50,7 +50,8 @@ class Refusal(enum.Enum):
 class SentAway:
     """``entry`` is not in the queue, or not any more.
 
-    ``wait_s``: the estimate, None where there is none; ``retry_after_s``: when another try may succeed.
+    ``wait_s``: the estimate, None where there is none; ``retry_after_s``: when another try may succeed, 0 for who has
+    no time for one.
     """
 
     entry: Entry
@@ -214,7 +215,9 @@ class Admission:
 
     def _away(self, entry: Entry, refusal: Refusal, now_s: float) -> SentAway:
         wait_s = self.wait_s(entry.tenant, entry.level, now_s)
-        return SentAway(entry, refusal, wait_s, self._retry_after_s(entry, now_s))
+        # Whose time is up does not come back: it takes no turn of those that are advised.
+        comes_back = refusal is not Refusal.DEADLINE and not entry.exempt
+        return SentAway(entry, refusal, wait_s, self._retry_after_s(entry, now_s) if comes_back else 0.0)
 
     def _retry_after_s(self, entry: Entry, now_s: float) -> float:
         """When another try would be in time, and all that was sent away before has had its turn.

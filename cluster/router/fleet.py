@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from cluster.telemetry.logs import Logger
 
 BLOCK_MESSAGES_PER_S = 500  # from all replicas together: about a tenth of a core
 EXPECTED_BLOCKS_MAX = 2048  # of one prompt: what a longer one holds beyond is known when its replica tells it
+NAME_CHARACTERS = 128  # of an unknown name, in an answer: a status has to fit into headers
 NO_HOLDERS = Holders((), (), {})
 
 
@@ -63,9 +65,6 @@ class Seat:
             queued_tokens=load.queued_tokens,
             at_home=at_home,
         )
-
-
-NAME_CHARACTERS = 128  # of an unknown name, in an answer: a status has to fit into headers
 
 
 class Fleet:
@@ -120,7 +119,8 @@ class Fleet:
             index = self.index_of(endpoint) if self._selector.profile.uses_blocks else None
             if index is not None:
                 index.pause_s = len(table.endpoints) / BLOCK_MESSAGES_PER_S
-            session = EngineSession(endpoint, self._settings, self._changed, self._log, index, self._room_at)
+            changed = partial(self._changed, endpoint.model)
+            session = EngineSession(endpoint, self._settings, changed, self._log, index, self._room_at)
             self._sessions[endpoint.incarnation] = session
         keys = {_index_key(session.endpoint) for session in self._sessions.values()}
         self._indexes = {key: index for key, index in self._indexes.items() if key in keys}
@@ -271,8 +271,12 @@ class Fleet:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _changed(self) -> None:
-        self._groups.clear()
+    def _changed(self, model: str | None = None) -> None:
+        """Some endpoint has; ``model`` when it is of that one."""
+        if model is None:
+            self._groups.clear()
+        else:
+            self._groups = {key: group for key, group in self._groups.items() if key[0] != model}
         for waiter in tuple(self._waiters):
             if not waiter.done():
                 waiter.set_result(None)

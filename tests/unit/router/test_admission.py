@@ -117,6 +117,17 @@ class TestTime:
         assert retries_s == sorted(retries_s)  # not all at once
         assert retries_s[-1] - retries_s[0] == pytest.approx((len(retries_s) - 1) / 10, rel=0.1)
 
+    def test_who_has_no_time_takes_no_turn_of_those_that_come_back(self) -> None:
+        admission = measured(10, AdmissionLimits(20, 100_000, 2.0))
+        for _ in range(20):
+            admission.offer(entry(priority=-1, arrived_s=10.0), 10.0)
+        before = admission.offer(entry(priority=-1, arrived_s=10.0), 10.0)[0].retry_after_s
+        for _ in range(20):
+            (away,) = admission.offer(entry(priority=-1, arrived_s=10.0, deadline_s=10.5), 10.0)
+            assert away.refusal is Refusal.DEADLINE
+        after = admission.offer(entry(priority=-1, arrived_s=10.0), 10.0)[0].retry_after_s
+        assert after - before < 0.15  # one turn
+
     def test_batch_work_waits_as_long_as_its_client_does(self) -> None:
         admission = measured(10)
         for _ in range(100):
@@ -220,7 +231,10 @@ class Life(RuleBasedStateMachine):
             self.sent_away(away)
 
     def sent_away(self, away: SentAway) -> None:
-        assert RETRY_MIN_S <= away.retry_after_s <= RETRY_MAX_S
+        if away.refusal is Refusal.DEADLINE or away.entry.exempt:
+            assert away.retry_after_s == 0.0
+        else:
+            assert RETRY_MIN_S <= away.retry_after_s <= RETRY_MAX_S
         assert not away.entry.queued
         self.waiting.remove(away.entry)
         self.over(away.entry, away.refusal.value)
