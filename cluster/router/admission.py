@@ -116,13 +116,15 @@ class Admission:
             self._sent_back(entry)
         self._wait_until(entry, entry.due_s)
         self.queue.add(entry)
-        self._rate.waiting(now_s, somebody=True)
+        if self.queue.requests:
+            self._rate.waiting(now_s, somebody=True)
         return away
 
     def take(self, entry: Entry, now_s: float) -> None:
         """A waiting entry goes to an endpoint."""
         self.queue.remove(entry)
-        self._rate.left(entry.cost, _urgency(entry.level), now_s)
+        if not entry.exempt:  # continuations wait for other reasons: neither they nor their time measure the queue
+            self._rate.left(entry.cost, _urgency(entry.level), now_s)
         self._charge(entry)
         self._after_departure(now_s)
 
@@ -236,7 +238,7 @@ class Admission:
 
     def _enter(self, entry: Entry) -> None:
         entry.cost = self._served.expected_cost(entry.tenant, entry.prompt_tokens, entry.max_tokens)
-        self._served.entered(entry.tenant)
+        self._served.entered(entry.tenant, self.queue.least_counter(entry.level))
         entry.known = True
 
     def _charge(self, entry: Entry) -> None:
@@ -254,7 +256,7 @@ class Admission:
         self._served.left(entry.tenant)
 
     def _after_departure(self, now_s: float) -> None:
-        if not self.queue:
+        if not self.queue.requests:
             self._rate.waiting(now_s, somebody=False)
         if len(self._due) > STALE_MAX + 2 * len(self.queue):
             self._due = [due for due in self._due if _is_due(due)]

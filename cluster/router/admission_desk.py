@@ -44,7 +44,7 @@ class Ticket:
 class _Line:
     """What waits for one model."""
 
-    __slots__ = ("admission", "armed", "looking", "model", "waiting")
+    __slots__ = ("admission", "armed", "looking", "model", "passed_over", "waiting")
 
     def __init__(self, model: str, limits: AdmissionLimits) -> None:
         self.model = model
@@ -52,6 +52,7 @@ class _Line:
         self.waiting: dict[Entry, tuple[Ticket, asyncio.Future[Placed]]] = {}
         self.looking = False  # a look is on its way
         self.armed = False  # the next look comes by itself
+        self.passed_over = 0  # continuations that found no endpoint at the last look, which others follow
 
 
 class AdmissionDesk:
@@ -79,13 +80,15 @@ class AdmissionDesk:
         if line is None:
             line = ticket.line = self._line(ticket.model)
         entry, queue = ticket.entry, line.admission.queue
-        if not queue or (entry.exempt and not queue.exempt):
+        if queue.exempt and not entry.exempt:
+            self._place_continuations(line, self._clock.now())
+        if not (queue.exempt if entry.exempt else queue.requests):
             found = self._fleet.choose(ticket.demand(True))
             if found is not None:
                 line.admission.pass_through(entry)
                 return found
-            if not entry.exempt and not self._fleet.serves(ticket.demand(False)):
-                return None
+        if not entry.exempt and not self._fleet.serves(ticket.demand(False)):
+            return None
         return await self._wait(line, ticket, interruption)
 
     def first_token_after(self, ticket: Ticket, seconds: float) -> None:
@@ -163,11 +166,7 @@ class AdmissionDesk:
         queue, now_s = line.admission.queue, self._clock.now()
         for away in line.admission.expire(now_s):
             self._send_away(line, away)
-        in_vain = 0
-        for entry in queue.exempt:
-            if in_vain == CONTINUATIONS_TRIED:
-                break
-            in_vain += not self._give_place(line, entry, now_s)
+        self._place_continuations(line, now_s)
         while (head := queue.head()) is not None and not self._give_place(line, head, now_s):
             ticket, answer = line.waiting[head]
             if self._fleet.serves(ticket.demand(False)):
@@ -179,6 +178,17 @@ class AdmissionDesk:
             self._arm(line)
         else:
             self._waiting_lines.discard(line)
+
+    def _place_continuations(self, line: _Line, now_s: float) -> None:
+        """Oldest first; those that find no endpoint do not keep others for ever from being tried."""
+        exempt = line.admission.queue.exempt
+        in_vain = 0
+        for index in range(line.passed_over, len(exempt)):
+            if in_vain == CONTINUATIONS_TRIED:
+                line.passed_over = index
+                return
+            in_vain += not self._give_place(line, exempt[index], now_s)
+        line.passed_over = 0
 
     def _give_place(self, line: _Line, entry: Entry, now_s: float) -> bool:
         ticket, answer = line.waiting[entry]

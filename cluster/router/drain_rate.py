@@ -7,6 +7,7 @@ import math
 WINDOW_S = 3.0  # what was measured longer ago counts for less than half (1 / e)
 SURE_AFTER = 4  # departures before the rate says anything
 SURE_AFTER_S = 0.1  # and seconds of waiting
+FORGOTTEN_AFTER_S = 30.0  # without a queue: what was measured then says nothing about now
 HIGHER_SHARE_MAX = (
     0.75  # of the rate is at most taken off for what overtakes: who never left says nothing about leaving
 )
@@ -23,11 +24,19 @@ class DrainRate:
         self._seconds = 0.0
         self._departures = 0
         self._since_s: float | None = None
+        self._idle_since_s: float | None = None
 
     def waiting(self, now_s: float, *, somebody: bool) -> None:
         """Whether somebody waits from now on."""
         self._advance(now_s)
-        self._since_s = now_s if somebody else None
+        if somebody:
+            if self._idle_since_s is not None and now_s - self._idle_since_s > FORGOTTEN_AFTER_S:
+                self._tokens, self._seconds, self._departures = [0.0, 0.0, 0.0], 0.0, 0
+            self._since_s, self._idle_since_s = now_s, None
+        else:
+            self._since_s = None
+            if self._idle_since_s is None:
+                self._idle_since_s = now_s
 
     def left(self, tokens: float, priority: int, now_s: float) -> None:
         """A request of so many virtual tokens went to an endpoint while others wait or it has waited itself."""

@@ -9,7 +9,7 @@ tenant arrival counts. Whoever begins to wait is lifted to the counters of those
 from __future__ import annotations
 
 from bisect import insort
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from cluster.router.served_tokens import ServedTokens
@@ -27,9 +27,9 @@ class FairQueue:
     def __init__(self, served: ServedTokens) -> None:
         self._served = served
         self._exempt: OrderedDict[int, Entry] = OrderedDict()
-        self._exempt_cost = 0.0
         self._ranks: dict[Level, WaitingRank] = {}
         self._levels: list[Level] = []  # rising
+        self._tenants: dict[str, int] = {}  # requests that wait on any level
         self._numbers = 0
         self.requests = 0
         self.prompt_tokens = 0
@@ -60,15 +60,11 @@ class FairQueue:
             entry.number, self._numbers = self._numbers, self._numbers + 1
         if entry.exempt:
             insert(self._exempt, entry)
-            self._exempt_cost += entry.cost
             return
-        rank = self._ranks.get(entry.level)
-        if rank is None:
-            rank = self._ranks[entry.level] = WaitingRank()
-            insort(self._levels, entry.level)
-        if entry.tenant not in rank:
-            self._served.lift(entry.tenant, rank.least_counter(self._served))
-        rank.add(entry, self._served.counter(entry.tenant))
+        if entry.tenant not in self._tenants:
+            self._served.lift(entry.tenant, self.least_counter(entry.level))
+        self._tenants[entry.tenant] = self._tenants.get(entry.tenant, 0) + 1
+        self._rank(entry.level).add(entry, self._served.counter(entry.tenant))
         self.requests += 1
         self.prompt_tokens += entry.prompt_tokens
 
@@ -77,22 +73,31 @@ class FairQueue:
         entry.queued = False
         if entry.exempt:
             del self._exempt[entry.number]
-            self._exempt_cost -= entry.cost
             return
-        rank = self._ranks[entry.level]
-        rank.remove(entry)
+        self._leave_rank(entry)
         self.requests -= 1
         self.prompt_tokens -= entry.prompt_tokens
-        if not rank:
-            del self._ranks[entry.level]
-            self._levels.remove(entry.level)
+        self._tenants[entry.tenant] -= 1
+        if not self._tenants[entry.tenant]:
+            del self._tenants[entry.tenant]
 
     def becomes_late(self, entry: Entry) -> None:
-        """It goes on behind those who were late before."""
+        """It goes on behind those who were late before; its tenant's account is as it was."""
+        assert entry.queued, "only who waits becomes late"
         assert not entry.exempt, "what goes on after a loss is never late"
-        self.remove(entry)
-        entry.late, entry.number = True, -1
-        self.add(entry)
+        self._leave_rank(entry)
+        entry.late, entry.number = True, self._numbers
+        self._numbers += 1
+        self._rank(entry.level).add(entry, self._served.counter(entry.tenant))
+
+    def least_counter(self, level: Level) -> float:
+        """Where a tenant that begins to wait there is put: beside the last of those who wait on that level.
+
+        Where nobody does, on any; where nobody waits at all, beside the tenant that was served last.
+        """
+        rank = self._ranks.get(level)
+        ranks = self._ranks.values() if rank is None else (rank,)
+        return min((one.least_counter(self._served) for one in ranks), default=self._served.floor)
 
     def gained(self, tenant: str) -> None:
         """The counter of ``tenant`` has become less: its turn may come sooner."""
@@ -101,11 +106,11 @@ class FairQueue:
             rank.gained(tenant, counter)
 
     def cost_ahead(self, tenant: str, level: Level) -> float:
-        """Virtual tokens that are served before one more request of ``tenant``, if nobody else comes.
+        """Virtual tokens that are served before one more request of ``tenant``, if nobody else comes; no continuations.
 
         All of higher levels and of its own; of each other tenant what that is given until the counters are equal.
         """
-        ahead = self._exempt_cost + sum(self._ranks[other].cost for other in self._levels if other > level)
+        ahead = sum(self._ranks[other].cost for other in self._levels if other > level)
         rank = self._ranks.get(level)
         return ahead if rank is None else ahead + rank.cost_ahead(tenant, self._served)
 
@@ -131,12 +136,27 @@ class FairQueue:
                 return None
         return None
 
+    def _rank(self, level: Level) -> WaitingRank:
+        rank = self._ranks.get(level)
+        if rank is None:
+            rank = self._ranks[level] = WaitingRank()
+            insort(self._levels, level)
+        return rank
+
+    def _leave_rank(self, entry: Entry) -> None:
+        rank = self._ranks[entry.level]
+        rank.remove(entry)
+        if not rank:
+            del self._ranks[entry.level]
+            self._levels.remove(entry.level)
+
     def check(self) -> None:
         """Every invariant, for tests."""
         entries = [entry for rank in self._ranks.values() for entry in rank]
         assert self.requests == len(entries), "requests are miscounted"
         assert self.prompt_tokens == sum(e.prompt_tokens for e in entries), "prompt tokens are miscounted"
         assert all(e.queued for e in self), "an entry does not know that it waits"
+        assert self._tenants == Counter(e.tenant for e in entries), "tenants are miscounted"
         assert self._levels == sorted(self._ranks), "the levels are out of order"
         for rank in self._ranks.values():
             assert rank, "a level without anybody is kept"

@@ -51,11 +51,12 @@ class ServedTokens:
         generated = self._expected_generated if account is None else account.expected_generated
         return max(1.0, cost(prompt_tokens, min(generated, max_tokens)))
 
-    def entered(self, tenant: str) -> None:
-        """One more request of ``tenant`` waits or runs; ``left`` ends that."""
+    def entered(self, tenant: str, start: float | None = None) -> None:
+        """One more request of ``tenant`` waits or runs; ``left`` ends that. A new account begins at ``start``."""
         account = self._accounts.get(tenant)
         if account is None:
-            account = self._accounts[tenant] = _Account(self.floor, self._expected_generated)
+            counter = self.floor if start is None else start
+            account = self._accounts[tenant] = _Account(counter, self._expected_generated)
         account.live += 1
         self._away.pop(tenant, None)
 

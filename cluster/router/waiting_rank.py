@@ -126,14 +126,14 @@ class WaitingRank:
             heapq.heapreplace(self._turns, now)
 
     def least_counter(self, served: ServedTokens) -> float:
-        """Of those who wait here, or of whoever was served last anywhere where nobody does."""
-        return served.counter(self.head(served.counter).tenant) if self._lines else served.floor
+        """Of those who wait here. There is somebody."""
+        return served.counter(self.head(served.counter).tenant)
 
     def cost_ahead(self, tenant: str, served: ServedTokens) -> float:
         """Virtual tokens of this level that are served before one more request of ``tenant``."""
         own = self._lines.get(tenant)
         turn = served.counter(tenant)
-        if own is None:
+        if own is None and self._lines:
             turn = max(turn, self.least_counter(served))
         own_cost = 0.0 if own is None else own.cost
         turn += own_cost

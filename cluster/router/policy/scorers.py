@@ -15,8 +15,8 @@ from cluster.router.endpoint_table import Candidate
 from cluster.router.policy.contracts import Demand, Scorer
 
 # A token of a running sequence delays a newcomer far less than one that waits to be computed: each step reads it, which
-# takes a few percent of computing it at most. Between 0.02 and 0.1 the simulation of ops/bench/routing hardly differs;
-# at 0.01 running sequences pile up, at 0.125 a few of them cost a conversation its cache.
+# takes little beside computing it. Somewhat more or less hardly matters; with much less, running sequences pile up,
+# with much more a few of them cost a conversation its cache.
 RUNNING_WEIGHT = 0.05
 
 

@@ -11,6 +11,7 @@ from cluster.domain.block_hash import LeadingNames
 from cluster.domain.ids import Incarnation
 from cluster.router.endpoint_table import Candidate
 from cluster.router.policy.contracts import Choice, Demand, Filter, Profile, Turn
+from cluster.router.policy.filters import NOT_FAILED
 from cluster.router.policy.group import Group, Member
 from cluster.router.prefix_index import Holders
 
@@ -44,6 +45,7 @@ class Selector:
         self._turns: dict[str, Turn] = {}
         self._required = tuple(f for f in profile.filters if f.required and not f.static)
         self._optional = tuple(f for f in profile.filters if not f.required)
+        self._sound = tuple(f for f in self._optional if f is not NOT_FAILED)
 
     def choose(self, group: Group, demand: Demand, holders: Holders) -> Choice | None:
         """The endpoint of ``group`` that gets ``demand``; None when none qualifies."""
@@ -100,8 +102,9 @@ class Selector:
     ) -> list[tuple[Candidate, int]]:
         """The first ``enough`` in the walk's order that pass every filter, with their positions.
 
-        Where there is none: who is left when filters that are not required step aside one by one. Not for want of room:
-        a request that could soon have a sound member waits for it, rather than go to a slow one now.
+        Where there is none: one that broke under this request and is sound again; or else who is left when filters that
+        are not required step aside one by one. Not for want of room: a request that could soon have a sound member
+        waits for it, rather than go to a slow one now.
         """
         found: list[tuple[Candidate, int]] = []
         spare: list[tuple[Candidate, int]] = []
@@ -128,15 +131,18 @@ class Selector:
                     break
             else:
                 spare.append((candidate, position))
-        if found or not spare or (demand.needs_room and self._sound_but_full(group, demand)):
+        if found or not spare:
             return found
+        sound = [one for one in spare if _passes(one[0], demand, self._sound)]
+        if sound or (demand.needs_room and self._sound_but_full(group, demand)):
+            return sound
         left = _filtered([candidate for candidate, _ in spare], demand, self._optional)
         kept = {id(candidate) for candidate in left}
         return [(candidate, position) for candidate, position in spare if id(candidate) in kept]
 
     def _sound_but_full(self, group: Group, demand: Demand) -> bool:
         """Whether some member without room would pass every filter if it had some."""
-        rules = (*self._required, *self._optional)
+        rules = (*self._required, *self._sound)
         full = (member.candidate(has_room=True) for member in group.members if not member.has_room)
         return any(_passes(candidate, demand, rules) for candidate in full)
 
@@ -195,7 +201,7 @@ def _home(group: Group, demand: Demand, holders: Holders) -> int | None:
 
 
 def _passes(candidate: Candidate, demand: Demand, rules: Sequence[Filter]) -> bool:
-    for rule in rules:  # noqa: SIM110 - half of what all() takes, for every endpoint that a pick looks at
+    for rule in rules:  # noqa: SIM110 - quicker than all(), for every endpoint that a pick looks at
         if not rule.keep(candidate, demand):
             return False
     return True

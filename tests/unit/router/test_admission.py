@@ -128,6 +128,26 @@ class TestTime:
         after = admission.offer(entry(priority=-1, arrived_s=10.0), 10.0)[0].retry_after_s
         assert after - before < 0.15  # one turn
 
+    def test_continuations_that_find_no_endpoint_delay_nobody_else(self) -> None:
+        admission = Admission(LIMITS)
+        for _ in range(17):
+            one = entry(prompt=10_000)
+            admission.pass_through(one)
+            one.exempt = True
+            admission.offer(one, 0.0)
+        for number in range(50):  # others come and go meanwhile, none of them waits
+            admission.pass_through(one := entry(arrived_s=0.1 * number))
+            admission.ended(one, 10, 10, complete=True)
+        assert admission.wait_s("", (1, 0), 5.0) is None
+        assert admission.offer(entry(arrived_s=5.0, deadline_s=6.0), 5.0) == ()
+
+    def test_what_was_measured_long_ago_judges_nobody(self) -> None:
+        admission = measured(10)
+        assert admission.wait_s("", (1, 0), 11.0) == 0.0
+        for _ in range(20):
+            assert admission.offer(entry(arrived_s=9999.0, deadline_s=10_000.0), 9999.0) == ()
+        assert admission.wait_s("", (1, 0), 9999.0) is None
+
     def test_batch_work_waits_as_long_as_its_client_does(self) -> None:
         admission = measured(10)
         for _ in range(100):

@@ -14,7 +14,7 @@ from cluster.domain.clock import MonotonicClock
 from cluster.domain.endpoint import Endpoint
 from cluster.domain.errors import EngineFailed, RejectReason, RequestEvicted, RequestRejected
 from cluster.domain.ids import Incarnation, ReplicaId
-from cluster.router.admission_desk import AdmissionDesk, Ticket
+from cluster.router.admission_desk import CONTINUATIONS_TRIED, AdmissionDesk, Ticket
 from cluster.router.endpoint_table import Candidate, LiveLoad
 from cluster.router.fleet import Fleet
 from cluster.router.interruption import Interruption
@@ -252,6 +252,29 @@ async def test_who_waits_for_too_long_is_told_so() -> None:
     with pytest.raises(RequestRejected, match="negative priority") as caught:
         await asyncio.wait_for(desk.placed("a", desk.ticket()), 2)
     assert caught.value.retry_after_s
+    desk.check_empty()
+
+
+async def test_continuations_without_an_endpoint_keep_nobody_from_one() -> None:
+    """Many streams of weights that nobody serves any more wait; new requests and other continuations go on."""
+    desk = Desk(100)
+    sound = desk.fleet.choose
+    desk.fleet.choose = lambda demand: None if demand.checkpoint_digest == "gone" else sound(demand)  # type: ignore[method-assign]
+
+    def continuation(digest: str) -> Ticket:
+        ticket = desk.ticket()
+        ticket.entry.exempt = True
+        ticket.demand = lambda needs_room: Demand("demo", digest, needs_room=needs_room)
+        return ticket
+
+    stuck = [desk.start("stuck", continuation("gone")) for _ in range(3 * CONTINUATIONS_TRIED)]
+    await turns()
+    await asyncio.wait_for(desk.placed("new", desk.ticket()), 2)
+    await asyncio.wait_for(desk.placed("other", continuation("")), 2)
+    assert desk.served == ["new", "other"]
+    for task in stuck:
+        task.cancel()
+    await asyncio.gather(*stuck, return_exceptions=True)
     desk.check_empty()
 
 

@@ -103,6 +103,23 @@ def test_the_work_ahead_is_that_which_goes_first() -> None:
     assert ahead("light", (1, 0)) == 30 + 7 + 40
 
 
+def test_levels_have_one_account_for_each_tenant() -> None:
+    """What is late, batch work and traffic of higher priority move nobody's turn on a level that they are not on."""
+    queue = Queue()
+    first, other = entry("a"), entry("b")
+    queue.add(first, other)
+    queue.served.entered("urgent")
+    for _ in range(50):
+        queue.served.charge("urgent", 100.0)
+    assert queue.served.floor > 1000
+    queue.queue.becomes_late(first)
+    queue.add(entry("a", -1), entry("b", -1))
+    assert queue.served.counter("a") == queue.served.counter("b") == 0
+    queue.served.entered("new", queue.queue.least_counter((1, 0)))
+    assert queue.served.counter("new") == 0
+    queue.queue.check()
+
+
 def test_what_is_late_stands_behind_all_that_is_not_and_before_batch_work() -> None:
     queue = Queue()
     batch, late, urgent, plain = entry("a", -1), entry("a", 0), entry("b", 5), entry("a", 0)

@@ -28,9 +28,10 @@ class Member:
         )
 
 
-def taken(*members: Member, profile: str, needs_room: bool = True) -> int | None:
+def taken(*members: Member, profile: str, needs_room: bool = True, failed: Member | None = None) -> int | None:
     selector = Selector(PROFILES[profile], random.Random(1))
-    choice = selector.choose(Group(members, 16), Demand("demo", needs_room=needs_room), NOBODY)
+    broke = frozenset() if failed is None else frozenset({failed.incarnation})
+    choice = selector.choose(Group(members, 16), Demand("demo", needs_room=needs_room, failed=broke), NOBODY)
     return None if choice is None else choice.candidate.endpoint.incarnation.replica.slot
 
 
@@ -43,3 +44,11 @@ def test_who_has_room_must_be_sound_while_others_are(profile: str, standing: Sta
     assert taken(unsound, Member(1, has_room=False), profile=profile, needs_room=False) == 1
     assert taken(unsound, Member(1, has_room=False, standing=standing), profile=profile) == 0
     assert taken(unsound, profile=profile) == 0
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_one_that_broke_under_the_request_and_is_sound_again_is_better_than_waiting(profile: str) -> None:
+    broke, full = Member(0, has_room=True), Member(1, has_room=False)
+    assert taken(broke, full, profile=profile, failed=broke) == 0
+    assert taken(broke, Member(1, has_room=True), profile=profile, failed=broke) == 1
+    assert taken(Member(0, has_room=True, standing=Standing.EJECTED), full, profile=profile, failed=broke) is None
