@@ -74,10 +74,10 @@ CHOOSING = (
 
 TRUST = (
     Panel(
-        "Not trusted", "Replicas that some router finds slow or has ejected: they get probes, no other new requests.",
+        "Not trusted", "1: a router finds the replica slow or has ejected it: it gets probes, no other new requests.",
         (
             Query(
-                f'max by (replica, standing) (cluster_router_endpoint_standing{{{HERE}, standing!="healthy"}}) > 0',
+                f'max by (replica, standing) (cluster_router_endpoint_standing{{{HERE}, standing!="healthy"}})',
                 "{{replica}} {{standing}}",
             ),
         ),
