@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import uuid
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
+from cluster.cli import options
 from cluster.cli.generate import parse_addresses, usage_line
-from cluster.client import Client, Completion
+from cluster.client import Chunk, Client, Completion
 from cluster.client.requests import Options
 from cluster.config.schema import ROUTER_ADDRESS
 from cluster.domain.errors import ClusterError
@@ -24,21 +27,27 @@ def chat_command(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same tokens.")] = None,
+    priority: options.Priority = 0,
+    tenant: options.Tenant = "",
+    session_id: Annotated[str, typer.Option(help="Names the conversation; default: a new id for each.")] = "",
 ) -> None:
     """Talk to a model: one line is one message, /new starts over, /exit ends."""
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    options = Options(**{name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    sampling = Options(**{name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     interactive = sys.stdin.isatty()
     opening = [{"role": "system", "content": system}] if system else []
-    history = list(opening)
+    history, conversation = list(opening), session_id or uuid.uuid4().hex
     with Client(*parse_addresses(address)) as client:
         while (line := _next_line(interactive=interactive)) is not None:
             if line == "/new":
-                history = list(opening)
+                history, conversation = list(opening), session_id or uuid.uuid4().hex
             elif line:
                 history.append({"role": "user", "content": line})
                 try:
-                    answer = _answer(client, history, model, options, interactive=interactive)
+                    events = client.generate(
+                        history, model=model, priority=priority, tenant=tenant, session_id=conversation, **sampling
+                    )
+                    answer = _answer(events, interactive=interactive)
                 except ClusterError as error:
                     if not interactive:
                         raise
@@ -57,11 +66,9 @@ def _next_line(*, interactive: bool) -> str | None:
     return None if not line or stripped in EXIT_WORDS else stripped
 
 
-def _answer(
-    client: Client, history: list[dict[str, str]], model: str, options: Options, *, interactive: bool
-) -> Completion:
+def _answer(events: Iterator[Chunk | Completion], *, interactive: bool) -> Completion:
     completion: Completion | None = None
-    for event in client.generate(history, model=model, **options):
+    for event in events:
         if isinstance(event, Completion):
             completion = event
         else:

@@ -11,6 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from cluster.cli import options
 from cluster.cli.generate import parse_addresses
 from cluster.cli.status import plain, wide_console
 from cluster.client.routing import explain_route
@@ -29,7 +30,7 @@ def explain_command(
     prompt: Annotated[str, typer.Argument(help="The text of a request; - reads it from standard input.")],
     address: Annotated[str, typer.Option(help="HOST:PORT of a router; several, separated by commas.")] = ROUTER_ADDRESS,
     model: Annotated[str, typer.Option(help="Served model name; default: the only one.")] = "",
-    session_id: Annotated[str, typer.Option(help="The conversation, as metadata x-session-id would name it.")] = "",
+    session_id: options.SessionId = "",
     cache_salt: Annotated[str, typer.Option(help="Keeps tenants' caches apart.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli import options
 from cluster.client import Client, Completion
 from cluster.client.requests import Options
 from cluster.config.schema import ROUTER_ADDRESS
@@ -28,6 +29,9 @@ def generate_command(
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be given several times.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on after end-of-sequence.")] = False,
+    priority: options.Priority = 0,
+    tenant: options.Tenant = "",
+    session_id: options.SessionId = "",
     timeout: Annotated[float | None, typer.Option(min=0.0, help="Seconds for the whole request.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead.")] = False,
 ) -> None:
@@ -36,10 +40,13 @@ def generate_command(
         "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "seed": seed, "repetition_penalty": repetition_penalty, "stop": stop or None, "ignore_eos": ignore_eos or None,
     }  # fmt: skip
-    options = Options(**{name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    sampling = Options(**{name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     text = sys.stdin.read() if prompt == "-" else prompt
     with Client(*parse_addresses(address)) as client:
-        for event in client.generate(text, model=model, timeout_s=timeout, **options):
+        events = client.generate(
+            text, model=model, priority=priority, tenant=tenant, session_id=session_id, timeout_s=timeout, **sampling
+        )
+        for event in events:
             if isinstance(event, Completion):
                 _print_end(event, as_json=as_json)
             elif not as_json:

@@ -1,10 +1,12 @@
-"""Options of a model's engine, named and explained once for every command that takes them."""
+"""Options of a model's engine, and of a request: named and explained once for every command that takes them."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+
+from cluster.wire.caller import SESSION_KEY, TENANT_KEY
 
 _LAYOUT, _ENGINE = "Layout", "Engine"
 
@@ -42,3 +44,12 @@ KvCacheBytes = Annotated[int | None, typer.Option(min=1, rich_help_panel=_ENGINE
 DeviceMemoryUtilization = Annotated[float | None, typer.Option(rich_help_panel=_ENGINE)]
 ServedModelName = Annotated[str | None, typer.Option(help="What clients call it.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub id.")]
+
+Priority = Annotated[
+    int,
+    typer.Option(
+        min=-(2**31), max=2**31 - 1, help="Higher goes first; below 0 is batch work, which waits for all others."
+    ),
+]
+Tenant = Annotated[str, typer.Option(help=f"Whom the request is counted for, as metadata {TENANT_KEY}.")]
+SessionId = Annotated[str, typer.Option(help=f"The conversation it belongs to, as metadata {SESSION_KEY}.")]

@@ -12,13 +12,22 @@ import grpc
 import grpc.aio
 
 from cluster.client.events import Chunk, Completion
-from cluster.client.requests import Options, Prompt, build_request, build_tokenize_request, error_of_call, never_ready
+from cluster.client.requests import (
+    Options,
+    Prompt,
+    build_request,
+    build_tokenize_request,
+    closed_meanwhile,
+    error_of_call,
+    never_ready,
+)
 from cluster.client.resume_budget import ResumeBudget
 from cluster.client.transcript import RESUMES_MAX, Transcript, flat_addresses
 from cluster.config.schema import ROUTER_ADDRESS
 from cluster.domain.errors import ClusterError
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from cluster.wire import channel
+from cluster.wire.caller import caller_to_metadata
 from cluster.wire.status import CallFailure, from_rpc_error
 
 if TYPE_CHECKING:
@@ -47,6 +56,7 @@ class AsyncClient:
         self._budget = ResumeBudget()
         self._rng = rng
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -57,11 +67,12 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
+        self._closed = True
         channels, self._channels = self._channels, {}
         for opened in channels.values():
             await opened.close()
 
-    async def generate(
+    async def generate(  # noqa: PLR0913 - keywords, each with its default
         self,
         prompt: Prompt,
         *,
@@ -70,11 +81,18 @@ class AsyncClient:
         logprobs: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         generated_token_ids: Sequence[int] = (),
         **options: Unpack[Options],
     ) -> AsyncIterator[Chunk | Completion]:
-        """Chunks as they come, then one Completion with the whole."""
+        """Chunks as they come, then one Completion with the whole.
+
+        ``tenant``: whom the request is counted for; ``session_id``: the conversation it belongs to. Every call of the
+        request carries them, as metadata.
+        """
+        metadata = caller_to_metadata(tenant, session_id)
         request = build_request(
             prompt, options, model=model, request_id=request_id, logprobs=logprobs, priority=priority,
             generated_token_ids=generated_token_ids, cache_salt=cache_salt,
@@ -84,7 +102,7 @@ class AsyncClient:
         until_s = None if timeout_s is None else loop.time() + timeout_s
         while True:
             left_s = None if until_s is None else max(0.0, until_s - loop.time())
-            call = self._stub(transcript.address).Generate(transcript.next_request(), timeout=left_s)
+            call = self._stub(transcript.address).Generate(transcript.next_request(), timeout=left_s, metadata=metadata)
             completion: Completion | None = None
             failure: CallFailure | None = None
             try:
@@ -101,8 +119,10 @@ class AsyncClient:
                 yield completion
                 return
             await asyncio.sleep(transcript.pause_after_s(failure))
+            if self._closed:
+                raise closed_meanwhile()
 
-    async def complete(
+    async def complete(  # noqa: PLR0913 - keywords, each with its default
         self,
         prompt: Prompt,
         *,
@@ -111,6 +131,8 @@ class AsyncClient:
         logprobs: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         **options: Unpack[Options],
     ) -> Completion:
@@ -118,7 +140,7 @@ class AsyncClient:
         last: Chunk | Completion | None = None
         async for event in self.generate(
             prompt, model=model, request_id=request_id, logprobs=logprobs, priority=priority, cache_salt=cache_salt,
-            timeout_s=timeout_s, **options,
+            tenant=tenant, session_id=session_id, timeout_s=timeout_s, **options,
         ):  # fmt: skip
             last = event
         assert isinstance(last, Completion), "a stream ends with its Completion"

@@ -18,7 +18,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """``generated_tokens`` and ``failovers`` cover all routers that took part; ``resumes`` counts our own."""
+    """``generated_tokens`` covers all calls of the request, ``resumes`` counts those after the first.
+
+    The others are what the last call's router said: ``failovers`` are the replicas that broke in that call alone.
+    """
 
     prompt_tokens: int
     generated_tokens: int

@@ -151,6 +151,11 @@ def never_ready(address: str, timeout_s: float) -> RequestRejected:
     return RequestRejected(RejectReason.NO_ENDPOINT, message)
 
 
+def closed_meanwhile() -> RequestAborted:
+    message = "The client was closed before the stream had ended; close it after its last stream."
+    return RequestAborted(AbortReason.CLIENT, message)
+
+
 def _unavailable(reason: str, message: str, retry_after_s: float | None, address: str) -> ClusterError:
     if reason == "REPLICA_FAILED":
         return EngineFailed(message, retryable=True)

@@ -11,9 +11,8 @@ from cluster.config.schema import ROUTER_ADDRESS
 from cluster.domain.errors import ClusterError
 from cluster.v1 import routing_pb2, routing_pb2_grpc
 from cluster.wire import channel
+from cluster.wire.caller import caller_to_metadata
 from cluster.wire.status import from_rpc_error
-
-SESSION_KEY = "x-session-id"
 
 
 def explain_route(
@@ -30,7 +29,7 @@ def explain_route(
     Errors are those of ``Client.complete``: ModelNotFound, RequestRejected.
     """
     request = build_request(prompt, {}, model=model, cache_salt=cache_salt)
-    metadata = ((SESSION_KEY, session_id),) if session_id else ()
+    metadata = caller_to_metadata(session_id=session_id)
     failure: ClusterError | None = None
     for address in addresses:
         try:

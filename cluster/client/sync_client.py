@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 import grpc
 
 from cluster.client.events import Chunk, Completion
-from cluster.client.requests import Options, Prompt, build_request, build_tokenize_request, error_of_call, never_ready
+from cluster.client.requests import (
+    Options,
+    Prompt,
+    build_request,
+    build_tokenize_request,
+    closed_meanwhile,
+    error_of_call,
+    never_ready,
+)
 from cluster.client.resume_budget import ResumeBudget
 from cluster.client.transcript import RESUMES_MAX, Transcript, flat_addresses
 from cluster.config.schema import ROUTER_ADDRESS
@@ -19,6 +27,7 @@ from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.errors import ClusterError
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from cluster.wire import channel
+from cluster.wire.caller import caller_to_metadata
 from cluster.wire.status import CallFailure, from_rpc_error
 
 if TYPE_CHECKING:
@@ -61,7 +70,7 @@ class Client:
         for opened in channels.values():
             opened.close()
 
-    def generate(
+    def generate(  # noqa: PLR0913 - keywords, each with its default
         self,
         prompt: Prompt,
         *,
@@ -70,11 +79,18 @@ class Client:
         logprobs: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         generated_token_ids: Sequence[int] = (),
         **options: Unpack[Options],
     ) -> Iterator[Chunk | Completion]:
-        """Chunks as they come, then one Completion with the whole."""
+        """Chunks as they come, then one Completion with the whole.
+
+        ``tenant``: whom the request is counted for; ``session_id``: the conversation it belongs to. Every call of the
+        request carries them, as metadata.
+        """
+        metadata = caller_to_metadata(tenant, session_id)
         request = build_request(
             prompt, options, model=model, request_id=request_id, logprobs=logprobs, priority=priority,
             generated_token_ids=generated_token_ids, cache_salt=cache_salt,
@@ -83,7 +99,7 @@ class Client:
         until_s = None if timeout_s is None else self._clock.now() + timeout_s
         while True:
             left_s = None if until_s is None else max(0.0, until_s - self._clock.now())
-            call = self._stub(transcript.address).Generate(transcript.next_request(), timeout=left_s)
+            call = self._stub(transcript.address).Generate(transcript.next_request(), timeout=left_s, metadata=metadata)
             completion: Completion | None = None
             failure: CallFailure | None = None
             try:
@@ -99,9 +115,10 @@ class Client:
             if completion is not None:
                 yield completion
                 return
-            self._closed.wait(transcript.pause_after_s(failure))
+            if self._closed.wait(transcript.pause_after_s(failure)):
+                raise closed_meanwhile()
 
-    def complete(
+    def complete(  # noqa: PLR0913 - keywords, each with its default
         self,
         prompt: Prompt,
         *,
@@ -110,6 +127,8 @@ class Client:
         logprobs: int = 0,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        session_id: str = "",
         timeout_s: float | None = None,
         **options: Unpack[Options],
     ) -> Completion:
@@ -117,7 +136,7 @@ class Client:
         last: Chunk | Completion | None = None
         for event in self.generate(
             prompt, model=model, request_id=request_id, logprobs=logprobs, priority=priority, cache_salt=cache_salt,
-            timeout_s=timeout_s, **options,
+            tenant=tenant, session_id=session_id, timeout_s=timeout_s, **options,
         ):  # fmt: skip
             last = event
         assert isinstance(last, Completion), "a stream ends with its Completion"

@@ -99,8 +99,8 @@ class RouterConfig(_Section):
     max_concurrent_requests: int = Field(
         16_384,
         ge=1,
-        description="Requests in flight, waiting ones included: a bound of memory, blind to priorities and tenants; over "
-        "it RESOURCE_EXHAUSTED.",
+        description="Requests in flight, waiting ones included: a bound of memory, blind to priorities and tenants; "
+        "over it RESOURCE_EXHAUSTED.",
     )
     max_queued_requests: int = Field(
         1024, ge=1, description="Bound of each model's queue, in requests; over it RESOURCE_EXHAUSTED."
@@ -125,7 +125,12 @@ class RouterConfig(_Section):
     drain_deadline_s: float = Field(
         30.0, ge=0, le=MAX_DRAIN_S, description="How long running streams may finish at the end."
     )
-    ttft_objective_s: float = Field(2.0, gt=0, description="Goodput: the first token comes within this.")
+    ttft_objective_s: float = Field(
+        2.0,
+        gt=0,
+        description="Goodput: the first token comes within this. Requests in the queue that cannot make it are late: "
+        "they stand behind those that can.",
+    )
     tpot_objective_s: float = Field(0.2, gt=0, description="Goodput: mean time per later token, at most.")
 
 

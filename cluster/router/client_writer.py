@@ -18,7 +18,7 @@ class ClientWriter:
     ``close`` must end it.
     """
 
-    __slots__ = ("_loop", "_send", "_since_s", "_stall_s", "_task", "_timer", "_tripped")
+    __slots__ = ("_loop", "_send", "_since_s", "_stall_s", "_task", "_timer", "_why")
 
     def __init__(self, send: Callable[[object], Awaitable[None]], stall_s: float) -> None:
         self._send, self._stall_s = send, stall_s
@@ -26,10 +26,13 @@ class ClientWriter:
         self._since_s: float | None = None  # when the message that is waiting now began to
         self._task: asyncio.Task[object] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._tripped = False
+        self._why: Exception | None = None  # we have cancelled the task
 
     async def write(self, message: object) -> None:
-        """Ends when the transport has taken ``message``; ClientStalled when that does not happen in time."""
+        """Ends when the transport has taken ``message``; ClientStalled when that does not happen in time.
+
+        What ``interrupt`` was told when it came first.
+        """
         self._since_s = self._loop.time()
         self._task = asyncio.current_task()
         if self._timer is None:
@@ -38,11 +41,18 @@ class ClientWriter:
             await self._send(message)
         except asyncio.CancelledError:
             # As asyncio.timeout does it: only a cancellation that nobody else asked for as well is ours.
-            if self._tripped and self._task is not None and self._task.uncancel() == 0:
-                raise ClientStalled from None
+            if self._why is not None and self._task is not None and self._task.uncancel() == 0:
+                raise self._why from None
             raise
         finally:
             self._since_s = None
+
+    def interrupt(self, error: Exception) -> bool:
+        """A write that waits now ends with ``error``; False when none does."""
+        if self._since_s is None or self._why is not None:
+            return False
+        self._cancel(error)
+        return True
 
     def close(self) -> None:
         """Nothing more is written."""
@@ -55,6 +65,10 @@ class ClientWriter:
         if now_s - since_s < self._stall_s:
             self._timer = self._loop.call_at(since_s + self._stall_s, self._look)
             return
-        self._tripped = True
+        if self._why is None:
+            self._cancel(ClientStalled())
+
+    def _cancel(self, why: Exception) -> None:
         assert self._task is not None, "it writes"
+        self._why = why
         self._task.cancel()

@@ -24,7 +24,7 @@ from cluster.router.sequence_stream import LossReason
 from cluster.router.session import EngineSession, ServedModel, SessionSettings
 from cluster.telemetry.logs import Logger
 
-BLOCK_MESSAGES_PER_S = 500  # from all replicas together: about a tenth of a core
+BLOCK_MESSAGES_PER_S = 500  # from all replicas together: so news of blocks take a small part of a core
 EXPECTED_BLOCKS_MAX = 2048  # of one prompt: what a longer one holds beyond is known when its replica tells it
 NAME_CHARACTERS = 128  # of an unknown name, in an answer: a status has to fit into headers
 NO_HOLDERS = Holders((), (), {})

@@ -98,10 +98,15 @@ class SessionPulse:
             self._suspected = self._health.ejections.suspected(self._incarnation)
             self._note()
 
+    def idle(self) -> None:
+        """The engine runs nothing."""
+        if self._pace is not None:
+            self._pace.idle()
+
     def beat(self, step_age_s: float) -> None:
         """Every half second or so: verdicts that came with time alone are noted. No step runs at age 0."""
-        if self._pace is not None and not step_age_s:
-            self._pace.idle()
+        if not step_age_s:
+            self.idle()
         self._note()
 
     def submitted(self, attempt: int) -> None:

@@ -30,6 +30,7 @@ from cluster.wire import convert
 
 UPDATES_SLACK = 16  # updates of a sequence beside one for each token
 TOKENS_TOGETHER_MAX = 1024  # of one message to a client: with all log-probabilities far below what a channel carries
+REPLAYED_TOGETHER_MAX = 1024  # tokens of an earlier call turned into text before others get their turn: about 5 ms
 
 
 class Progress(NamedTuple):
@@ -109,7 +110,7 @@ class RequestRun:
         try:
             ended = await self._replay(emit)
             while ended is None:
-                ended = await self._attempt(emit, None if until_s is None else until_s - loop.time())
+                ended = await self._attempt(emit, until_s)
             return ended
         finally:
             if timer is not None:
@@ -121,21 +122,25 @@ class RequestRun:
         """Brings the text up to the tokens generated before this call; they may already be the end."""
         resumed = self._request.resumed_token_ids
         if self._text is not None and resumed:
-            text = self._text.push(resumed).text
-            self._flushed_characters = max(0, self._request.received_characters - len(text))
-            if self._text.stopped:
-                return self._ended(inference_pb2.FINISH_REASON_STOP)
+            characters = 0
+            for first in range(0, len(resumed), REPLAYED_TOGETHER_MAX):
+                characters += len(self._text.push(resumed[first : first + REPLAYED_TOGETHER_MAX]).text)
+                if self._text.stopped:
+                    return self._ended(inference_pb2.FINISH_REASON_STOP)
+                await asyncio.sleep(0)
+            self._flushed_characters = max(0, self._request.received_characters - characters)
         return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH) if self._journal.full else None
 
-    async def _attempt(self, emit: Emit, deadline_s: float | None) -> Ended | None:
-        """One try on one endpoint; None when another one has to follow."""
-        session = await self._search.endpoint(deadline_s)
+    async def _attempt(self, emit: Emit, until_s: float | None) -> Ended | None:
+        """One try on one endpoint; None when another one has to follow. ``until_s``: the deadline, by the loop."""
+        session = await self._search.endpoint(_left_s(until_s))
         attempt = self._journal.begin_attempt()
         incarnation = session.endpoint.incarnation
         try:
-            sequence_id, stream = self._submit(session, attempt, deadline_s)
+            sequence_id, stream = self._submit(session, attempt, until_s)
         except SequenceLost as lost:
-            self._search.lost(incarnation, lost.reason)
+            self._journal.withdraw_attempt()
+            self._search.not_sent(incarnation, lost.reason)
             return None
         self._stream = stream
         try:
@@ -149,7 +154,7 @@ class RequestRun:
             self._stream = None
             session.release(sequence_id)
 
-    def _submit(self, session: EngineSession, attempt: int, deadline_s: float | None) -> tuple[int, SequenceStream]:
+    def _submit(self, session: EngineSession, attempt: int, until_s: float | None) -> tuple[int, SequenceStream]:
         request = self._request
         submit = engine_pb2.Submit(
             attempt=attempt,
@@ -158,7 +163,7 @@ class RequestRun:
             sampling=convert.sampling_to_message(request.sampling),
             logprobs=request.sampling.logprobs,
             priority=request.priority,
-            deadline_s=None if deadline_s is None else max(0.0, deadline_s),
+            deadline_s=_left_s(until_s),  # now: the request may have waited
             request_id=request.request_id,
             cache_salt=request.cache_salt,
         )
@@ -254,3 +259,8 @@ class RequestRun:
             seed=self._request.sampling.seed,
         )
         return Ended(reason, usage)
+
+
+def _left_s(until_s: float | None) -> float | None:
+    """Seconds until ``until_s`` by the event loop's clock, at least 0; None for no deadline."""
+    return None if until_s is None else max(0.0, until_s - asyncio.get_running_loop().time())

@@ -1,4 +1,4 @@
-"""Adapter: cluster.v1.Inference on a gRPC server. What no message of ours is, is its sender's fault."""
+"""Adapter: cluster.v1.Inference and Routing on a gRPC server. What no message of ours is, is its sender's fault."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from cluster.domain.errors import RejectReason, RequestRejected
 from cluster.router.server import InferenceServer
-from cluster.v1 import inference_pb2
+from cluster.v1 import inference_pb2, routing_pb2
 from cluster.wire.status import to_rpc_status
 
-_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+_SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["Inference"],
+    routing_pb2.DESCRIPTOR.services_by_name["Routing"],
+)
+_METHODS = tuple(method for service in _SERVICES for method in service.methods)
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Method = Callable[[Message | None, _Context], Awaitable[Message | None]]
 _UNDECODABLE = "The message is no {} of cluster.v1; send one that was made from its protos."
@@ -32,17 +37,12 @@ def _decoder(message: type[Message]) -> Callable[[bytes], Message | None]:
     return decode
 
 
-def _message(descriptor: Any) -> type[Message]:
-    found: type[Message] = getattr(inference_pb2, descriptor.name)
-    return found
-
-
-DECODERS = {method.name: _decoder(_message(method.input_type)) for method in _SERVICE.methods}
+DECODERS = {method.name: _decoder(GetMessageClass(method.input_type)) for method in _METHODS}
 
 
 def inference_handlers(server: InferenceServer) -> dict[str, Method]:
     """The methods by name; each takes what its decoder made."""
-    return {method.name: _method(server, method.name, method.input_type.name) for method in _SERVICE.methods}
+    return {method.name: _method(server, method.name, method.input_type.name) for method in _METHODS}
 
 
 def _method(server: InferenceServer, name: str, message: str) -> Method:
@@ -61,14 +61,17 @@ def _method(server: InferenceServer, name: str, message: str) -> Method:
 
 
 def add_inference(server: InferenceServer, grpc_server: grpc.aio.Server) -> None:
-    """In place of the generated ``add_InferenceServicer_to_server``."""
-    made = {}
-    for method in _SERVICE.methods:
-        kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
-        made[method.name] = kind(
-            inference_handlers(server)[method.name],
-            request_deserializer=DECODERS[method.name],
-            response_serializer=_message(method.output_type).SerializeToString,
-        )
-    grpc_server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, made),))
-    grpc_server.add_registered_method_handlers(_SERVICE.full_name, made)
+    """In place of the generated functions ``add_..._to_server`` of both services."""
+    handlers = inference_handlers(server)
+    for service in _SERVICES:
+        made = {}
+        for method in service.methods:
+            streams = method.server_streaming
+            kind = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+            made[method.name] = kind(
+                handlers[method.name],
+                request_deserializer=DECODERS[method.name],
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+        grpc_server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, made),))
+        grpc_server.add_registered_method_handlers(service.full_name, made)

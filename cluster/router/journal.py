@@ -25,6 +25,10 @@ class Journal:
         self.attempt += 1
         return self.attempt
 
+    def withdraw_attempt(self) -> None:
+        """The last try was never sent: its number is for the next one."""
+        self.attempt -= 1
+
     def room(self) -> int:
         """Tokens that may still come."""
         return max(0, self._max_tokens - len(self._generated))

@@ -69,6 +69,16 @@ class EndpointSearch:
         self._session.load.refused()
         self._sent_back += 1
 
+    def not_sent(self, incarnation: Incarnation, reason: LossReason) -> None:
+        """The endpoint took nothing after all, since its session had just gone down or had too much to send.
+
+        No loss, as when it has no room; but a loss for a request that this befalls again and again after one.
+        """
+        if self.losses and self._sent_back >= SENT_BACK_MAX:
+            self.lost(incarnation, reason)
+        else:
+            self.refused_full()
+
     def refused_draining(self, incarnation: Incarnation) -> None:
         self._draining.add(incarnation)
 
@@ -117,11 +127,12 @@ class EndpointSearch:
                 self._wait_until_s = now_s + self._around.config.failover_wait_s
             ticket.entry.exempt, ticket.entry.due_s = True, self._wait_until_s
         elif self._sent_back > SENT_BACK_MAX:
-            raise self._rejection()
+            message = f"Model {self._request.model} has no room for another request; try again in a moment."
+            raise RequestRejected(RejectReason.QUEUE_FULL, message)
         found = await self._around.desk.place(ticket, self._interruption)
         self._interruption.check()
         if found is None:
-            raise self._rejection()
+            raise self._no_endpoint()
         session, choice = found
         replica = str(session.endpoint.incarnation.replica)
         self._around.metrics.endpoint_picks.labels(replica=replica, scorer=choice.scorer).inc()
@@ -135,7 +146,7 @@ class EndpointSearch:
     def close(self, generated: int, cached_prompt_tokens: int, *, complete: bool) -> None:
         """The request is over, by itself (``complete``) or otherwise, after so many tokens of its own."""
         if self._ticket is not None:
-            computed = max(0, len(self._request.prompt_token_ids) - cached_prompt_tokens)
+            computed = max(0, self._ticket.tokens - cached_prompt_tokens)
             self._around.desk.close(self._ticket, computed, generated, complete=complete)
         if complete and self._session is not None and not self.losses:
             metrics, model = self._around.metrics, self._request.model
@@ -167,11 +178,7 @@ class EndpointSearch:
             session_key=self._request.session_key,
         )
 
-    def _rejection(self) -> RequestRejected:
-        model = self._request.model
-        if self._sent_back:
-            message = f"Model {model} has no room for another request; try again in a moment."
-            return RequestRejected(RejectReason.QUEUE_FULL, message)
-        message = f"No replica of model {model} takes new requests; try again in a moment."
+    def _no_endpoint(self) -> RequestRejected:
+        message = f"No replica of model {self._request.model} takes new requests; try again in a moment."
         reason = RejectReason.DRAINING if self._draining else RejectReason.NO_ENDPOINT
         return RequestRejected(reason, message)

@@ -117,7 +117,11 @@ class ProcessGroup:
                 self._log.error("router_process_not_started", index=index, caused_by=str(error))
 
     async def _spawn(self, order: ProcessOrder) -> None:
-        child = await asyncio.create_subprocess_exec(*CHILD, stdin=PIPE, stdout=PIPE)
+        """ReplicaError when no process could be started, or it does not serve."""
+        try:
+            child = await asyncio.create_subprocess_exec(*CHILD, stdin=PIPE, stdout=PIPE)
+        except OSError as error:  # no memory, process or file descriptor left: perhaps later
+            raise ReplicaError(f"A router process did not start: {error}") from error
         self._children[order.index] = child
         if self._stopping.is_set():  # it was not there yet when all were told to end
             child.terminate()
@@ -128,6 +132,8 @@ class ProcessGroup:
                 answer = ProcessAnswer.from_line(await child.stdout.readline())
         except TimeoutError:
             answer = ProcessAnswer(child.pid, {}, f"it did not listen within {START_DEADLINE_S:g} s")
+        except (ValueError, TypeError):
+            answer = ProcessAnswer(child.pid, {}, "the first line of its standard output is no answer")
         if answer is not None and not answer.error:
             self.merged.join(order.index, answer.ports["metrics"])
             self._log.info("router_process_started", index=order.index, pid=child.pid)
@@ -151,7 +157,10 @@ class ProcessGroup:
 
     async def _refresh(self) -> None:
         while not await self._stopped_within(REFRESH_S):
-            await asyncio.to_thread(self.merged.refresh)
+            try:
+                await asyncio.to_thread(self.merged.refresh)
+            except Exception:  # boundary: whatever a process shows, all are asked again
+                self._log.exception("router_metrics_not_merged")
 
     async def _end(self, limit_s: float) -> None:
         """SIGTERM for all; SIGKILL for those that live after ``limit_s``."""

@@ -48,5 +48,10 @@ class ProcessAnswer:
 
     @classmethod
     def from_line(cls, line: bytes) -> ProcessAnswer | None:
-        """None for what a child that has ended said: nothing."""
-        return cls(**json.loads(line)) if line.endswith(b"\n") else None
+        """None for what a child that has ended said: nothing. ValueError or TypeError for what is no answer."""
+        if not line.endswith(b"\n"):
+            return None
+        answer = cls(**json.loads(line))
+        if not answer.error and "metrics" not in answer.ports:
+            raise ValueError("no port of its metrics")
+        return answer

@@ -1,30 +1,13 @@
-"""Adapter: the Routing service, which says where a request would go and why."""
+"""Where a request would go and why, as the service Routing says it."""
 
 from __future__ import annotations
-
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 from cluster.router.fleet import Fleet
 from cluster.router.policy.contracts import Demand, Profile
 from cluster.router.policy.prompt_blocks import PromptBlocks
 from cluster.router.policy.selector import Verdict
 from cluster.router.validation import ValidRequest
-from cluster.v1 import inference_pb2, routing_pb2, routing_pb2_grpc
-
-Explain = Callable[[inference_pb2.GenerateRequest, Any], Awaitable[routing_pb2.RouteExplanation]]
-
-
-class RoutingService(routing_pb2_grpc.RoutingServicer):
-    """``explain`` validates the request and ends the call with a typed status where it must."""
-
-    def __init__(self, explain: Explain) -> None:
-        self._explain = explain
-
-    async def ExplainRoute(  # noqa: N802 - the service's name
-        self, request: inference_pb2.GenerateRequest, context: Any
-    ) -> routing_pb2.RouteExplanation:
-        return await self._explain(request, context)
+from cluster.v1 import routing_pb2
 
 
 def route_explanation(fleet: Fleet, request: ValidRequest, checkpoint_digest: str) -> routing_pb2.RouteExplanation:

@@ -34,12 +34,12 @@ from cluster.router.tokenization import TokenizerCache
 from cluster.router.validation import ValidRequest
 from cluster.telemetry.logs import Logger
 from cluster.v1 import inference_pb2, inference_pb2_grpc, routing_pb2
+from cluster.wire.caller import caller_from_metadata
 from cluster.wire.status import to_rpc_status, wire_status
 
 REQUEST_ID_KEY = "x-request-id"
-TENANT_KEY = "x-tenant"  # who is served, for fairness; set by whoever knows its clients
-SESSION_KEY = "x-session-id"  # the conversation, for policies that keep one together
 UNKNOWN_MODEL = "unknown"  # the label of requests that name no served model: labels are a closed set
+DRAIN_MARGIN_S = 1.0  # for those that were interrupted at the end of a drain, to end
 CUT_OFF_S = 0.1  # a status that a stalled client's transport does not take by then is not sent
 # Our own deadline comes a moment before the transport's, so that its status carries a reason.
 # gRPC rounds grpc-timeout up as it grows: (timeouts below, by at most), in seconds. Without a margin of that size the
@@ -71,7 +71,7 @@ class _Call:
 
 
 class InferenceServer(inference_pb2_grpc.InferenceServicer):
-    """Generate, Complete, ListModels and Tokenize on one Fleet.
+    """Generate, Complete, ListModels and Tokenize on one Fleet; and ExplainRoute of the service Routing.
 
     ``drain`` refuses new requests and ends when the running ones have, or were interrupted at the deadline.
     """
@@ -81,7 +81,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         self._tokenizers = tokenizers
         self._log = log
         self._calls: set[int] = set()
-        self._runs: set[RequestRun] = set()
+        self._runs: dict[RequestRun, _Call] = {}
         self._draining = False
         self._drained = False  # the time to finish is over
         self._idle = asyncio.Event()
@@ -148,7 +148,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             answer.ids.extend(await self._tokenize(request))
         return answer
 
-    async def explain_route(
+    async def ExplainRoute(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> routing_pb2.RouteExplanation:
         """Where the request would go if it came now; nothing is sent or counted."""
@@ -164,16 +164,18 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), deadline_s)
         self._drained = True
-        for run in tuple(self._runs):
+        for run, call in tuple(self._runs.items()):
             run.interrupt(_draining())
+            if call.writer is not None and not call.answered and call.writer.interrupt(_draining()):
+                call.stalled = True  # it waits for its client rather than for an engine
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), 1.0)
+            await asyncio.wait_for(self._idle.wait(), DRAIN_MARGIN_S)
 
     def _call(self, model: str, request_id: str, context: _Context, *, counted: bool = True) -> _Call:
         remaining_s: float | None = context.time_remaining()
         deadline_s = None if remaining_s is None else deadline_within(remaining_s)
         label = self._around.fleet.resolve(model) or UNKNOWN_MODEL
-        tenant, session_key = _caller(context)
+        tenant, session_key = caller_from_metadata(context.invocation_metadata())
         request_id = request_id or uuid.uuid4().hex
         return _Call(request_id, self._around.clock.now(), deadline_s, label, tenant, session_key, counted)
 
@@ -189,7 +191,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             yield
             outcome = Outcome.COMPLETED
         except asyncio.CancelledError:
-            outcome = _outcome_of_cancellation(call, clock.now())
+            outcome = _outcome_of_cancellation(call, clock.now(), drained=self._drained)
             raise
         except ClusterError as error:
             outcome = wire_status(error).outcome
@@ -199,7 +201,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             call.stalled = True
             await self._abort(_stalled(self._around.config.client_stall_s), call, context)
         except (grpc.aio.BaseError, asyncio.InvalidStateError):
-            outcome = _outcome_of_cancellation(call, clock.now())  # the client left while we wrote
+            outcome = _outcome_of_cancellation(
+                call, clock.now(), drained=self._drained
+            )  # the client left while we wrote
             raise asyncio.CancelledError from None
         except Exception as error:  # boundary: a bug must cost one request only, and be told
             self._log.exception("internal_error", request_id=call.request_id)
@@ -245,7 +249,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         if call.writer is not None:
             call.writer.close()
         if call.run is not None:
-            self._runs.discard(call.run)
+            self._runs.pop(call.run, None)
         call.leave()
         if not self._calls:
             self._idle.set()
@@ -256,7 +260,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         card, tokenizer = served.card, served.tokenizer
         text = TextStream(tokenizer.vocabulary, valid.stops, valid.sampling.min_tokens) if tokenizer else None
         call.run = RequestRun(valid, text, card.checkpoint_digest, self._around, call.arrived_s)
-        self._runs.add(call.run)
+        self._runs[call.run] = call
         if self._drained:
             call.run.interrupt(_draining())
         running = self._around.metrics.running.labels(model=call.model)
@@ -314,24 +318,13 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         return await self._encode(served, await self._render(served, request.chat), add_special_tokens=False)
 
 
-def _caller(context: _Context) -> tuple[str, str]:
-    """The tenant and the conversation that the call's metadata name, "" where they name none."""
-    tenant = session_key = ""
-    for key, value in context.invocation_metadata() or ():
-        if key == TENANT_KEY:
-            tenant = str(value)
-        elif key == SESSION_KEY:
-            session_key = str(value)
-    return tenant, session_key
-
-
 def _response(progress: Progress, *, with_ids: bool) -> inference_pb2.GenerateResponse | None:
     """What a client gets to see of some progress; None when that is nothing."""
     text, token_ids, logprobs = progress
     if not (text or logprobs or (with_ids and token_ids)):
         return None
     response = inference_pb2.GenerateResponse()
-    chunk = response.chunk  # filled in place: a third of the cost of a message that is copied into another
+    chunk = response.chunk  # filled in place: cheaper than a message that is copied into another
     chunk.text = text
     if with_ids:
         chunk.token_ids.extend(token_ids)
@@ -366,12 +359,15 @@ def deadline_within(remaining_s: float) -> float:
     return max(0.0, remaining_s - margin_s)
 
 
-def _outcome_of_cancellation(call: _Call, now_s: float) -> Outcome:
-    """Whether a call that was cancelled under us was over, had reached its deadline or was left by its client."""
+def _outcome_of_cancellation(call: _Call, now_s: float, *, drained: bool) -> Outcome:
+    """Whether a call that was cancelled under us was over, had reached its deadline or was left by its client.
+
+    ``drained``: all calls were told to end, and clients hear of that rather than leave.
+    """
     if call.answered:
         return Outcome.COMPLETED
     if call.deadline_s is None or now_s - call.arrived_s < call.deadline_s:
-        error: ClusterError = RequestAborted(AbortReason.CLIENT, "")
+        error: ClusterError = _draining() if drained else RequestAborted(AbortReason.CLIENT, "")
     elif call.run is not None and call.run.started:
         error = RequestAborted(AbortReason.DEADLINE, "")
     else:

@@ -24,7 +24,6 @@ from cluster.router.inference_service import add_inference
 from cluster.router.listener import Listener
 from cluster.router.policy.profiles import PROFILES
 from cluster.router.prefix_series import PrefixSeries
-from cluster.router.route_explanation import RoutingService
 from cluster.router.server import InferenceServer
 from cluster.router.session import SessionSettings
 from cluster.router.surroundings import Surroundings
@@ -33,7 +32,7 @@ from cluster.router.watch import EndpointWatch
 from cluster.telemetry.exposition import MetricsServer, new_registry
 from cluster.telemetry.logs import Logger, get_logger
 from cluster.telemetry.metrics import RouterMetrics
-from cluster.v1 import control_pb2, routing_pb2_grpc
+from cluster.v1 import control_pb2
 
 STOP_GRACE_S = 0.5
 GC_ALLOCATIONS = 20_000  # more made than freed, before the youngest objects are looked at
@@ -170,7 +169,6 @@ def _build(
     series = FleetSeries(metrics, config)
     server = InferenceServer(Surroundings(fleet, config, metrics, clock), tokenizers, log)
     add_inference(server, listener.server)
-    routing_pb2_grpc.add_RoutingServicer_to_server(RoutingService(server.explain_route), listener.server)
     return _Parts(fleet, server, health, publish_readiness)
 
 

@@ -230,7 +230,11 @@ class EngineSession:
             if message.step.HasField("load"):
                 self.load.reported(convert.load_from_message(message.step.load))
                 self._on_load(self)
-            self._pulse.stepped(message.step.step, self.load.snapshot.running_sequences)
+            running = self.load.snapshot.running_sequences
+            if any(map(_delivers, message.step.sequences)):  # mostly the first one does
+                self._pulse.stepped(message.step.step, running)
+            elif not running:
+                self._pulse.idle()
         elif kind == "beat":
             if message.beat.HasField("load"):
                 self.load.reported(convert.load_from_message(message.beat.load))
@@ -352,6 +356,11 @@ def batches(
         size += submit_bytes
     if commands.submits or commands.cancels:
         yield commands
+
+
+def _delivers(update: engine_pb2.SequenceUpdate) -> bool:
+    """Whether the engine has computed something for the sequence: a refusal is no sign of health, nor of speed."""
+    return bool(update.token_ids) or update.end in (engine_pb2.SEQUENCE_END_STOP, engine_pb2.SEQUENCE_END_LENGTH)
 
 
 def _brief(error: BaseException) -> str:

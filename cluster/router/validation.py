@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cluster.domain.errors import RejectReason, RequestRejected
 from cluster.domain.request import SamplingParams
 from cluster.v1 import engine_pb2, inference_pb2
+from cluster.wire.caller import SESSION_KEY, TENANT_KEY
 
 REQUEST_ID_MAX = 256
 STOPS_MAX = 16
@@ -69,9 +70,9 @@ def check_request_id(request_id: str) -> None:
 def check_caller(tenant: str, session_key: str) -> None:
     """Of the call's metadata, which name them."""
     if len(tenant) > TENANT_MAX or not tenant.isprintable():
-        raise _invalid(f"x-tenant must be at most {TENANT_MAX} printable characters.")
+        raise _invalid(f"{TENANT_KEY} must be at most {TENANT_MAX} printable characters.")
     if len(session_key) > SESSION_KEY_MAX:
-        raise _invalid(f"x-session-id must be at most {SESSION_KEY_MAX} characters.")
+        raise _invalid(f"{SESSION_KEY} must be at most {SESSION_KEY_MAX} characters.")
 
 
 def check_fields(
@@ -88,6 +89,11 @@ def check_fields(
         check_chat(request.chat)
     if kind == "token_ids":
         _check_token_ids("token_ids", request.token_ids.ids, card.vocab_size)
+    if len(request.generated_token_ids) > card.max_model_len:  # turning them into text takes a while for each
+        raise _invalid(
+            f"There are {len(request.generated_token_ids)} generated_token_ids and model {card.name} takes "
+            f"{card.max_model_len} tokens; send those that were received."
+        )
     _check_token_ids("generated_token_ids", request.generated_token_ids, card.vocab_size)
     if len(request.cache_salt) > CACHE_SALT_MAX:
         raise _invalid(f"cache_salt has {len(request.cache_salt)} characters; at most {CACHE_SALT_MAX} are allowed.")

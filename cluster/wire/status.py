@@ -97,7 +97,10 @@ CallFailure: TypeAlias = tuple[grpc.StatusCode, str, str, float | None]
 def from_rpc_error(error: grpc.RpcError) -> CallFailure:
     code, message = error.code(), error.details() or ""
     reason, retry_after_s = "", None
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # gRPC ended the call by itself while the server's status came: what it says counts
+        status = None
     for detail in status.details if status is not None else ():
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info):

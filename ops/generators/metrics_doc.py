@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from typing import TypeVar
 
 from cluster.controller.replica_lifecycle import ReplicaEvent
 from cluster.controller.replica_series import NO_ROOM
 from cluster.domain.replica import RankPhase, ReplicaPhase
 from cluster.domain.request import Outcome
+from cluster.router.endpoint_table import Standing
+from cluster.router.fleet_health import EJECTION_CAUSES, SLOW
+from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
 from cluster.router.server import UNKNOWN_MODEL
 from ops.monitoring.declared import GROUPS, Metric, declared, of_every_process
 from ops.monitoring.rules import Rule, rules
 
 PATH = "docs/metrics.md"
+Value = TypeVar("Value", bound=str)
 HEAD = """\
 # Metrics and alerts
 
@@ -30,10 +35,11 @@ OUTCOMES = {
     Outcome.ABORTED_CLIENT: "its client left, cancelled, or read nothing for `client_stall_s`",
     Outcome.ABORTED_DEADLINE: "its deadline came after the first token",
     Outcome.REJECTED_INVALID: "a bad field, too long, or no such model",
-    Outcome.REJECTED_CAPACITY: "a queue or a limit was full",
-    Outcome.EVICTED_DEADLINE: "its deadline came before the first token",
+    Outcome.REJECTED_CAPACITY: "a queue or a limit was full, or the wait was too long (`max_queue_wait_s`)",
+    Outcome.EVICTED_DEADLINE: "its deadline came before the first token, or its turn would have come too late for it",
     Outcome.REJECTED_UNAVAILABLE: "no replica was ready, or the router drained",
-    Outcome.FAILED_REPLICA: "it outlived `max_failovers` replicas, or no other came in `failover_wait_s`",
+    Outcome.FAILED_REPLICA: "it lost its replica, and no other came in `failover_wait_s` or it was not sent to another "
+    "(`cluster_router_retries_refused_total`)",
     Outcome.FAILED_INTERNAL: "a bug",
 }
 LOSSES = {
@@ -43,6 +49,20 @@ LOSSES = {
     LossReason.REMOVED: "the controller took the replica out of the table",
     LossReason.DROPPED: "the engine ended the sequence without being asked",
     LossReason.OVERFLOW: "more updates than a request can have",
+}
+STANDINGS = {
+    Standing.HEALTHY.value: "gets new requests, also while a probe of it is due",
+    Standing.SLOW.value: "its steps take several times as long as those of its peers; it gets probes",
+    Standing.EJECTED.value: "its session failed; it gets a probe after a while",
+}
+EJECTIONS = {
+    **{cause: LOSSES[LossReason(cause)] for cause in EJECTION_CAUSES if cause != SLOW},
+    SLOW: "its steps took several times as long as those of its peers",
+}
+REFUSED_RETRIES = {
+    RetryRefused.FAILOVERS: "it had outlived as many replicas",
+    RetryRefused.FRUITLESS: "several replicas in a row broke under it before they gave it a token",
+    RetryRefused.BUDGET: "retries had had their share of the traffic",
 }
 
 
@@ -89,6 +109,9 @@ def _labels() -> str:
         ("`device`", "cpu or cuda"),
         ("`outcome`", _explained(OUTCOMES)),
         ("`reason` of failovers", _explained(LOSSES)),
+        ("`reason` of ejections", _explained(EJECTIONS)),
+        ("`reason` of retries refused", _explained(REFUSED_RETRIES)),
+        ("`standing`", _explained(STANDINGS)),
         ("`reason` of a blocked placement", f"`{NO_ROOM}`"),
         ("`reason` of transitions", f"{_values(ReplicaEvent)}, or what failed (start, dead, failed, silent ...)"),
         ("`phase`, `from`, `to` of replicas", _values(ReplicaPhase)),
@@ -100,8 +123,8 @@ def _labels() -> str:
     return _markdown(("label", "values"), rows)
 
 
-def _explained(values: dict[StrEnum, str]) -> str:
-    return "; ".join(f"`{value.value}`: {meaning}" for value, meaning in values.items())
+def _explained(values: Mapping[Value, str]) -> str:
+    return "; ".join(f"`{value}`: {meaning}" for value, meaning in values.items())
 
 
 def _values(kind: type[StrEnum]) -> str:

@@ -242,21 +242,25 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
                 engine.running.pop((session, cancel.sequence_id), None)
             engine._work.set()
 
-    async def _tell_blocks(self, context: Any, blocks: BlockReader) -> None:
-        while not self._engine.silent and (events := blocks.next()) is not None:
-            if self._engine.lose_block_message:
-                self._engine.lose_block_message = False
-            else:
-                await context.write(engine_pb2.SessionResponse(blocks=events))
+    async def _tell_blocks(self, context: Any, blocks: BlockReader) -> bool:
+        """One message, as the engine tells them: tokens come between. False: there is nothing to tell."""
+        if self._engine.silent or (events := blocks.next()) is None:
+            return False
+        if self._engine.lose_block_message:
+            self._engine.lose_block_message = False
+        else:
+            await context.write(engine_pb2.SessionResponse(blocks=events))
+        return True
 
     async def _steps(self, session: int, context: Any, blocks: BlockReader | None) -> None:
         engine = self._engine
         step = 0
         while not engine.dead.is_set():
-            if blocks is not None:
-                await self._tell_blocks(context, blocks)
+            told = blocks is not None and await self._tell_blocks(context, blocks)
             mine = engine.stepping(session)
             if engine.silent or engine.step_age_s or not mine:
+                if told:
+                    continue
                 engine._work.clear()
                 try:
                     async with asyncio.timeout(engine.beat_s):  # in this task, unlike wait_for

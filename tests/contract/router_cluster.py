@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,23 @@ class RouterCluster:
         except TimeoutError:
             raise AssertionError(f"left running: {self._left()}") from None
 
+    def watch_callers(self) -> list[tuple[str, str]]:
+        """Gets the tenant and the conversation of every call that comes from now on, "" where none is named."""
+        server, callers = self.router.server, []
+        plain = server._call
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            made = plain(*arguments, **options)
+            callers.append((made.tenant, made.session_key))
+            return made
+
+        server._call = call
+        return callers
+
     def _left(self) -> set[asyncio.Task[Any]]:
         # gRPC's own tasks come and go by themselves; they are compiled coroutines.
         ours = {t for t in asyncio.all_tasks() - self._before if "_cython" not in repr(t.get_coro())}
         return ours - {asyncio.current_task()}
+
+
+StartCluster = Callable[..., Awaitable[RouterCluster]]

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 RELEASE = "llm"
 READY_DEADLINE_S = 240
-PROMPT, MAX_TOKENS = "Return the ", 200
+PROMPT, MAX_TOKENS = "Return the ", 400  # so long that `status`, a process of its own, sees it run
 VALUES = {
     "auth": {"token": "0123456789abcdef0123456789abcdef"},
     "models": [{"model": "demo", "replicas": 1, "tensor_parallel_size": 2}],

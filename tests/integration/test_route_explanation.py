@@ -48,6 +48,14 @@ async def cluster():
     await made.close()
 
 
+async def test_garbage_is_its_senders_fault(cluster: RouterCluster) -> None:
+    call = cluster.channel.unary_unary("/cluster.v1.Routing/ExplainRoute")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(b"\xff\xff\xff", timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "GenerateRequest" in (caught.value.details() or "")
+
+
 async def test_what_is_explained_is_what_is_done(cluster: RouterCluster) -> None:
     for number in range(6):
         asked = request([100 + number, *PROMPT])

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from cluster.domain.block_hash import LeadingNames
-from cluster.v1 import inference_pb2
+from cluster.router.session import EngineSession
+from cluster.v1 import engine_pb2, inference_pb2
 from tests.contract.fake_engine import BLOCK_SIZE, FakeEngine, hashed_token
-from tests.contract.router_cluster import RouterCluster, eventually
+from tests.contract.router_cluster import RouterCluster, StartCluster, eventually
 
 pytestmark = pytest.mark.integration
 
-StartCluster = Callable[..., Awaitable[RouterCluster]]
 PROMPT = list(range(1, 5 * BLOCK_SIZE + 3))  # five full blocks
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[StartCluster]:
-    clusters: list[RouterCluster] = []
-
-    async def start_cluster(*engines: FakeEngine, **config: Any) -> RouterCluster:
-        cluster = RouterCluster(**config)
-        clusters.append(cluster)
-        return await cluster.start(*engines)
-
-    yield start_cluster
-    for cluster in reversed(clusters):
-        await cluster.close()
 
 
 def engine(slot: int, **options: Any) -> FakeEngine:
@@ -118,13 +103,38 @@ async def test_a_session_that_was_broken_tells_anew_and_who_left_the_table_is_fo
     index.check()
 
 
-async def test_thousands_of_blocks_come_in_small_messages_beside_tokens(start: StartCluster) -> None:
-    fake = engine(0, max_model_len=100_000)
-    tokens = [i % 251 for i in range(3000 * BLOCK_SIZE)]
-    fake.hold(tokens)
+async def test_thousands_of_blocks_come_in_small_messages_beside_tokens(
+    start: StartCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[int, int]] = []  # names and tokens of each message of the session
+    dispatch = EngineSession._dispatch
+
+    def spy(session: EngineSession, message: engine_pb2.SessionResponse) -> None:
+        names = len(message.blocks.stored) + len(message.blocks.removed)
+        heard.append((names, sum(len(update.token_ids) for update in message.step.sequences)))
+        dispatch(session, message)
+
+    monkeypatch.setattr(EngineSession, "_dispatch", spy)
+    fake = engine(0, max_model_len=100_000, step_s=0.002)
     cluster = await start(fake)
-    assert (await cluster.generate(request())).end is not None
-    await eventually(lambda: known(cluster, fake, tokens) == 3000, "all of it is known")
+    sent = request()
+    sent.sampling.max_tokens = 50_000
+    stream, got = cluster.call(sent), 0
+    tokens = [i % 251 for i in range(3000 * BLOCK_SIZE)]
+    async for event in stream:
+        got += bool(event.chunk.text or event.chunk.token_ids)
+        if got == 1:
+            heard.clear()
+            fake.hold(tokens)
+        if known(cluster, fake, tokens) == 3000:
+            break
+    stream.cancel()
+    names = [count for count, _ in heard]
+    assert sum(names) >= 3000
+    assert max(names) <= 512
+    first, last = (names.index(512), max(i for i, count in enumerate(names) if count))
+    assert sum(count for _, count in heard[first:last]) >= 3000 // 512, "a token after each message"
+    assert got > 1, "the client had some of them meanwhile"
 
 
 async def test_who_does_not_route_by_prefix_is_told_nothing(start: StartCluster) -> None:

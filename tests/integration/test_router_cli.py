@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cluster.cli.chat import chat_command
 from cluster.cli.generate import generate_command
 from cluster.client import Client
-from cluster.domain.errors import ConfigError
+from cluster.domain.errors import ConfigError, RequestRejected
 from tests.contract import small_tokenizers
 from tests.contract.fake_engine import FakeEngine, scripted_token
 from tests.contract.router_cluster import RouterCluster
@@ -66,6 +66,41 @@ async def test_a_bad_address_is_one_sentence(address: str) -> None:
     assert "HOST:PORT" in str(result.exception)
 
 
+async def test_generate_says_who_asks_and_how_urgent_it_is(cluster: RouterCluster) -> None:
+    cluster.injected += 2
+    callers = cluster.watch_callers()
+    arguments = ("fox", "--address", cluster.address, *LENGTH)
+    named = await run(generate_command, *arguments, "--priority", "-3", "--tenant", "acme", "--session-id", "talk 7")
+    assert named.exit_code == 0, named.output
+    assert (await run(generate_command, *arguments)).exit_code == 0
+    assert callers == [("acme", "talk 7"), ("", "")]
+    assert [submit.priority for submit in cluster.engines[0].submits] == [-3, 0]
+
+
+@pytest.mark.parametrize("bad", ["t" * 65, "é"])
+async def test_a_bad_tenant_is_one_sentence(cluster: RouterCluster, bad: str) -> None:
+    cluster.injected += bad.isascii()
+    result = await run(generate_command, "fox", "--address", cluster.address, "--tenant", bad)
+    assert isinstance(result.exception, RequestRejected)
+    assert str(result.exception).startswith("x-tenant must be ")
+
+
+async def test_each_conversation_of_a_chat_has_its_id(cluster: RouterCluster) -> None:
+    cluster.injected += 5
+    callers = cluster.watch_callers()
+    arguments = ("--address", cluster.address, *LENGTH, "--tenant", "acme", "--priority", "2")
+    assert (await run(chat_command, *arguments, stdin="a\nb\n/new\nc\n")).exit_code == 0
+    assert {tenant for tenant, _ in callers} == {"acme"}
+    first, again, second = (session_id for _, session_id in callers)
+    assert first == again
+    assert "" not in {first, second}
+    assert first != second
+    callers.clear()
+    assert (await run(chat_command, *arguments, "--session-id", "mine", stdin="a\n/new\nb\n")).exit_code == 0
+    assert callers == [("acme", "mine")] * 2
+    assert [submit.priority for submit in cluster.engines[0].submits] == [2] * 5
+
+
 async def test_chat_remembers_the_conversation(cluster: RouterCluster) -> None:
     cluster.injected += 2
     result = await run(chat_command, "--address", cluster.address, *LENGTH, stdin="fox?\n\nlater\n/new\n/exit\nnever\n")
@@ -83,10 +118,12 @@ async def test_the_blocking_client_resumes_too(cluster: RouterCluster) -> None:
             models = [m.name for m in client_of_one.list_models()]
             client_of_one.close()
             text = io.StringIO()
-            for event in client.generate("fox", max_tokens=len(SCRIPT)):
+            for event in client.generate("fox", max_tokens=len(SCRIPT), tenant="acme", session_id="talk"):
                 if not hasattr(event, "usage"):
                     text.write(event.text)
             return text.getvalue(), ids, models
 
     cluster.injected += 1
+    callers = cluster.watch_callers()
     assert await asyncio.to_thread(talk) == ("the 👩 answer", BACKEND.encode("fox").ids, ["demo"])
+    assert callers[-1] == ("acme", "talk")

@@ -1,7 +1,6 @@
 """What the router learns from failures: who is ejected, who is slow, what is tried again, and what never is."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -11,26 +10,11 @@ from cluster.router.endpoint_table import Standing
 from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire.status import from_rpc_error
 from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token
-from tests.contract.router_cluster import RouterCluster, eventually
+from tests.contract.router_cluster import RouterCluster, StartCluster, eventually
 
 pytestmark = pytest.mark.integration
 NEXT = hashed_token(300)
 POISON = 299
-StartCluster = Callable[..., Awaitable[RouterCluster]]
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[StartCluster]:
-    clusters: list[RouterCluster] = []
-
-    async def start_cluster(*engines: FakeEngine, **config: Any) -> RouterCluster:
-        cluster = RouterCluster(**config)
-        clusters.append(cluster)
-        return await cluster.start(*engines)
-
-    yield start_cluster
-    for cluster in reversed(clusters):
-        await cluster.close()
 
 
 def engine(slot: int = 0, **options: Any) -> FakeEngine:
@@ -112,16 +96,38 @@ async def test_an_endpoint_that_broke_gets_nothing_new_until_a_probe_succeeds(st
     flapping.break_after = None
     await cluster.until_ready(2)
     assert standing(cluster, 0) is Standing.EJECTED
-    given = len(flapping.submits)
-    while standing(cluster, 0) is Standing.EJECTED:
-        given = len(flapping.submits)
-        assert (await ending(cluster, request(2)))[0] == "OK"
-    assert len(flapping.submits) <= given + 1
+    flapping.step_age_s = 0.1  # only beats: its probe gets no token for now
+    given, probe = len(flapping.submits), None
+    while len(flapping.submits) == given:
+        probe = asyncio.create_task(ending(cluster, request(2)))
+        await eventually(lambda one=probe: one.done() or len(flapping.submits) > given, "it is answered, or the probe")
+    for seed in range(10):
+        assert (await ending(cluster, request(2, seed=seed)))[0] == "OK"
+    assert len(flapping.submits) == given + 1
+    assert standing(cluster, 0) is Standing.EJECTED
+    flapping.step_age_s = 0.0
+    assert probe is not None
+    assert (await probe)[0] == "OK"
+    assert standing(cluster, 0) is Standing.HEALTHY
     while len(flapping.submits) < given + 5:
         assert (await ending(cluster, request(2)))[0] == "OK"
     text = await cluster.metrics()
     assert 'cluster_router_ejections_total{reason="broken"} 1.0' in text
     assert 'cluster_router_endpoint_standing{replica="demo/0",standing="healthy"} 1.0' in text
+
+
+async def test_a_probe_that_is_refused_says_nothing_of_its_endpoint(start: StartCluster) -> None:
+    cluster = await start(engine(0), engine(1))
+    flapping = cluster.engines[0]
+    flapping.break_after = 1
+    while flapping.sessions == 1:
+        assert (await ending(cluster, request(3)))[0] == "OK"
+    flapping.break_after, flapping.reject = None, engine_pb2.SEQUENCE_END_REJECTED_CAPACITY
+    await cluster.until_ready(2)
+    given = len(flapping.submits)
+    while len(flapping.submits) == given:  # sooner or later one of them is the probe
+        assert (await ending(cluster, request(2)))[0] == "OK"
+    assert standing(cluster, 0) is Standing.EJECTED
 
 
 @pytest.mark.parametrize("end", [engine_pb2.SEQUENCE_END_REJECTED_CAPACITY, engine_pb2.SEQUENCE_END_REJECTED_INVALID])

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,13 @@ from tests.contract.router_cluster import RouterCluster, eventually
 pytestmark = pytest.mark.integration
 NEXT = hashed_token(340)
 MB = 2**20
-TOGETHER = 64  # messages at a time
-MESSAGES, CONNECTIONS, PARTS = (
-    15_360,
-    240,
-    40,
-)  # with --long ten times as many
+TOGETHER = 256  # messages at a time
+MESSAGES, CONNECTIONS, PARTS = 92_160, 240, 40
 CONNECTED = 20  # at a time
 PACE_S = 0.01  # a connection that breaks takes with it what has not been looked at
-LONG = 10
+LONG_MESSAGES, LONG_CONNECTIONS = 4, 10  # times as many with --long
+# gRPC's own words: of metadata, and of a connection that broke before its answer was written.
+TRANSPORT_SAYS = ("Invalid encoding on", "ExecuteBatchError raised in core")
 NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 
@@ -73,24 +72,47 @@ class Context:
         raise Ended
 
 
+class Complaints(logging.Handler):
+    """What nobody caught: errors in logs, and exceptions that reached the event loop."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        if not said.startswith(TRANSPORT_SAYS):
+            self.said.append(said)
+
+    def caught(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.said.append(repr(context))
+
+
 @pytest.fixture
-async def cluster(caplog: pytest.LogCaptureFixture) -> Any:
+def complaints() -> Iterator[Complaints]:
+    found = Complaints()
+    logging.getLogger().addHandler(found)
+    yield found
+    logging.getLogger().removeHandler(found)
+
+
+@pytest.fixture
+async def cluster(complaints: Complaints) -> AsyncIterator[RouterCluster]:
     files = small_tokenizers.files(small_tokenizers.byte_level())
-    engine = FakeEngine(NEXT, vocab_size=340, max_model_len=32, tokens_per_step=32, tokenizer_files=files)
-    errors: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    engine = FakeEngine(
+        NEXT, vocab_size=340, max_model_len=32, tokens_per_step=32, tokenizer_files=files,
+        default_sampling=inference_pb2.Sampling(max_tokens=4),
+    )  # fmt: skip
+    asyncio.get_running_loop().set_exception_handler(complaints.caught)
     started = await RouterCluster(client_stall_s=2.0).start(engine)
-    with caplog.at_level(logging.ERROR):
-        yield started
-        await started.channel.close(0)
-        await eventually(lambda: started.router.server.active_requests == 0, "every request has ended", 20)
-        outcomes = await started.outcomes()
-        assert "failed_internal" not in outcomes, outcomes
-        await started.close()
+    yield started
+    await started.channel.close(0)
+    await eventually(lambda: started.router.server.active_requests == 0, "every request has ended", 20)
+    outcomes = await started.outcomes()
+    assert "failed_internal" not in outcomes, outcomes
+    await started.close()
     gc.collect()
-    assert errors == []
-    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert [line for line in said if not line.startswith("Invalid encoding on")] == []  # of metadata: gRPC's own word
+    assert complaints.said == []
 
 
 async def still_serves(cluster: RouterCluster) -> None:
@@ -109,13 +131,10 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def cases(config: pytest.Config, count: int) -> int:
-    return count * LONG if config.getoption("--long") else count
-
-
 async def test_messages_of_every_kind(cluster: RouterCluster, pytestconfig: pytest.Config) -> None:
     handlers = inference_handlers(cluster.router.server)
     codes: Counter[str] = Counter()
+    count = MESSAGES * (LONG_MESSAGES if pytestconfig.getoption("--long") else 1)
 
     async def send(seed: int) -> None:
         case = message_case(seed)
@@ -133,7 +152,7 @@ async def test_messages_of_every_kind(cluster: RouterCluster, pytestconfig: pyte
         cluster.injected += case.method in ("Generate", "Complete")
 
     most = 0
-    for start in range(0, cases(pytestconfig, MESSAGES), TOGETHER):
+    for start in range(0, count, TOGETHER):
         await asyncio.gather(*(send(seed) for seed in range(start, start + TOGETHER)))
         if not most and start >= MESSAGES // 4:
             most = resident() + 100 * MB
@@ -145,8 +164,9 @@ async def test_messages_of_every_kind(cluster: RouterCluster, pytestconfig: pyte
 
 
 async def test_frames_of_every_kind(
-    cluster: RouterCluster, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+    cluster: RouterCluster, complaints: Complaints, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    count = CONNECTIONS * (LONG_CONNECTIONS if pytestconfig.getoption("--long") else 1)
     entered = 0
     before = cluster.router.server._call
 
@@ -195,6 +215,22 @@ async def test_frames_of_every_kind(
             writer.close()
             answered += await reading
 
+    async def together(seeds: Iterable[int]) -> list[str]:
+        """Connections at the same time, until they and what they asked for are over; what is wrong then."""
+        settled = asyncio.Event()
+        ends = await asyncio.gather(
+            settle(settled), *(connect(seed, settled) for seed in seeds), return_exceptions=True
+        )
+        wrong = [repr(end) for end in ends if end is not None]
+        try:
+            await still_serves(cluster)
+        except (AssertionError, grpc.aio.AioRpcError) as error:
+            wrong.append(f"it serves no more: {error!r}")
+        failures = (await cluster.outcomes()).get("failed_internal", 0)
+        wrong += [f"failed_internal {failures}"] * (failures > internal)
+        wrong += complaints.said
+        return wrong
+
     async def settle(settled: asyncio.Event) -> None:
         """Until nothing more arrives."""
         before, quiet = -1, 0
@@ -206,13 +242,18 @@ async def test_frames_of_every_kind(
 
     await still_serves(cluster)
     files = open_files()
-    most = 0
-    for start in range(0, cases(pytestconfig, CONNECTIONS), CONNECTED):
-        settled = asyncio.Event()
+    most = internal = 0
+    for start in range(0, count, CONNECTED):
         seeds = range(start, start + CONNECTED)
-        await asyncio.gather(settle(settled), *(connect(seed, settled) for seed in seeds))
-        if start % 400 == 0:
-            await still_serves(cluster)
+        if wrong := await together(seeds):
+            complaints.said, alone = [], {}
+            for seed in seeds:
+                internal = (await cluster.outcomes()).get("failed_internal", 0)
+                alone[f"connection_case({seed}, {PARTS})"] = await together([seed])
+                complaints.said = []
+            cluster.injected = entered
+            culprits = {case: what for case, what in alone.items() if what}
+            pytest.fail(f"connections {seeds}, {PARTS} parts each: {wrong}; alone: {culprits or 'none of them'}")
         if not most and start >= CONNECTIONS // 4:
             most = resident() + 100 * MB
     await still_serves(cluster)
@@ -221,7 +262,7 @@ async def test_frames_of_every_kind(
     cluster.injected = entered
     assert resident() < most
     assert answered > sent
-    assert sent > cases(pytestconfig, CONNECTIONS) * PARTS / 4, "connections live for a while"
+    assert sent > count * PARTS / 4, "connections live for a while"
     assert cluster.injected > 500, "calls arrive"
 
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from cluster.wire import channel
 from cluster.wire.status import from_rpc_error
 from tests.contract.fake_control import FakeControl
 from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token
-from tests.contract.router_cluster import RouterCluster, eventually
+from tests.contract.router_cluster import RouterCluster, StartCluster, eventually
 
 pytestmark = pytest.mark.integration
 NEXT = hashed_token(300)
-StartCluster = Callable[..., Awaitable[RouterCluster]]
 CHILD = """
 import json, sys
 from cluster.config.schema import RouterConfig
@@ -41,20 +39,6 @@ heavy = {"torch", "ray", "transformers", "deepspeed"} & set(sys.modules)
 assert not heavy, heavy
 sys.exit(run_router(RouterConfig(port=0, metrics_port=0), sys.argv[1], started=say))
 """
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[StartCluster]:
-    clusters: list[RouterCluster] = []
-
-    async def start_cluster(*engines: FakeEngine, **config: Any) -> RouterCluster:
-        cluster = RouterCluster(**config)
-        clusters.append(cluster)
-        return await cluster.start(*engines)
-
-    yield start_cluster
-    for cluster in reversed(clusters):
-        await cluster.close()
 
 
 def engine(slot: int = 0, **options: Any) -> FakeEngine:
@@ -209,10 +193,11 @@ class TestClientAcrossRouters:
         second = await start()
         await second.control.push(engines[0].endpoint)
         await second.until_ready(1)
+        callers = [cluster.watch_callers() for cluster in (first, second)]
         async with AsyncClient(first.address, second.address) as client:
             first.injected += 1
             token_ids: list[int] = []
-            async for event in client.generate([1, 2], max_tokens=40, seed=3):
+            async for event in client.generate([1, 2], max_tokens=40, seed=3, tenant="acme", session_id="talk"):
                 if hasattr(event, "usage"):
                     completion = event
                     break
@@ -223,6 +208,7 @@ class TestClientAcrossRouters:
         expected = expected_tokens(NEXT, [1, 2], 3, 40)
         assert token_ids == list(completion.token_ids) == expected
         assert (completion.usage.resumes, completion.usage.generated_tokens) == (1, 40)
+        assert callers == [[("acme", "talk")]] * 2
         await first._serving
 
     async def test_errors_are_typed(self, start: StartCluster) -> None:
@@ -233,6 +219,13 @@ class TestClientAcrossRouters:
             assert caught.value.reject_reason is RejectReason.INVALID
             assert "10000" in str(caught.value)
             cluster.injected += 1
+            for caller in ({"tenant": "t" * 65}, {"session_id": "s" * 257}):
+                with pytest.raises(RequestRejected, match=r"^x-(tenant|session-id) must be at most") as caught:
+                    await client.complete([1, 2], max_tokens=5, **caller)
+                assert caught.value.reject_reason is RejectReason.INVALID
+                cluster.injected += 1
+            with pytest.raises(RequestRejected, match="x-tenant must be printable ASCII"):
+                await client.complete([1, 2], max_tokens=5, tenant="é")
             assert [m.name for m in await client.list_models()] == ["demo"]
 
     async def test_nobody_there_is_one_sentence(self, start: StartCluster) -> None:

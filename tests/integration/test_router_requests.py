@@ -3,7 +3,7 @@
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import grpc
@@ -18,7 +18,7 @@ from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire.status import from_rpc_error
 from tests.contract import small_tokenizers
 from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token, scripted_token
-from tests.contract.router_cluster import RouterCluster, eventually
+from tests.contract.router_cluster import RouterCluster, StartCluster, eventually
 
 pytestmark = pytest.mark.integration
 
@@ -27,21 +27,6 @@ NEXT = hashed_token(VOCAB)
 FILES = small_tokenizers.files(small_tokenizers.byte_level())
 TOKENIZER = Tokenizer(FILES)
 PROMPT = [5, 6, 7]
-StartCluster = Callable[..., Awaitable[RouterCluster]]
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[StartCluster]:
-    clusters: list[RouterCluster] = []
-
-    async def start_cluster(*engines: FakeEngine, **config: Any) -> RouterCluster:
-        cluster = RouterCluster(**config)
-        clusters.append(cluster)
-        return await cluster.start(*engines)
-
-    yield start_cluster
-    for cluster in reversed(clusters):
-        await cluster.close()
 
 
 def engine(slot: int = 0, **options: Any) -> FakeEngine:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 from cluster.domain.request import Outcome
+from cluster.router.endpoint_table import Standing
+from cluster.router.fleet_health import EJECTION_CAUSES
+from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
 from ops.generators import metrics_doc
 from ops.monitoring.declared import declared
@@ -15,6 +18,9 @@ def test_the_page_names_every_metric_rule_and_outcome() -> None:
     ] == []
     assert set(metrics_doc.OUTCOMES) == set(Outcome)
     assert set(metrics_doc.LOSSES) == set(LossReason)
+    assert set(metrics_doc.STANDINGS) == {standing.value for standing in Standing}
+    assert set(metrics_doc.EJECTIONS) == set(EJECTION_CAUSES)
+    assert set(metrics_doc.REFUSED_RETRIES) == set(RetryRefused)
 
 
 def test_names_stand_as_they_are_exported() -> None:

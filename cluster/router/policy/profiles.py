@@ -15,8 +15,8 @@ FILTERS = (
     filters.NOT_REFUSED,
     filters.HAS_ROOM,
     filters.NOT_EJECTED,
-    filters.NOT_FAILED,
     filters.NOT_SLOW,
+    filters.NOT_FAILED,
     filters.NOT_FULL,
 )
 

@@ -11,7 +11,7 @@ from cluster.domain.block_hash import LeadingNames
 from cluster.domain.ids import Incarnation
 from cluster.router.endpoint_table import Candidate
 from cluster.router.policy.contracts import Choice, Demand, Filter, Profile, Turn
-from cluster.router.policy.filters import NOT_FAILED
+from cluster.router.policy.filters import NOT_FAILED, NOT_FULL
 from cluster.router.policy.group import Group, Member
 from cluster.router.prefix_index import Holders
 
@@ -45,7 +45,7 @@ class Selector:
         self._turns: dict[str, Turn] = {}
         self._required = tuple(f for f in profile.filters if f.required and not f.static)
         self._optional = tuple(f for f in profile.filters if not f.required)
-        self._sound = tuple(f for f in self._optional if f is not NOT_FAILED)
+        self._sound = tuple(f for f in self._optional if f not in (NOT_FAILED, NOT_FULL))
 
     def choose(self, group: Group, demand: Demand, holders: Holders) -> Choice | None:
         """The endpoint of ``group`` that gets ``demand``; None when none qualifies."""
@@ -134,9 +134,9 @@ class Selector:
         if found or not spare:
             return found
         sound = [one for one in spare if _passes(one[0], demand, self._sound)]
-        if sound or (demand.needs_room and self._sound_but_full(group, demand)):
-            return sound
-        left = _filtered([candidate for candidate, _ in spare], demand, self._optional)
+        if not sound and demand.needs_room and self._sound_but_full(group, demand):
+            return []
+        left = _filtered([candidate for candidate, _ in sound or spare], demand, self._optional)
         kept = {id(candidate) for candidate in left}
         return [(candidate, position) for candidate, position in spare if id(candidate) in kept]
 

@@ -12,6 +12,7 @@ import grpc.aio
 
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from cluster.wire import channel
+from cluster.wire.caller import caller_to_metadata
 from cluster.wire.status import from_rpc_error
 from ops.bench.overload.replicas import MODEL
 
@@ -78,7 +79,7 @@ async def _send(stub: inference_pb2_grpc.InferenceStub, request: Sent, begin_s: 
         priority=request.priority,
     )
     request.late_s = time.monotonic() - begin_s - request.at_s
-    metadata = (("x-tenant", request.tenant),) if request.tenant else ()
+    metadata = caller_to_metadata(request.tenant)
     try:
         async for event in stub.Generate(message, timeout=CALL_DEADLINE_S, metadata=metadata):
             if request.first_s is None and event.HasField("chunk"):

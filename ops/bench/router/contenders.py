@@ -63,6 +63,7 @@ class Starter:
         self.known: dict[str, Callable[[list[subprocess.Popen]], Contender]] = {
             "ours": lambda started: self._ours("ours", started, ids=False),
             "ours_ids": lambda started: self._ours("ours_ids", started, ids=True),
+            "ours_2": lambda started: self._ours("ours_2", started, ids=False, processes=2),
             "grpcio": self._grpcio,
             "envoy": self._envoy,
             "serve": self._serve,
@@ -82,13 +83,15 @@ class Starter:
         found.started = started
         return found
 
-    def _ours(self, name: str, started: list[subprocess.Popen], *, ids: bool) -> Contender:
+    def _ours(self, name: str, started: list[subprocess.Popen], *, ids: bool, processes: int = 1) -> Contender:
         tokenizer = [] if ids else ["--tokenizer", str(TOKENIZER)]
         mock = self._json(
             name, started, [sys.executable, "-m", "ops.bench.router.mock_replica", *tokenizer], lambda _: True
         )
         settings = self._folder / f"{name}.yaml"
-        settings.write_text("router: {max_concurrent_requests: 100000, port: 0, metrics_port: 0}\n")
+        settings.write_text(
+            f"router: {{max_concurrent_requests: 100000, port: 0, metrics_port: 0, processes: {processes}}}\n"
+        )
         router = self._json(
             name,
             started,
@@ -98,7 +101,10 @@ class Starter:
         )  # fmt: skip
         _until_ready(f"http://127.0.0.1:{router['ports']['metrics']}/readyz")
         address = f"127.0.0.1:{router['ports']['grpc']}"
-        return Contender(name, address, "grpc_ids" if ids else "grpc", [router["pid"]])
+        pids = [router["pid"], *_children(router["pid"])]
+        if processes > 1 and len(pids) != 1 + processes:
+            raise ContenderError(f"it has {len(pids) - 1} processes instead of {processes}")
+        return Contender(name, address, "grpc_ids" if ids else "grpc", pids)
 
     def _grpcio(self, started: list[subprocess.Popen]) -> Contender:
         mock = self._mock("grpcio", started)
@@ -174,8 +180,13 @@ class Starter:
 
 def _served_by(pid: int) -> int:
     """The process that does the work: the one itself, or the last of its descendants where a wrapper starts it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return _served_by(int(children[-1])) if children else pid
+    children = _children(pid)
+    return _served_by(children[-1]) if children else pid
+
+
+def _children(pid: int) -> list[int]:
+    """Those that its first thread has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _free_port() -> int:

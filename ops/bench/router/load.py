@@ -215,6 +215,34 @@ async def requests(client: Client, scenario: dict, pids: list[int]) -> dict:
     return {"requests": sent, "cpu_us_per_request": 1e6 * spent / sent, "latency_s": taken}
 
 
+async def closed(client: Client, scenario: dict, pids: list[int]) -> dict:
+    """Requests of one token, each client's next one when its last is back: how many a second, and the cost of each."""
+    done, over = 0, False
+
+    async def one() -> None:
+        nonlocal done
+        while not over:
+            await client.whole((0, 0))
+            done += 1
+
+    running = [asyncio.create_task(one()) for _ in range(scenario["clients"])]
+    await asyncio.sleep(scenario["warm_up_s"])
+    before, began_s, began = [cpu_s([pid]) for pid in pids], time.monotonic(), done
+    await asyncio.sleep(scenario["seconds"])
+    spent = [cpu_s([pid]) - was for pid, was in zip(pids, before, strict=True)]
+    wall_s, requests_done, over = time.monotonic() - began_s, done - began, True
+    await asyncio.wait_for(asyncio.gather(*running), START_DEADLINE_S)
+    if not requests_done:
+        raise LoadError("no request came back")
+    return {
+        "requests": requests_done,
+        "requests_s": requests_done / wall_s,
+        "cores": sum(spent) / wall_s,
+        "busiest_share": max(spent) / sum(spent),
+        "cpu_us_per_request": 1e6 * sum(spent) / requests_done,
+    }
+
+
 async def streams(client: Client, scenario: dict, pids: list[int]) -> dict:
     """Many streams at one pace, looked at while all of them run: cost of each token, and how late it came."""
     count, pace_ms = scenario["streams"], scenario["pace_ms"]
@@ -302,7 +330,7 @@ async def idle(client: Client, scenario: dict, pids: list[int]) -> dict:
     }
 
 
-KINDS = {"unary": requests, "short": requests, "streams": streams, "idle": idle}
+KINDS = {"unary": requests, "short": requests, "closed": closed, "streams": streams, "idle": idle}
 
 
 async def run(config: dict) -> dict:

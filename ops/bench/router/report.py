@@ -12,6 +12,7 @@ COSTS = {
     "short_stream": ("cpu_us_per_request", "us / streamed request"),
     "paced": ("cpu_us_per_token", "us / token, paced"),
     "saturated": ("cpu_us_per_token", "us / token, saturated"),
+    "closed": ("cpu_us_per_request", "us / request, closed loop"),
     "idle": ("bytes_per_stream", "bytes / idle stream"),
 }
 LATENCIES = ("unary", "short_stream", "paced")
@@ -71,11 +72,13 @@ def goals(summary: dict[str, Any], workload: dict[str, Any]) -> list[str]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    lines = ["| contender | " + " | ".join(title for _, title in COSTS.values()) + " | tokens / message, saturated |"
+    lines = ["| contender | " + " | ".join(title for _, title in COSTS.values()) + " | requests / s, closed loop |"
+             " tokens / message, saturated |"
              " added p50 / p99 ms, unary | added p50 / p99 ms, paced token |"]  # fmt: skip
-    lines.append("|---|" + "---:|" * (len(COSTS) + 3))
+    lines.append("|---|" + "---:|" * (len(COSTS) + 4))
     for name, of_one in summary.items():
         cells = [_cell(of_one.get(scenario, {}).get(cost)) for scenario, (cost, _) in COSTS.items()]
+        cells.append(_cell(of_one.get("closed", {}).get("requests_s")))
         cells.append(_cell(of_one.get("saturated", {}).get("tokens_per_message")))
         for scenario in ("unary", "paced"):
             entry = of_one.get(scenario, {})

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.engine.prefill_pace import LEAST_CHUNK_TOKENS, PrefillPace, PromptCost, PromptWork
@@ -161,11 +161,15 @@ def test_one_hiccup_of_the_machine_is_soon_forgotten():
     st.integers(0, 300),
     st.integers(0, 100_000),
 )
-def test_the_budget_is_always_within_its_bounds(observations, num_decodes, start):
+@example([(0, 0, 1, 0.0), (2, 0, 0, 0.0)], 1, 0)  # fewer streams than were ever seen
+def test_the_budget_is_always_within_its_bounds_but_for_one_look_at_the_streams_alone(observations, num_decodes, start):
     pace = PrefillPace(1.8, 512)
     for decodes, at, tokens, seconds in observations:
         if decodes or tokens:
             pace.observe(decodes, PromptWork.chunk(at, tokens) if tokens else NOTHING, seconds)
+    if not pace.budget(num_decodes, 1, start):
+        assert pace.short_prompt(num_decodes) == 0
+        pace.observe(num_decodes, NOTHING, 0.01)
     assert LEAST_CHUNK_TOKENS <= pace.budget(num_decodes, 1, start) <= 512
     assert 0 <= pace.short_prompt(num_decodes) <= 512
 

@@ -1,6 +1,7 @@
 """A client that takes its messages in time, late, or never."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
@@ -17,6 +18,32 @@ class Client:
     async def take(self, message: object) -> None:
         await self.reads.acquire()
         self.took.append(message)
+
+
+class Timers:
+    """What a writer asks of its event loop; time stands still until told otherwise."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self._due: list[asyncio.TimerHandle] = []
+
+    def time(self) -> float:
+        return self._now_s
+
+    def call_at(self, when_s: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        self._due.append(asyncio.TimerHandle(when_s, callback, (), asyncio.get_running_loop()))
+        return self._due[-1]
+
+    def advance(self, seconds: float) -> None:
+        """Whatever falls due meanwhile is called at its time."""
+        end_s = self._now_s + seconds
+        while ripe := [timer for timer in self._due if timer.when() <= end_s]:
+            timer = min(ripe, key=lambda timer: timer.when())
+            self._due.remove(timer)
+            self._now_s = max(self._now_s, timer.when())
+            if not timer.cancelled():
+                timer._run()
+        self._now_s = end_s
 
 
 async def test_what_a_client_takes_in_time_passes() -> None:
@@ -42,18 +69,23 @@ async def test_a_client_that_takes_nothing_has_stalled() -> None:
 
 
 async def test_time_counts_from_each_message_anew() -> None:
-    client = Client()
-    writer = ClientWriter(client.take, 0.6)
-    loop = asyncio.get_running_loop()
-    began_s = loop.time()
-    for _ in range(2):  # each waits for half of what it may, both together for more
-        loop.call_later(0.35, client.reads.release)
-        await writer.write("a")
-    assert loop.time() - began_s > 0.6
-    began_s = loop.time()
+    client, timers = Client(), Timers()
+    writer = ClientWriter(client.take, 1.0)
+    writer._loop = timers  # type: ignore[assignment]
+    for _ in range(2):  # each waits for a part of what it may, both together for more
+        writing = asyncio.create_task(writer.write("a"))
+        await asyncio.sleep(0)
+        timers.advance(0.6)
+        client.reads.release()
+        await writing
+    writing = asyncio.create_task(writer.write("b"))
+    await asyncio.sleep(0)
+    timers.advance(0.9)
+    await asyncio.sleep(0)
+    assert not writing.done()
+    timers.advance(0.2)
     with pytest.raises(ClientStalled):
-        await asyncio.wait_for(writer.write("b"), 5)
-    assert loop.time() - began_s >= 0.59
+        await asyncio.wait_for(writing, 5)
     writer.close()
 
 
@@ -85,3 +117,16 @@ async def test_somebody_elses_cancellation_stays_one() -> None:
     task.cancel()
     await asyncio.wait([task], timeout=2)
     assert task.cancelled()
+
+
+async def test_a_write_that_waits_can_be_interrupted() -> None:
+    client = Client()
+    writer = ClientWriter(client.take, 5.0)
+    assert not writer.interrupt(ValueError()), "nobody writes"
+    writing = asyncio.create_task(writer.write("a"))
+    await asyncio.sleep(0)
+    assert writer.interrupt(ValueError("enough"))
+    with pytest.raises(ValueError, match="enough"):
+        await asyncio.wait_for(writing, 1)
+    writer.close()
+    assert client.took == []

@@ -10,21 +10,24 @@ from prometheus_client import CollectorRegistry
 
 from cluster.config.schema import RouterConfig
 from cluster.domain.clock import MonotonicClock
-from cluster.domain.endpoint import Endpoint
-from cluster.domain.errors import AbortReason, EngineFailed, RequestAborted, RequestRejected
+from cluster.domain.endpoint import Endpoint, LoadSnapshot
+from cluster.domain.errors import AbortReason, EngineFailed, RejectReason, RequestAborted, RequestRejected
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.domain.request import SamplingParams
 from cluster.router.endpoint_table import Candidate, LiveLoad
 from cluster.router.fleet import Fleet
 from cluster.router.fleet_health import FleetHealth
-from cluster.router.forwarding import UPDATES_SLACK, Ended, Progress, RequestRun
+from cluster.router.forwarding import REPLAYED_TOGETHER_MAX, UPDATES_SLACK, Ended, Progress, RequestRun
 from cluster.router.placing import SENT_BACK_MAX
 from cluster.router.policy.contracts import Choice, Demand
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
 from cluster.router.surroundings import Surroundings
+from cluster.router.text import TextStream
+from cluster.router.tokenization import Tokenizer
 from cluster.router.validation import ValidRequest
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.v1 import engine_pb2, inference_pb2
+from tests.contract import small_tokenizers
 
 LENGTH, FULL = engine_pb2.SEQUENCE_END_LENGTH, engine_pb2.SEQUENCE_END_REJECTED_CAPACITY
 
@@ -40,11 +43,16 @@ class Says:
 
 @dataclass
 class Session:
-    """Delivers its whole script at once, then breaks for ``loss`` unless that is None."""
+    """Delivers its whole script at once, then breaks for ``loss`` unless that is None.
+
+    The first ``unsent`` submits do not leave the router.
+    """
 
     slot: int
     script: Sequence[Says]
     loss: LossReason | None = LossReason.BROKEN
+    unsent: int = 0
+    asked: int = 0
     submits: list[engine_pb2.Submit] = field(default_factory=list)
     released: int = 0
     load: LiveLoad = field(default_factory=lambda: LiveLoad(16))
@@ -56,6 +64,9 @@ class Session:
     def submit(
         self, submit: engine_pb2.Submit, _tokens: int, updates_max: int, _cached_tokens: int = 0
     ) -> tuple[int, SequenceStream]:
+        self.asked += 1
+        if self.asked <= self.unsent:
+            raise SequenceLost(LossReason.BROKEN)
         self.submits.append(submit)
         stream = SequenceStream(updates_max, submit.attempt)
         for says in self.script:
@@ -95,14 +106,21 @@ class Sessions:
 class Request:
     """Runs one request over ``sessions``; keeps what came."""
 
-    def __init__(self, *sessions: Session, max_tokens: int = 6, resumed: tuple[int, ...] = (), **config: Any) -> None:
+    def __init__(
+        self,
+        *sessions: Session,
+        max_tokens: int = 6,
+        resumed: tuple[int, ...] = (),
+        text: TextStream | None = None,
+        **config: Any,
+    ) -> None:
         self.registry = CollectorRegistry()
         settings = RouterConfig(**{"failover_wait_s": 0.02, **config})
         fleet = cast("Fleet", Sessions(*sessions))
-        around = Surroundings(fleet, settings, RouterMetrics(self.registry), MonotonicClock())
+        around = self.around = Surroundings(fleet, settings, RouterMetrics(self.registry), MonotonicClock())
         sampling = SamplingParams(max_tokens=max_tokens, seed=1)
         valid = ValidRequest("id", "demo", (1, 2), resumed, sampling, (), 0, return_token_ids=True, cache_salt="tenant")
-        self.run = RequestRun(valid, None, "sha256:a", around, around.clock.now())
+        self.run = RequestRun(valid, text, "sha256:a", around, around.clock.now())
         self.sessions = sessions
         self.token_ids: list[int] = []
 
@@ -164,8 +182,8 @@ async def test_a_resumed_request_that_is_complete_asks_nobody() -> None:
 
 async def test_a_new_request_that_is_sent_back_tries_the_others_and_then_waits_its_time() -> None:
     full = [Session(slot, [Says(end=FULL)], loss=None) for slot in range(3)]
-    with pytest.raises(RequestRejected, match="objective"):
-        await Request(*full, ttft_objective_s=0.05).ended()
+    with pytest.raises(RequestRejected, match="max_queue_wait_s"):
+        await Request(*full, max_queue_wait_s=0.05, max_queue_wait_s=0.1).ended()
     assert [len(session.submits) for session in full] == [1, 1, 1]
 
 
@@ -174,6 +192,79 @@ async def test_a_request_is_not_sent_back_for_ever() -> None:
     with pytest.raises(RequestRejected, match="no room"):
         await Request(*full).ended()
     assert sum(len(session.submits) for session in full) == 1 + SENT_BACK_MAX
+
+
+async def test_without_endpoints_it_says_so_even_after_one_had_no_room() -> None:
+    request = Request(Session(0, [Says(end=FULL)], loss=None))
+    cast("Any", request.around.fleet).serves = lambda _demand: False
+    with pytest.raises(RequestRejected, match="takes new requests") as caught:
+        await request.ended()
+    assert caught.value.reject_reason is RejectReason.NO_ENDPOINT
+
+
+async def test_what_never_left_is_no_loss_and_no_attempt() -> None:
+    first, second = Session(0, [], unsent=1), Session(1, [Says([10, 11, 12, 13, 14, 15], LENGTH)])
+    request = Request(first, second)
+    assert (await request.ended()).usage.failovers == 0
+    assert (request.losses(), first.submits, second.submits[0].attempt) == ({}, [], 1)
+    assert request.registry.get_sample_value("cluster_router_prompt_tokens_total", {"model": "demo"}) == 2
+
+
+async def test_what_never_left_after_a_loss_goes_elsewhere() -> None:
+    broken, away = Session(0, [Says([10])]), Session(1, [], unsent=1)
+    request = Request(broken, away, Session(2, [Says([11, 12, 13, 14, 15], LENGTH)]))
+    assert (await request.ended()).usage.failovers == 1
+    assert (request.token_ids, request.losses()) == ([10, 11, 12, 13, 14, 15], {"broken": 1.0})
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+async def test_a_request_does_not_try_to_leave_for_ever(broken: int) -> None:
+    away = [Session(slot, [], unsent=99) for slot in range(1, 20)]
+    with pytest.raises(EngineFailed if broken else RequestRejected, match="broke" if broken else "no room"):
+        await Request(*[Session(0, [Says([10])])][:broken], *away, max_failovers=2).ended()
+    assert sum(session.asked for session in away) == SENT_BACK_MAX + (2 if broken else 1)
+
+
+async def test_the_engine_is_told_what_is_left_of_the_deadline_after_the_wait() -> None:
+    session = Session(0, [Says([10, 11, 12, 13, 14, 15], LENGTH)])
+    session.load.refused()
+    asyncio.get_running_loop().call_later(0.1, session.load.reported, LoadSnapshot())
+    await Request(session).ended(deadline_s=1.9)
+    assert 0 < session.submits[0].deadline_s <= 1.8
+
+
+@pytest.mark.parametrize("resumed", [(), (7, 8, 9)])
+async def test_what_was_computed_is_charged_with_the_tokens_of_earlier_calls(resumed: tuple[int, ...]) -> None:
+    request = Request(Session(0, [Says(range(6 - len(resumed)), LENGTH)]), resumed=resumed)
+    charged: list[int] = []
+    cast("Any", request.around.desk).close = lambda _ticket, tokens, _generated, **_: charged.append(tokens)
+    await request.ended()
+    assert charged == [2 + len(resumed)]
+
+
+async def test_others_get_their_turn_while_the_text_of_earlier_calls_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, pushed = 0, []
+    plain = TextStream.push
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def push(stream: TextStream, token_ids: Sequence[int]) -> Any:
+        pushed.append((turns, len(token_ids)))
+        return plain(stream, token_ids)
+
+    monkeypatch.setattr(TextStream, "push", push)
+    tokenizer = Tokenizer(small_tokenizers.files(small_tokenizers.byte_level()))
+    count = 2 * REPLAYED_TOGETHER_MAX + 5
+    text = TextStream(tokenizer.vocabulary, ())
+    running = asyncio.create_task(others())
+    await Request(max_tokens=count, resumed=(70,) * count, text=text).ended()
+    running.cancel()
+    assert [length for _, length in pushed] == [REPLAYED_TOGETHER_MAX, REPLAYED_TOGETHER_MAX, 5]
+    assert len({turn for turn, _ in pushed}) == 3
 
 
 async def test_losses_are_bounded() -> None:

@@ -73,13 +73,16 @@ def test_who_is_taken_passes_every_filter_that_somebody_can_pass(name, fleet, da
     wanted = [s for s in fleet if s.incarnation not in refused]
     fit = [s for s in wanted if s.has_room or not needs_room]
     if choice is None:
-        sound = [s for s in wanted if s.standing is Standing.HEALTHY and s.incarnation not in failed]
+        sound = [s for s in wanted if s.standing is Standing.HEALTHY]
         assert not fit or (needs_room and sound), "somebody qualified, and nobody better could soon"
         return
     taken = fleet[slot_of(choice)]
     assert taken in fit
     spotless = [s for s in fit if s.has_room and s.standing is Standing.HEALTHY and s.incarnation not in failed]
     assert not spotless or taken in spotless
+    assert taken.standing is Standing.HEALTHY or not any(s.standing is Standing.HEALTHY for s in fit), (
+        "though it failed"
+    )
     assert taken.standing is not Standing.EJECTED or all(s.standing is Standing.EJECTED for s in fit)
 
 

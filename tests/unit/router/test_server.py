@@ -229,6 +229,49 @@ async def test_a_client_that_takes_nothing_is_cut_off(monkeypatch: pytest.Monkey
     assert list(router.outcomes()) == [("demo", "aborted_client")]
 
 
+async def test_draining_ends_a_request_that_waits_for_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = Router(client_stall_s=30.0)
+    router.serve(monkeypatch)
+    monkeypatch.setattr(RequestRun, "run", run_that_emits(1))
+    writing = asyncio.Event()
+    context = Context(stalled=True)
+
+    async def write(_message: Any) -> None:
+        writing.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(context, "write", write)
+    call = asyncio.create_task(router.server.Generate(request(), context))
+    await asyncio.wait_for(writing.wait(), 2)
+    await asyncio.wait_for(router.server.drain(0.0), 0.9)  # not the second that it gives to those who do not end
+    await asyncio.wait([call], timeout=2)
+    assert (router.server.active_requests, router.outcomes()) == (0, {("demo", "rejected_unavailable"): 1})
+
+
+@pytest.mark.parametrize(("drained", "outcome"), [(False, "aborted_client"), (True, "rejected_unavailable")])
+async def test_what_the_end_of_the_drain_cuts_off_was_not_left_by_its_client(
+    monkeypatch: pytest.MonkeyPatch, drained: bool, outcome: str
+) -> None:
+    router = Router()
+    router.serve(monkeypatch)
+    entered = asyncio.Event()
+
+    async def run(_self: RequestRun, _emit: Any, _deadline_s: float | None) -> Ended:
+        entered.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(RequestRun, "run", run)
+    call = asyncio.create_task(router.server.Generate(request(), Context()))
+    await asyncio.wait_for(entered.wait(), 2)
+    if drained:
+        monkeypatch.setattr("cluster.router.server.DRAIN_MARGIN_S", 0.0)
+        await router.server.drain(0.0)
+    call.cancel()
+    await asyncio.wait([call], timeout=2)
+    assert router.outcomes() == {("demo", outcome): 1}
+
+
 def value(router: Router, name: str, model: str = "demo") -> float:
     return router.registry.get_sample_value(f"cluster_router_{name}", {"model": model}) or 0.0
 

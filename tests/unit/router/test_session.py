@@ -1,9 +1,10 @@
-"""How commands are cut into messages."""
+"""How commands are cut into messages, and what of an answer counts."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.router.session import COMMANDS_BYTES_MAX, batches
+from cluster.router.session import COMMANDS_BYTES_MAX, _delivers, batches
 from cluster.v1 import engine_pb2
 from cluster.wire.channel import MAX_MESSAGE_BYTES
 
@@ -50,3 +51,18 @@ def test_everything_leaves_once_in_order_within_the_limit(sizes: list[int], byte
     assert [s for m in messages for s in m.submits] == submits
     for message in messages:
         assert len(message.submits) == 1 or sum(s.ByteSize() for s in message.submits) <= bytes_max
+
+
+@pytest.mark.parametrize(
+    ("update", "delivers"),
+    [
+        (engine_pb2.SequenceUpdate(token_ids=[1]), True),
+        (engine_pb2.SequenceUpdate(token_ids=[1], end=engine_pb2.SEQUENCE_END_LENGTH), True),
+        (engine_pb2.SequenceUpdate(end=engine_pb2.SEQUENCE_END_STOP), True),
+        (engine_pb2.SequenceUpdate(end=engine_pb2.SEQUENCE_END_REJECTED_CAPACITY), False),
+        (engine_pb2.SequenceUpdate(end=engine_pb2.SEQUENCE_END_REJECTED_INVALID), False),
+        (engine_pb2.SequenceUpdate(end=engine_pb2.SEQUENCE_END_EVICTED_DEADLINE), False),
+    ],
+)
+def test_only_what_was_computed_is_a_sign_of_health(update: engine_pb2.SequenceUpdate, delivers: bool) -> None:
+    assert _delivers(update) is delivers

@@ -43,6 +43,7 @@ BAD = [
     ({"prompt": [1] * 32}, "32 tokens"),
     ({"prompt": [1] * 30, "max_tokens": 3}, "30 tokens and max_tokens 3 make 33"),
     ({"generated_token_ids": [100]}, "generated_token_ids"),
+    ({"generated_token_ids": [1] * 33}, "33 generated_token_ids"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": 100.5}, "temperature"),
     ({"temperature": NAN}, "temperature"),

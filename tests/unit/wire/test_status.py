@@ -122,6 +122,13 @@ def test_the_time_to_wait_is_the_one_that_was_said() -> None:
     assert from_rpc_error(Call(to_rpc_status(error)))[3] == 2.5
 
 
+def test_a_status_that_gRPC_overtook_is_not_read() -> None:
+    """The client's own deadline ends a call while the server's status, which is in the trailers already, comes."""
+    call = Call(to_rpc_status(errors.RequestAborted(AbortReason.DEADLINE, "The deadline came.")))
+    call.details = lambda: "Stream removed (Deadline Exceeded)"
+    assert from_rpc_error(call) == (Code.DEADLINE_EXCEEDED, "", "Stream removed (Deadline Exceeded)", None)
+
+
 def test_what_is_not_ours_is_a_bug() -> None:
     status = wire_status(ZeroDivisionError("x"))
     assert (status.code, status.outcome) == (Code.INTERNAL, Outcome.FAILED_INTERNAL)

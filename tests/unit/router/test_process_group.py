@@ -1,0 +1,106 @@
+"""A process group outlives what the machine and its children do: no child to be had, another first line, odd metrics."""
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from cluster.config.schema import RouterConfig
+from cluster.domain.clock import ManualClock
+from cluster.domain.errors import ReplicaError
+from cluster.router import process_group
+from cluster.router.process_group import ProcessGroup
+from cluster.router.process_order import ProcessOrder
+from cluster.telemetry.logs import get_logger
+
+SERVES = 'import sys; print(\'{"pid": 1, "ports": {"metrics": 1}}\', flush=True); sys.stdin.read()'
+MUMBLES = "import sys; print({line!r}, flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+async def group(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-S", "-c", SERVES))
+    order = ProcessOrder(RouterConfig(processes=1), "127.0.0.1:1", 0, 0.0)
+    group = ProcessGroup(order, get_logger(), ManualClock())
+    yield group
+    group.stop()
+    await group._end(0.0)
+    group.merged.close()
+
+
+async def until_started(group: ProcessGroup) -> None:
+    async with asyncio.timeout(10):
+        while not group.merged._ports:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(11, "EAGAIN"), OSError(24, "EMFILE")])
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    group: ProcessGroup, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    plain, asked = asyncio.create_subprocess_exec, 0
+
+    async def scarce(*arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise error
+        return await plain(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
+    running = asyncio.create_task(group.run())
+    await until_started(group)
+    assert asked == 2
+    group.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_a_start_without_processes_is_a_typed_error(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group, "CHILD", ("/nowhere/python",))
+    with pytest.raises(ReplicaError, match="did not start"):
+        await asyncio.wait_for(group.start(), 10)
+
+
+@pytest.mark.parametrize("line", ["hello", "5", "[]", '{"who": 1}', '{"pid": 1, "ports": {}}', "x" * 100_000])
+async def test_a_child_that_says_something_else_is_killed(
+    group: ProcessGroup, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-S", "-c", MUMBLES.format(line=line)))
+    born: list[int] = []
+    plain = asyncio.create_subprocess_exec
+
+    async def watched(*arguments: Any, **options: Any) -> Any:
+        child = await plain(*arguments, **options)
+        born.append(child.pid)
+        return child
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", watched)
+    with pytest.raises(ReplicaError, match="no answer"):
+        await asyncio.wait_for(group.start(), 10)
+    assert group.pids == ()
+    (pid,) = born
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_refreshing_goes_on_after_a_refresh_that_failed(
+    group: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_group, "REFRESH_S", 0.001)
+    refreshed, asked = asyncio.Event(), 0
+    loop = asyncio.get_running_loop()
+
+    def refresh() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise ValueError("no metrics")
+        loop.call_soon_threadsafe(refreshed.set)
+
+    monkeypatch.setattr(group.merged, "refresh", refresh)
+    refreshing = asyncio.create_task(group._refresh())
+    await asyncio.wait_for(refreshed.wait(), 5)
+    group.stop()
+    await asyncio.wait_for(refreshing, 5)
