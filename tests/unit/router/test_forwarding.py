@@ -183,7 +183,7 @@ async def test_a_resumed_request_that_is_complete_asks_nobody() -> None:
 async def test_a_new_request_that_is_sent_back_tries_the_others_and_then_waits_its_time() -> None:
     full = [Session(slot, [Says(end=FULL)], loss=None) for slot in range(3)]
     with pytest.raises(RequestRejected, match="max_queue_wait_s"):
-        await Request(*full, max_queue_wait_s=0.05, max_queue_wait_s=0.1).ended()
+        await Request(*full, max_queue_wait_s=0.1).ended()
     assert [len(session.submits) for session in full] == [1, 1, 1]
 
 
