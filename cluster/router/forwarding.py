@@ -30,7 +30,7 @@ from cluster.wire import convert
 
 UPDATES_SLACK = 16  # updates of a sequence beside one for each token
 TOKENS_TOGETHER_MAX = 1024  # of one message to a client: with all log-probabilities far below what a channel carries
-REPLAYED_TOGETHER_MAX = 1024  # tokens of an earlier call turned into text before others get their turn: about 5 ms
+REPLAYED_TOGETHER_MAX = 1024  # tokens of an earlier call turned into text before others get their turn
 
 
 class Progress(NamedTuple):
