@@ -677,47 +677,92 @@ void attention(const Attention& c) {
 
 // ---------------------------------------------------------------------------------------------- packed products
 
-constexpr int64_t PANEL = 64;   // columns side by side in a packed weight
-constexpr int64_t AHEAD = 32;   // rows of a panel that are asked for before their turn: 8 KiB
+constexpr int64_t PANEL = 64;                // columns side by side in a packed weight
+constexpr int64_t LINES = PANEL * 4 / LINE;  // cache lines that they are for one input
+constexpr int64_t AHEAD = 32;                // inputs of a panel that are asked for before their turn: 8 KiB
 constexpr int64_t DEPTH = 512;  // inputs whose products are summed up on their own, so that long sums stay exact
+constexpr int64_t BATCH = 64;   // rows that share one reading of the weight
+
+// out [m, PANEL] = or += x [m, depth] times inputs of a panel; each of them asks for ``lines`` lines of ``later``.
+template <int64_t lines>
+void multiply(int64_t m, int64_t depth, const float* x, int64_t stride, const float* panel, const float* later, float* out,
+              bool add = false) {
+  const auto row = [=](int64_t i) {
+    for (int64_t l = 0; l < lines; ++l) __builtin_prefetch(later + (i * lines + l) * (LINE / 4));
+    return panel + i * PANEL;
+  };
+  product(m, PANEL, depth, x, stride, row, out, PANEL, add);
+}
 
 // x [rows, k] times a weight in panels [ceil(n / PANEL)][packed_k][PANEL], which is how oneDNN packs float32 for
-// AVX-512. For few rows: reading the weight is all there is to it, and a panel stays in the cache for the other rows.
-void packed_product(const float* x, int64_t stride, const float* weight, int64_t packed_k, const float* bias, float* out,
-                    int64_t rows, int64_t n, int64_t k, int64_t threads) {
-  const auto task = [=](int64_t p) {
-    const int64_t width = std::min(PANEL, n - p * PANEL);
-    float whole[ROWS * PANEL], part[ROWS * PANEL];
-    for (int64_t r = 0; r < rows; r += ROWS) {
-      const int64_t m = std::min<int64_t>(ROWS, rows - r);
-      for (int64_t first = 0; first < k; first += DEPTH) {
-        const float *from = x + r * stride + first, *panel = weight + (p * packed_k + first) * PANEL;
-        const auto near = [panel](int64_t i) { return panel + i * PANEL; };
-        const auto streamed = [panel](int64_t i) {
-          const float* row = panel + i * PANEL;
-          for (int64_t j = 0; j < PANEL; j += LINE / 4) __builtin_prefetch(row + AHEAD * PANEL + j);
-          return row;
-        };
-        const int64_t depth = std::min(DEPTH, k - first);
-        float* to = first ? part : whole;
-        if (r == 0) product(m, PANEL, depth, from, stride, streamed, to, PANEL, false);
-        else product(m, PANEL, depth, from, stride, near, to, PANEL, false);
+// AVX-512. A slice of a panel (DEPTH inputs: 128 KiB) stays in the second cache for all rows. Few rows read it as fast
+// as memory gives it, that is all there is to them. Where there are LINES passes or more over a slice, each asks for a
+// line of the next one with every input: memory brings it while this one is multiplied with.
+struct PackedProduct {
+  const float *x, *weight, *bias;
+  float* out;
+  int64_t stride, packed_k, rows, n, k;
+
+  int64_t panels() const { return (n + PANEL - 1) / PANEL; }
+
+  // A thread's first panel is the one of its number; the others it takes, each while it is at the one before. So a thread
+  // that loses its processor for a while leaves less than its share for the others to wait for.
+  void work(int64_t thread, int64_t threads, std::atomic<int64_t>& taken) const {
+    const bool many = rows > (LINES - 1) * ROWS;
+    bool here = false;  // the slice was asked for during the one before
+    for (int64_t p = thread, following; p < panels(); p = following) {
+      following = threads + taken++;
+      panel(p, following, many, here);
+      here = many;
+    }
+  }
+
+ private:
+  void panel(int64_t p, int64_t following, bool many, bool here) const {
+    float whole[BATCH * PANEL], part[ROWS * PANEL];
+    for (int64_t first = 0; first < k; first += DEPTH, here = many) {
+      const float* slice = weight + (p * packed_k + first) * PANEL;
+      const int64_t depth = std::min(DEPTH, k - first), rest = k - first - depth;
+      const bool last = following >= panels();
+      const float* next = rest ? slice + depth * PANEL : weight + (last ? p : following) * packed_k * PANEL;
+      const float* stop = next + (rest ? std::min(DEPTH, rest) : last ? 0 : std::min(DEPTH, k)) * PANEL;
+      for (int64_t r = 0; r < rows; r += ROWS) {
+        const int64_t m = std::min<int64_t>(ROWS, rows - r);
+        const float* from = x + r * stride + first;
+        float *sum = whole + r * PANEL, *to = first ? part : sum;
+        if (r == 0 && !here) {
+          const int64_t most = std::max<int64_t>(0, depth - AHEAD);
+          multiply<LINES>(m, most, from, stride, slice, slice + AHEAD * PANEL, to);
+          multiply<LINES>(m, depth - most, from + most, stride, slice + most * PANEL, next, to, true);
+        } else if (many && next < stop) {
+          multiply<1>(m, depth, from, stride, slice, next, to);
+          next += depth * (LINE / 4);
+        } else {
+          multiply<0>(m, depth, from, stride, slice, nullptr, to);
+        }
         if (first)
-          for (int64_t i = 0; i < m * PANEL; ++i) whole[i] += part[i];
-      }
-      for (int64_t i = 0; i < m; ++i) {
-        float* to = out + (r + i) * n + p * PANEL;
-        for (int64_t j = 0; j < width; ++j) to[j] = whole[i * PANEL + j] + (bias ? bias[p * PANEL + j] : 0.f);
+          for (int64_t i = 0; i < m * PANEL; ++i) sum[i] += part[i];
       }
     }
-  };
-  const int64_t panels = (n + PANEL - 1) / PANEL;
-  if (threads <= 1 || n * k < SMALL) {
-    for (int64_t p = 0; p < panels; ++p) task(p);
-    return;
+    const int64_t width = std::min(PANEL, n - p * PANEL);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = out + r * n + p * PANEL;
+      for (int64_t j = 0; j < width; ++j) to[j] = whole[r * PANEL + j] + (bias ? bias[p * PANEL + j] : 0.f);
+    }
   }
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t p = 0; p < panels; ++p) task(p);
+};
+
+void packed_product(PackedProduct whole, int64_t threads) {
+  for (int64_t left = whole.rows; left > 0; left -= BATCH, whole.x += BATCH * whole.stride, whole.out += BATCH * whole.n) {
+    whole.rows = std::min(BATCH, left);
+    std::atomic<int64_t> taken{0};
+    if (threads <= 1 || whole.n * whole.k < SMALL) {
+      whole.work(0, 1, taken);
+      continue;
+    }
+#pragma omp parallel num_threads(threads)
+    whole.work(omp_get_thread_num(), omp_get_num_threads(), taken);
+  }
 }
 
 // ----------------------------------------------------------------------------------------- norms and activations
@@ -828,7 +873,7 @@ void attention_bf16(const Attention* c) { attention<bf16>(*c); }
 
 void packed_product_f32(const float* x, int64_t stride, const float* weight, int64_t packed_k, const float* bias,
                         float* out, int64_t rows, int64_t n, int64_t k, int64_t threads) {
-  packed_product(x, stride, weight, packed_k, bias, out, rows, n, k, threads);
+  packed_product({x, weight, bias, out, stride, packed_k, rows, n, k}, threads);
 }
 
 #define NORM(T) \

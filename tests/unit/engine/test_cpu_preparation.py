@@ -288,13 +288,16 @@ def test_whoever_reads_the_weight_of_a_replaced_linear_finds_its_numbers(monkeyp
 
 @needs_kernels
 @torch.inference_mode()
-@pytest.mark.parametrize(("columns", "width"), [(64, 64), (100, 84), (192, 1376), (65, 1)])
+@pytest.mark.parametrize(("columns", "width"), [(64, 64), (100, 84), (192, 1376), (65, 1), (330, 600)])
 def test_few_rows_are_multiplied_by_a_kernel_of_ours(columns, width):
-    """From oneDNN's own memory, where it is laid out as we read it; columns and inputs that fill no panel."""
+    """From oneDNN's own memory, where it is laid out as we read it; columns and inputs that fill no panel.
+
+    19 rows and more are enough to fetch what comes next meanwhile, over panels and parts of one.
+    """
     weight, bias = torch.randn(columns, width), torch.randn(columns)
     product = products.Product(weight, bias)
     assert (product._few is not None) == ("avx512f" in Path("/proc/cpuinfo").read_text())
-    for rows in (1, 6, 7, 64, 65):
+    for rows in (1, 6, 7, 18, 19, 24, 25, 64, 65):
         x = torch.randn(rows, 2 * width)[:, :width]  # rows of another tensor, too
         expected = nn.functional.linear(x.double(), weight.double(), bias.double()).float()
         for given in (x, x.contiguous()):
