@@ -31,8 +31,9 @@ OBJECT_STORE_BYTES = 100_000_000
 START_DEADLINE_S = 90.0
 LISTENER_DEADLINE_S = 5.0
 STOP_DEADLINE_S = 2.0
-# Outside Ray's default worker ports (10002-19999) and our rendezvous ports.
-_CLIENT_PORTS = range(24000, 30000)
+# A head starts a server for remote drivers wherever it can import gRPC, with no option against it. Nobody here needs
+# that process, its second of start-up, or a port that executes what it is told. ``ray start`` itself does without gRPC.
+_RAY_COMMAND = "import sys; sys.modules['grpc'] = None; from ray.scripts.scripts import main; main()"
 # Named for other systems; 0 keeps a node that is told loopback on loopback.
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _HEAD_PROCESSES = frozenset({"gcs_server", "raylet"})
@@ -68,7 +69,6 @@ def start_head(
     _require_no_node(run_dir)
     make_or_take(token_file, run_dir)
     arguments = ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor"]
-    arguments.append(f"--ray-client-server-port={_free_port()}")
     return _start(run_dir, arguments, host, num_cpus, num_gpus, object_store_bytes)
 
 
@@ -133,7 +133,7 @@ def is_alive(node: RayNode) -> bool:
 
 
 def head_is_alive(run_dir: Path) -> bool:
-    """Whether what a head cannot do without still runs; Ray's client server and dashboard are not that."""
+    """Whether what a head cannot do without still runs; Ray's dashboard is not that."""
     node = load_node(run_dir)
     names = set()
     for pid, started in node.processes if node is not None else ():
@@ -160,7 +160,7 @@ def connect(address: str, *, token_file: Path | None = None, namespace: str = "l
         os.environ[_LOOPBACK_VARIABLE] = "0"
     import ray
 
-    # Ray read the variable when it was first imported, which may have been before this call.
+    # Ray read the variable when it was first imported, which was before this call where this process started the node.
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = not on_loopback  # noqa: SLF001
     _forget_other_tokens()
     try:
@@ -239,7 +239,7 @@ def _start(
     run_dir: Path, arguments: list[str], host: str, num_cpus: int | None, num_gpus: int | None, store_bytes: int
 ) -> RayNode:
     folder = open_ray_dir(run_dir)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
+    command = [sys.executable, "-c", _RAY_COMMAND, "start", *arguments]
     command += [f"--node-ip-address={host}", f"--object-store-memory={store_bytes}", "--disable-usage-stats"]
     command.append("--include-log-monitor=false")
     if "--head" in arguments:
@@ -276,6 +276,7 @@ def _start(
 def _wait_or_kill(child: subprocess.Popen[bytes]) -> int:
     """The exit code of ``ray start``, which leaves its processes behind and has so long for it."""
     try:
+        importlib.import_module("ray")  # takes as long as the child takes: whoever starts a node joins it afterwards
         return child.wait(START_DEADLINE_S)
     except subprocess.TimeoutExpired:
         return -signal.SIGKILL
@@ -318,17 +319,6 @@ def _forget_other_tokens() -> None:
     raylet: Any = importlib.import_module("ray._raylet")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
     raylet.Config.initialize("")
-
-
-def _free_port() -> int:
-    for port in _CLIENT_PORTS:
-        with socket.socket(socket.AF_INET) as probe:
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
-            return port
-    raise ConfigError(f"No port from {_CLIENT_PORTS[0]} to {_CLIENT_PORTS[-1]} is free; stop what uses them.")
 
 
 def _record(run_dir: Path) -> Path:
