@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from cluster.engine.model import agreement, kernels, native_attention, products
-from cluster.engine.model.attention import Bound, choose_kernel
-from cluster.engine.model.attention_features import Features
-from cluster.engine.model.block_tables import BlockTables, StepLayout, layout_step
-from cluster.engine.model.kv_cache import LayerPool, PagedKVCache
-from cluster.engine.step import SequenceKey, StepEntry
+from cluster.engine.model import agreement, kernels, native_attention, products, whole_layer
+from cluster.engine.model.attention import Bound
+from cluster.engine.model.block_tables import StepLayout
+from cluster.engine.model.layer_proof import AttentionCall, LayerProof
+from cluster.engine.model.whole_layer import LayerParts, NormWeights, WholeLayer
 
 _LOG = logging.getLogger(__name__)
 _PARTS = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
@@ -30,9 +28,6 @@ _ATTENTION = (frozenset({*_QKV, "o_proj"}), frozenset({"qkv_proj", "o_proj"}))
 _HEAD_NORMS = frozenset({"q_norm", "k_norm"})
 # What base models hand to every layer that changes nothing in a layer without a cache of transformers'.
 _IDLE = frozenset({"position_ids", "use_cache", "is_causal"})
-_CPU = torch.device("cpu")
-# Positions that a layer may go by beside its angles, far ones too (Ministral 3 scales its queries by them).
-_POSITIONS = (0, 1, 7, 100, 5_000, 20_000, 100_000, 1_000_000)
 Forward = Callable[..., torch.Tensor]
 
 
@@ -78,6 +73,10 @@ class FusedMLP(nn.Module):
         gate, up = both.chunk(2, dim=-1)
         return self.down(self.act(gate) * up)  # type: ignore[no-any-return]
 
+    @property
+    def is_silu(self) -> bool:
+        return self._silu_mul is not None
+
     def straight(self) -> Forward:
         """``forward`` of the parts that are in it now, without looking them up each time."""
         gate_up, silu_mul, down = self.gate_up.forward, self._silu_mul, self.down.forward
@@ -97,12 +96,12 @@ class _LeanLayer:
 
     __slots__ = (
         "_add_norm", "_attend", "_attention", "_bound", "_dtype", "_features", "_heads", "_key_dim", "_key_norm",
-        "_kv_heads", "_library", "_mlp", "_multiplier", "_norm", "_o", "_original", "_qkv", "_query_norm", "_rotated",
-        "_value_dim",
+        "_kv_heads", "_library", "_mlp", "_multiplier", "_norm", "_o", "_original", "_parts", "_qkv", "_query_norm",
+        "_rotated", "_value_dim", "_whole",
     )  # fmt: skip
 
     def __init__(
-        self, layer: Any, library: kernels.Kernels, qkv: products.Product, seen: _Seen, *, rotated: bool
+        self, layer: Any, library: kernels.Kernels, qkv: products.Product, seen: AttentionCall, *, rotated: bool
     ) -> None:
         attention = layer.self_attn
         self._library, self._attention, self._original = library, attention, layer.forward
@@ -117,6 +116,8 @@ class _LeanLayer:
         self._dtype = self._norm.dtype
         self._bound: Bound | None = None
         self._attend: Forward = self._by_parts
+        self._parts: LayerParts | None = None
+        self._whole: WholeLayer | None = None
 
     def forward(
         self,
@@ -147,6 +148,10 @@ class _LeanLayer:
         if bound is not self._bound:
             self._bind(bound)
         layout = bound.cache.layout
+        assert layout is not None, "a step has begun"
+        if self._whole is not None and hidden_states.shape[1] <= products.MOST_ROWS:
+            cos, sin = position_embeddings
+            return self._whole(hidden_states, cos, sin, layout)
         x = self._o(self._attend(self._qkv(self._norm(hidden_states)), *position_embeddings, layout))
         if self._multiplier != 1.0:
             x *= self._multiplier
@@ -171,10 +176,12 @@ class _LeanLayer:
 
     def _bind(self, bound: Bound) -> None:
         """From now on it attends with ``bound``."""
-        self._bound = bound
+        self._bound, self._whole = bound, None
         plain = self._rotated and self._query_norm is None and self._features.block_sparse is None
         if plain and bound.kernel is native_attention.attend:
-            self._attend = native_attention.MergedAttention(self._heads, bound.pool, self._features)
+            self._attend = merged = native_attention.MergedAttention(self._heads, bound.pool, self._features)
+            if self._parts is not None and whole_layer.fits(self._parts, merged):
+                self._whole = WholeLayer(self._library, self._parts, merged)
         else:
             self._attend = self._by_parts
 
@@ -200,6 +207,10 @@ class _LeanLayer:
         if self._rotated:
             q, k = self._library.rotate_pair(q, k, cos, sin)
         return q, k, v
+
+    def as_a_whole(self, parts: LayerParts | None) -> None:
+        """From now on few rows go through ``parts`` in one call where that fits, or through none."""
+        self._parts, self._bound = parts, None
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """The merged product of the normed hidden states."""
@@ -303,7 +314,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _proven(layer: Any, library: kernels.Kernels, qkv: products.Product) -> _LeanLayer | None:
     """Ours, where all that it computes agrees: queries, keys and values, what is kept of them, and the result."""
-    proof = _Proof(layer.self_attn, qkv.in_features, layer.input_layernorm.forward.dtype)
+    proof = LayerProof(layer.self_attn, qkv.in_features, layer.input_layernorm.forward.dtype)
     expected, seen = proof.original(layer.forward)
     for rotated in (True, False):  # some families rotate in some layers only
         lean = _LeanLayer(layer, library, qkv, seen, rotated=rotated)
@@ -316,72 +327,25 @@ def _proven(layer: Any, library: kernels.Kernels, qkv: products.Product) -> _Lea
             break
     got, pool = proof.mine(lean.forward, seen)
     right = right and agreement.agree(pool.keys, seen.pool.keys) and agreement.agree(pool.values, seen.pool.values)
-    return lean if right and agreement.agree_at_all_scales(got, expected) else None
+    if not right or not agreement.agree_at_all_scales(got, expected):
+        return None
+    lean.as_a_whole(_parts_of(layer, qkv))
+    whole, whole_pool = proof.mine(lean.forward, seen)
+    pools = ((whole_pool.keys, pool.keys), (whole_pool.values, pool.values))
+    if not agreement.agree_at_all_scales(whole, got) or not all(agreement.agree(*pair) for pair in pools):
+        lean.as_a_whole(None)
+    return lean
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What the attention of a layer was called with, and what it kept."""
-
-    query: torch.Tensor  # [tokens, heads, key_dim]
-    key: torch.Tensor
-    value: torch.Tensor
-    features: Features
-    pool: LayerPool
-
-
-class _Proof:
-    """One pass over a prompt of a few tokens, of all sizes and at positions near and far."""
-
-    def __init__(self, attention: Any, width: int, dtype: torch.dtype) -> None:
-        self._attention, self._kernel = attention, choose_kernel(dtype, _CPU)
-        self.hidden = agreement.at_all_scales(width, dtype)
-        self._tokens = tokens = self.hidden.shape[1]
-        cos, sin = agreement.random(2, 1, tokens, attention.head_dim, dtype=dtype).unbind(0)
-        self.angles = (cos, sin)
-        far = (_POSITIONS * tokens)[:tokens]
-        self._arguments = {
-            "position_embeddings": self.angles, "attention_mask": None, "position_ids": torch.tensor([far]),
-            "past_key_values": None, "use_cache": False,
-        }  # fmt: skip
-        tables, entry = (
-            BlockTables(1, 1, _CPU),
-            StepEntry(SequenceKey(0, 0), 0, (0,) * tokens, 0, 0, (0,), True, tokens),
-        )
-        tables.apply([entry])
-        self._cache = PagedKVCache({}, 0, tokens, dtype, _CPU)
-        self._cache.layout = layout_step([entry], tables, tokens)
-
-    def original(self, forward: Forward) -> tuple[torch.Tensor, _Seen]:
-        """The result of the layer's own forward, and its one call of the attention."""
-        seen: list[_Seen] = []
-
-        def record(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            pool: LayerPool,
-            layout: StepLayout,
-            features: Features,
-        ) -> torch.Tensor:
-            pool = self._pool(key, value)  # of the sizes that are known by now
-            seen.append(_Seen(query, key, value, features, pool))
-            return self._kernel(query, key, value, pool, layout, features)
-
-        nothing = self.hidden.new_empty(0, 0, 0, 0)
-        self._attention.paged = Bound(self._cache, LayerPool(nothing, nothing), record)
-        expected = forward(self.hidden.clone(), **self._arguments)
-        (call,) = seen
-        return expected, call
-
-    def mine(self, forward: Forward, seen: _Seen) -> tuple[torch.Tensor, LayerPool]:
-        """The result of ``forward``, and what it kept."""
-        pool = self._pool(seen.key, seen.value)
-        self._attention.paged = Bound(self._cache, pool, self._kernel)
-        hidden = self.hidden.clone()
-        got = forward(hidden, **self._arguments)
-        assert torch.equal(hidden, self.hidden), "a layer's input is the residual of others"
-        return got, pool
-
-    def _pool(self, key: torch.Tensor, value: torch.Tensor) -> LayerPool:
-        return LayerPool(*(x.new_zeros(1, self._tokens, *x.shape[1:]) for x in (key, value)))
+def _parts_of(layer: Any, qkv: products.Product) -> LayerParts | None:
+    """What one call of the library needs; None where something else stands between."""
+    o, mlp = layer.self_attn.o_proj, getattr(layer.mlp, "fused", None)
+    if not isinstance(o, products.Product) or not isinstance(mlp, FusedMLP) or not mlp.is_silu:
+        return None
+    if not isinstance(mlp.down, products.Product) or getattr(layer, "residual_multiplier", 1.0) != 1.0:
+        return None
+    first, second = (
+        NormWeights(norm.forward.weight, norm.forward.eps, norm.forward.offset)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+    )
+    return LayerParts(first, qkv, o, second, mlp.gate_up, mlp.down)

@@ -862,11 +862,68 @@ void rotate(Heads<T> q, Heads<T> k, const T* cosine, const T* sine, int64_t angl
   });
 }
 
+// -------------------------------------------------------------------------------------------------- whole layers
+
 }  // namespace
 
 extern "C" {
 
-int llm_cluster_kernels_version() { return 3; }
+// A weight and bias as PackedProduct takes them.
+struct Linear {
+  const float *weight, *bias;
+  int64_t packed_k, n, k;
+};
+
+// A decoder layer: norm, attention, add, norm, SiLU MLP, add. All but ``attention``'s rows, which come from ``qkv``.
+struct Layer {
+  Attention* attention;
+  Linear qkv, o, gate_up, down;
+  const float *input_norm, *post_norm;
+  float input_eps, input_offset, post_eps, post_offset;
+};
+
+}
+
+namespace {
+
+thread_local Scratch between;  // what a layer's parts hand on
+
+// x [rows, width] -> out, both contiguous.
+void layer(const Layer& c, const float* x, float* out, int64_t rows, int64_t threads) {
+  const int64_t width = c.qkv.k, inner = c.down.k;
+  float* normed = between.at_least(rows * (width + c.qkv.n + c.o.k + 3 * inner));
+  float *qkv = normed + rows * width, *attended = qkv + rows * c.qkv.n, *both = attended + rows * c.o.k;
+  float* gated = both + rows * 2 * inner;
+  const auto times = [=](const Linear& w, const float* from, float* to) {
+    packed_product({from, w.weight, w.bias, to, w.k, w.packed_k, rows, w.n, w.k}, threads);
+  };
+  rms_norm<float>(x, width, normed, rows, {c.input_norm, width, c.input_eps, c.input_offset, false}, threads);
+  times(c.qkv, normed, qkv);
+  Attention& a = *c.attention;
+  const float *key = qkv + a.heads * a.key_dim, *value = key + a.kv_heads * a.key_dim;
+  a.query = qkv, a.key = key, a.value = value, a.out = attended;
+  a.query_token = a.key_token = a.value_token = c.qkv.n;
+  a.tokens = rows, a.threads = threads;
+  attention<float>(a);
+  times(c.o, attended, normed);
+  add_rms_norm<float>(normed, width, x, width, out, normed, rows, {c.post_norm, width, c.post_eps, c.post_offset, false}, threads);
+  times(c.gate_up, normed, both);
+  silu_mul<float>(both, both + inner, gated, 2 * inner, rows, inner, threads);
+  times(c.down, gated, normed);
+  spread_rows(rows, width, threads, [=](int64_t r) {
+    const float* from = normed + r * width;
+    float* to = out + r * width;
+    for (int64_t i = 0; i < width; ++i) to[i] += from[i];
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+int llm_cluster_kernels_version() { return 4; }
+
+void layer_f32(const Layer* c, const float* x, float* out, int64_t rows, int64_t threads) { layer(*c, x, out, rows, threads); }
 
 void attention_f32(const Attention* c) { attention<float>(*c); }
 void attention_bf16(const Attention* c) { attention<bf16>(*c); }

@@ -16,7 +16,7 @@ import torch
 from cluster.engine import cpu_kernels
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 3  # of the functions below; kernels.cpp says the same
+_VERSION = 4  # of the functions below; kernels.cpp says the same
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _int, _ptr = ctypes.c_int64, ctypes.c_void_p
 
@@ -34,6 +34,23 @@ class AttentionCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class LinearCall(ctypes.Structure):
+    """``struct Linear`` of kernels.cpp."""
+
+    _fields_ = (("weight", _ptr), ("bias", _ptr), ("packed_in", _int), ("columns", _int), ("width", _int))
+
+
+class LayerCall(ctypes.Structure):
+    """``struct Layer`` of kernels.cpp."""
+
+    _fields_ = (
+        ("attention", _ptr),
+        *((name, LinearCall) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _ptr) for name in ("input_norm", "post_norm")),
+        *((name, ctypes.c_float) for name in ("input_eps", "input_offset", "post_eps", "post_offset")),
+    )
+
+
 class Kernels:
     """The functions of one loaded library. All tensors lie on the CPU with unit stride in the last dimension."""
 
@@ -43,6 +60,7 @@ class Kernels:
         if long.llm_cluster_kernels_version() != _VERSION:
             raise OSError(f"{path} is of another version of llm-cluster")
         self.attention = {t: _function(long, f"attention_{s}", _ptr) for t, s in _SUFFIX.items()}
+        self.layer = _function(long, "layer_f32", _ptr, _ptr, _ptr, _int, _int)
         self._packed_product = _function(
             long, "packed_product_f32", _ptr, _int, _ptr, _int, _ptr, _ptr, _int, _int, _int, _int
         )

@@ -76,6 +76,17 @@ class MergedAttention:
         call.cosine, call.sine, call.angle_token = cos.data_ptr(), sin.data_ptr(), cos.stride(1)
         return self._layer.run(qkv.new_empty(1, tokens, self._out_width), tokens, layout)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Numbers of a token in the product that it takes, and in its result."""
+        return self._width, self._out_width
+
+    def begin(self, cos: torch.Tensor, sin: torch.Tensor, layout: StepLayout) -> int:
+        """The address of the library's call for this step, for a caller that fills in rows, results and threads."""
+        call = self._layer.begin(layout)
+        call.cosine, call.sine, call.angle_token = cos.data_ptr(), sin.data_ptr(), cos.stride(1)
+        return ctypes.addressof(call)
+
 
 class _Layer:
     """The library's attention with all that a layer alone decides filled in."""
@@ -102,11 +113,16 @@ class _Layer:
         )  # fmt: skip
         self._where = ctypes.byref(self.call)
 
-    def run(self, out: torch.Tensor, tokens: int, layout: StepLayout) -> torch.Tensor:
-        """Fills ``out``; ``call`` knows this step's rows by now."""
+    def begin(self, layout: StepLayout) -> kernels.AttentionCall:
+        """The call, which knows this step's sequences now."""
         call = self.call
         assert self._bias is None or self._bias.shape[1] >= _longest(layout), "the table ends before a sequence does"
         call.tables, call.sequences, call.kv_slots, call.table_width, call.num_sequences = _addresses(layout)
+        return call
+
+    def run(self, out: torch.Tensor, tokens: int, layout: StepLayout) -> torch.Tensor:
+        """Fills ``out``; ``call`` knows this step's rows by now."""
+        call = self.begin(layout)
         call.out, call.tokens, call.threads = out.data_ptr(), tokens, torch.get_num_threads()
         self._function(self._where)
         return out

@@ -19,7 +19,7 @@ from cluster.engine.model import agreement, kernels
 # any, from 1 to 2048 rows (ops/bench/kernels).
 _ROWS = 64
 _PANEL = 64  # columns that lie side by side in a weight of float32, where the processor has AVX-512
-_MOST_ROWS = 64  # up to here our own product is used
+MOST_ROWS = 64  # up to here our own product is used
 # A weight that other code reads is kept in plain order, too, if it is no larger: routers of experts are small.
 _KEPT_BYTES = 64 << 20
 Reduce = Callable[[torch.Tensor], object]  # sums in place
@@ -84,6 +84,11 @@ class Product(nn.Module):
         self._inner_bias = self.bias if reduce is None else None
         self._few = _few_rows(self.packed, weight, self._inner_bias)
 
+    @property
+    def whole_few_rows(self) -> FewRows | None:
+        """How up to ``MOST_ROWS`` rows are multiplied; None where others do it, or where ranks sum it up."""
+        return self._few if self.reduce is None else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         few = self._few
         # Whatever is not as it should be goes to oneDNN, which looks and says so.
@@ -94,7 +99,7 @@ class Product(nn.Module):
             and x.shape[-1] == self.in_features
             and x.is_contiguous()
         ):
-            out = few.multiply(x, few.address, few.packed_in, self._inner_bias, self.out_features)
+            out = few.multiply(x, few.address, few.packed_in, few.bias, self.out_features)
         else:
             out = self._multiply(x, self.packed, self._inner_bias, "none", [], "")
         if self.reduce is not None:
@@ -105,16 +110,17 @@ class Product(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class _FewRows:
+class FewRows:
     """Our product for few rows, from oneDNN's own memory: a call of oneDNN's has fixed costs that few rows feel."""
 
     multiply: Callable[..., torch.Tensor]
+    bias: torch.Tensor | None
     address: int
     packed_in: int
     most: int  # numbers of an input
 
 
-def _few_rows(packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> _FewRows | None:
+def _few_rows(packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> FewRows | None:
     """Where ``packed`` is laid out as our kernel reads it, which is tried out."""
     library, ops = kernels.load(), torch.ops.mkldnn
     if library is None or weight.dtype != torch.float32 or not hasattr(ops, "data_ptr") or not hasattr(ops, "_nbytes"):
@@ -123,7 +129,7 @@ def _few_rows(packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     packed_in, rest = divmod(ops._nbytes(packed), -(-columns // _PANEL) * _PANEL * weight.itemsize)  # noqa: SLF001
     if rest or packed_in < width:
         return None
-    few = _FewRows(library.packed_product, ops.data_ptr(packed), packed_in, _MOST_ROWS * width)
+    few = FewRows(library.packed_product, bias, ops.data_ptr(packed), packed_in, MOST_ROWS * width)
     x = agreement.random(agreement.ROWS, width, dtype=weight.dtype)
     mine = few.multiply(x, few.address, packed_in, bias, columns)
     return few if agreement.agree(mine, ops._linear_pointwise(x, packed, bias, "none", [], "")) else None  # noqa: SLF001

@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 
+from cluster.engine import cpu_kernels
 from cluster.engine.model import attention, cpu, cpu_layers, kernels, products, torch_attention
+from cluster.engine.step import SequenceKey, StepEntry
 from tests.unit.engine import cpu_models
-from tests.unit.engine.cpu_models import ALONE, SMALL, hidden
+from tests.unit.engine.cpu_models import ALONE, CPU, SMALL, hidden
 
 pytestmark = pytest.mark.skipif(kernels.load() is None, reason="the CPU kernels are not compiled here")
 LEAN = {
@@ -60,6 +62,61 @@ def test_bfloat16(name):
     before = hidden(model, cache).float()
     assert cpu.prepare(model, ALONE).layers == 2
     assert (hidden(model, cache).float() - before).abs().mean() < 0.02 * before.abs().mean()
+
+
+WHOLE = dict.fromkeys(("llama", "biases", "mistral-window", "qwen2", "phi3-window"), [True] * 2)
+WHOLE["smollm3-no-rotary"] = [True, False]  # its second layer rotates nothing
+
+
+def wholes(model):
+    return [layer.forward.__self__._whole is not None for layer in model.layers]
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_few_rows_of_plain_layers_are_one_call(name):
+    """Bit for bit what the parts give, biases and windows too; what stands between the parts keeps a layer in parts."""
+    model, cache = build(LEAN[name])
+    cpu.prepare(model, ALONE)
+    together = hidden(model, cache)
+    packed = model.layers[0].self_attn.o_proj._few is not None
+    assert wholes(model) == (WHOLE.get(name, [False] * 2) if packed else [False] * 2)
+    for layer in model.layers:
+        layer.forward.__self__.as_a_whole(None)
+    assert torch.equal(hidden(model, cache), together)
+    assert wholes(model) == [False] * 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 2, 63, products.MOST_ROWS, products.MOST_ROWS + 1])
+def test_any_number_of_rows(rows, monkeypatch):
+    model, _ = build(LEAN["llama"])
+    cache = attention.PagedKVCache(dict.fromkeys(range(2), attention.LayerKV(2, 16, 16)), 32, 4, torch.float32, CPU)
+    attention.install(model, cache)
+    cpu.prepare(model, ALONE)
+    hidden(model, cache)
+    lean, calls = model.layers[0].forward.__self__, []
+    whole = lean._whole
+    monkeypatch.setattr(lean, "_whole", lambda *given: calls.append(1) or whole(*given))
+    x, angles = torch.randn(1, 2 * rows, 64)[:, ::2], tuple(torch.randn(2, 1, rows, 16))
+    entry = StepEntry(SequenceKey(0, 0), 0, (0,) * rows, 0, 0, tuple(range(-(-rows // 4))), True, rows)
+    tables = attention.BlockTables(1, 32, CPU)
+    tables.apply([entry])
+    cache.layout = attention.layout_step([entry], tables, 4)
+    got = model.layers[0](x, position_embeddings=angles)
+    assert len(calls) == (rows <= products.MOST_ROWS)
+    lean._whole = None
+    assert torch.equal(got, model.layers[0](x, position_embeddings=angles))
+
+
+def test_a_whole_that_differs_is_not_used(monkeypatch):
+    """The parts were right, so they stay."""
+    before = kernels.Kernels(cpu_kernels.best_file())
+    monkeypatch.setattr(kernels.load(), "layer", lambda where, x, out, rows, threads: before.layer(where, x, out, 1, 1))
+    model, cache = build(LEAN["llama"])
+    expected = hidden(model, cache)
+    assert cpu.prepare(model, ALONE).layers == 2
+    torch.testing.assert_close(hidden(model, cache), expected, atol=2e-5, rtol=2e-5)
+    assert wholes(model) == [False] * 2
 
 
 def test_another_kernel_is_used_as_it_is():
