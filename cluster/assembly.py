@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -20,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster import router_process
 from cluster.checkpoint.layout import read_checkpoint
 from cluster.checkpoint.resolve import DEMO, resolve
 from cluster.checkpoint.servable import check_servable
@@ -34,14 +32,9 @@ from cluster.controller.node_options import NodeOptions
 from cluster.controller.node_outlook import OutlookEntry
 from cluster.controller.rank_marker import SweepOrder
 from cluster.domain.clock import MonotonicClock
-from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
+from cluster.domain.errors import ClusterError, ConfigError
 
-ROUTER_START_DEADLINE_S = 60.0
-PROCESS_END_DEADLINE_S = 10.0
 WORKER_PODS_ENTRY = "cluster.kube.worker_pods:watch_worker_pods"
-
-# Routers that this process started: they may outlive it, and those that end before it are reaped here.
-_CHILDREN: list[subprocess.Popen[bytes]] = []
 
 Say = Callable[[str], None]
 
@@ -101,7 +94,7 @@ def start_router(
     config: ClusterConfig, run_dir: Path, control_address: str, ray_address: str, *, owns_ray: bool
 ) -> LocalCluster:
     """A router process for the controller at ``control_address``; remembered with the cluster."""
-    process, ports = _spawn_router(config, run_dir, control_address)
+    process, ports = router_process.spawn(config.router, run_dir, control_address)
     try:
         cluster = LocalCluster(
             cluster_name=config.cluster_name,
@@ -214,52 +207,6 @@ def cpu_slots(config: ClusterConfig) -> int:
     return max(os.cpu_count() or 1, wanted)
 
 
-def _spawn_router(
-    config: ClusterConfig, run_dir: Path, control_address: str
-) -> tuple[subprocess.Popen[bytes], dict[str, int]]:
-    logs = run_dir / "logs"
-    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    settings = run_dir / "router.yaml"
-    settings.write_text(json.dumps({"router": config.router.model_dump(mode="json")}), encoding="utf-8")
-    command = [sys.executable, "-m", "cluster", "router", "--controller", control_address]
-    command += ["--config", str(settings), "--run-dir", str(run_dir)]
-    errors = logs / "router.err"
-    with errors.open("wb") as stderr:
-        # A session of its own: Ctrl-C in the terminal drains through us, it does not cut streams.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
-        )
-    line = b""
-    try:
-        line = _first_line(process)
-    finally:
-        if not line:
-            process.kill()
-            process.wait()
-    if not line:
-        said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        reason = said[-1].removeprefix("llm-cluster: ") if said else "it said nothing"
-        raise ReplicaError(f"The router did not start: {reason}")
-    ports: dict[str, int] = json.loads(line)["ports"]
-    _reap()
-    _CHILDREN.append(process)
-    return process, ports
-
-
-def _reap() -> None:
-    """Forgets the children that have ended."""
-    _CHILDREN[:] = [child for child in _CHILDREN if child.poll() is None]
-
-
-def _first_line(process: subprocess.Popen[bytes]) -> bytes:
-    assert process.stdout is not None
-    with process.stdout as output, selectors.DefaultSelector() as selector:
-        selector.register(output, selectors.EVENT_READ)
-        if not selector.select(ROUTER_START_DEADLINE_S):
-            return b""
-        return output.readline()
-
-
 def _everything_of(config: ClusterConfig, run_dir: Path) -> SweepOrder:
     """What a raylet or controller that was killed from outside could not remove."""
     return SweepOrder(config.cluster_name, str(run_dir.resolve()), config.controller.rank_ports)
@@ -283,7 +230,7 @@ def stop_cluster(run_dir: Path, drain_s: float | None, say: Say) -> None:
         say(f"It gives its streams {cluster.router_drain_s:.0f} s at most (router.drain_deadline_s).")
     router = _router_process(cluster)
     if router is not None:
-        _end(router, min(given_s, cluster.router_drain_s) + PROCESS_END_DEADLINE_S)
+        router_process.end(router, min(given_s, cluster.router_drain_s) + router_process.END_DEADLINE_S)
     say("Removing the replicas.")
     try:
         with ControlClient(cluster.control_address) as control:
@@ -311,20 +258,6 @@ def _stop_remains(run_dir: Path, say: Say) -> None:
 def _router_process(cluster: LocalCluster) -> psutil.Process | None:
     """The router, unless its id belongs to another process by now."""
     return find_process(cluster.router_pid, cluster.router_started_s)
-
-
-def _end(process: psutil.Process, deadline_s: float) -> None:
-    try:
-        process.send_signal(signal.SIGTERM)
-        process.wait(deadline_s)
-    except psutil.NoSuchProcess:
-        return
-    except psutil.TimeoutExpired:
-        for one in [*process.children(recursive=True), process]:
-            one.kill()
-        process.wait(PROCESS_END_DEADLINE_S)
-    finally:
-        _reap()
 
 
 # ---- one process each: what the chart runs ----

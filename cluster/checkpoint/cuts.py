@@ -33,6 +33,7 @@ _LATENT_KV = frozenset({"kv_b_proj"})
 _LATENTS = frozenset({"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm"})
 # A norm over each head's own width, the same for all heads.
 _HEAD_NORMS = frozenset({"q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"})
+_SINKS = frozenset({"sinks", "attention_sink_bias"})  # GPT-OSS, MiMo-V2
 # What multiplies the heads' output before the output projection: a number for each of its elements, or for each head.
 _OUTPUT_GATES = frozenset({"gate_proj", "g_proj"})
 _FFN_IN = frozenset({
@@ -254,7 +255,7 @@ def _extras(
         elif is_norm and rest == "weight" and shape == (own * head_dim,):
             order = HeadOrder.QUERY if child.startswith("q") else HeadOrder.KV
             cuts[name] = HeadCut(0, *heads, order, head_dim)
-        elif child == "sinks" and shape == (heads[0],):
+        elif child in _SINKS and shape == (heads[0],):
             cuts[name] = HeadCut(0, *heads, HeadOrder.QUERY, 1)
         elif child in _OUTPUT_GATES and rest in {"weight", "bias"} and shape[0] in {heads[0], heads[0] * head_dim}:
             cuts[name] = HeadCut(0, *heads, HeadOrder.QUERY, shape[0] // heads[0])

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from cluster.cli import options
-from cluster.cli.generate import parse_addresses, usage_line
+from cluster.cli.addresses import parse_addresses
+from cluster.cli.generate import usage_line
 from cluster.client import Chunk, Client, Completion
 from cluster.client.requests import Options
 from cluster.config.schema import ROUTER_ADDRESS

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from cluster.cli import options
-from cluster.cli.generate import parse_addresses
+from cluster.cli.addresses import parse_addresses
 from cluster.cli.status import plain, wide_console
 from cluster.client.routing import explain_route
 from cluster.config.schema import ROUTER_ADDRESS

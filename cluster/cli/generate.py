@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from cluster.cli import options
+from cluster.cli.addresses import parse_addresses
 from cluster.client import Client, Completion
 from cluster.client.requests import Options
 from cluster.config.schema import ROUTER_ADDRESS
-from cluster.domain.errors import ConfigError
 
 
 def generate_command(
@@ -51,18 +51,6 @@ def generate_command(
                 _print_end(event, as_json=as_json)
             elif not as_json:
                 print(event.text, end="", flush=True)
-
-
-def parse_addresses(text: str) -> list[str]:
-    """The routers named in ``text``; ConfigError when one of them is no HOST:PORT."""
-    addresses = [part.strip() for part in text.split(",") if part.strip()]
-    for address in addresses:
-        host, separator, port = address.rpartition(":")
-        if not (separator and host and port.isdecimal() and int(port) < 65536):
-            raise ConfigError(f"{address!r} is no address; write it as HOST:PORT, for example {ROUTER_ADDRESS}.")
-    if not addresses:
-        raise ConfigError(f"No address is given; write it as HOST:PORT, for example {ROUTER_ADDRESS}.")
-    return addresses
 
 
 def usage_line(completion: Completion) -> str:

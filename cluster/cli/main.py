@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "scale": ("cluster.cli.operate:scale_command", "Set how many replicas a model has."),
     "drain": ("cluster.cli.operate:drain_command", "Take a replica out of service, or empty a node."),
     "controller": ("cluster.cli.processes:controller_command", "Run Ray's head and the controller."),
-    "router": ("cluster.cli.processes:router_command", "Run one router."),
+    "router": ("cluster.cli.processes:router_command", "Run a router, of one process or several."),
     "worker": ("cluster.cli.processes:worker_command", "Run this machine as a node of the cluster."),
     "explain": ("cluster.cli.explain:explain_command", "Show why a request goes where it goes."),
     "doctor": ("cluster.cli.doctor:doctor_command", "Check whether this machine is fit to serve."),

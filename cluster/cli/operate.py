@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -11,9 +10,8 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli.addresses import control_address
 from cluster.client.control import ControlClient, ControllerUnreachable
-from cluster.client.local_cluster import control_address_of
-from cluster.config.run_dir import default_run_dir
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.errors import ConfigError
 
@@ -34,7 +32,7 @@ def scale_command(
     run_dir: RunDir = None,
 ) -> None:
     """Set how many replicas a model has; a changed config file says it anew."""
-    with ControlClient(_address(controller, run_dir)) as control:
+    with ControlClient(control_address(controller, run_dir)) as control:
         control.scale(model, replicas)
     print(f"{model}: {replicas} replica(s) wanted.")
 
@@ -49,7 +47,7 @@ def drain_command(
     """Take a replica out of service, or empty a node; what is drained is replaced where there is room."""
     if (replica is None) == (node is None):
         raise ConfigError("Name either a replica (MODEL/SLOT) or a node (--node HOST) to drain.")
-    with ControlClient(_address(controller, run_dir)) as control:
+    with ControlClient(control_address(controller, run_dir)) as control:
         if node is not None:
             patiently(partial(control.drain_node, node), deadline_s, MonotonicClock(), threading.Event())
             print(f"Node {node} is empty; nothing new is placed there.")
@@ -79,7 +77,3 @@ def patiently(call: Callable[[float], None], deadline_s: float, clock: Clock, pa
             left_s = max(0.0, until_s - clock.now())
         else:
             return
-
-
-def _address(controller: str | None, run_dir: Path | None) -> str:
-    return controller or control_address_of(run_dir or default_run_dir(os.environ))

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from cluster.assembly import apply_models, head_is_alive, run_router, run_worker, start_head, stop_head
+from cluster.cli.addresses import CONTROLLER_ADDRESS, parse_address
 from cluster.cli.serve import interruptions
 from cluster.config.load import load_config
 from cluster.config.run_dir import default_run_dir, hold_run_dir, open_run_dir
@@ -103,15 +104,16 @@ def router_command(
     run_dir: RunDir = None,
     copy_logs: CopyLogs = False,
 ) -> None:
-    """Run one router; it serves from the last endpoint table when the controller is away."""
+    """Run a router, of one process or several; it serves from the last endpoint table when the controller is away."""
     flags = {
         "router.host": host, "router.port": port, "router.metrics_port": metrics_port, "router.processes": processes,
         "router.policy": policy,
     }  # fmt: skip
+    address = parse_address(controller, CONTROLLER_ADDRESS)
     loaded = load_config(config, os.environ, flags).config
     folder = _folder(run_dir)
     with _logs(folder, copy_logs):
-        code = run_router(loaded.router, controller, folder)
+        code = run_router(loaded.router, address, folder)
     raise typer.Exit(code)
 
 
@@ -132,6 +134,8 @@ def worker_command(
     copy_logs: CopyLogs = False,
 ) -> None:
     """Run this machine as a node of the cluster: the controller places ranks on it."""
+    if controller:
+        parse_address(controller, CONTROLLER_ADDRESS)
     folder = _folder(run_dir)
     options = NodeOptions(address, host, num_cpus, num_gpus, token_file, metrics_port, idle_after_s, controller)
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +14,8 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+from cluster.cli.addresses import control_address
 from cluster.client.control import ControlClient
-from cluster.client.local_cluster import control_address_of
-from cluster.config.run_dir import default_run_dir
 from cluster.domain.quantities import format_bytes, format_seconds
 from cluster.v1 import control_pb2
 
@@ -33,7 +31,7 @@ def status_command(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
 ) -> None:
     """Show models, replicas, ranks and every process of the cluster."""
-    address = controller or control_address_of(run_dir or default_run_dir(os.environ))
+    address = control_address(controller, run_dir)
     with ControlClient(address) as control:
         if as_json:
             print(json.dumps(plain(control.status()), indent=2))

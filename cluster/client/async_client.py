@@ -13,10 +13,12 @@ import grpc.aio
 
 from cluster.client.events import Chunk, Completion
 from cluster.client.requests import (
+    Arguments,
     Options,
     Prompt,
     build_request,
     build_tokenize_request,
+    closed_before,
     closed_meanwhile,
     error_of_call,
     never_ready,
@@ -122,26 +124,10 @@ class AsyncClient:
             if self._closed:
                 raise closed_meanwhile()
 
-    async def complete(  # noqa: PLR0913 - keywords, each with its default
-        self,
-        prompt: Prompt,
-        *,
-        model: str = "",
-        request_id: str = "",
-        logprobs: int = 0,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "",
-        session_id: str = "",
-        timeout_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Completion:
-        """The whole answer at once, with the same resumption as ``generate``."""
+    async def complete(self, prompt: Prompt, **arguments: Unpack[Arguments]) -> Completion:
+        """The whole answer at once; everything else is as with ``generate``."""
         last: Chunk | Completion | None = None
-        async for event in self.generate(
-            prompt, model=model, request_id=request_id, logprobs=logprobs, priority=priority, cache_salt=cache_salt,
-            tenant=tenant, session_id=session_id, timeout_s=timeout_s, **options,
-        ):  # fmt: skip
+        async for event in self.generate(prompt, **arguments):
             last = event
         assert isinstance(last, Completion), "a stream ends with its Completion"
         return last
@@ -167,8 +153,9 @@ class AsyncClient:
             try:
                 if any(model.ready_replicas for model in await self.list_models(timeout_s=min(left_s, 5.0))):
                     return
-            except ClusterError:
-                pass  # it may not listen yet
+            except ClusterError:  # it may not listen yet
+                if self._closed:
+                    raise
             await asyncio.sleep(min(pause_s, max(0.0, until_s - loop.time())))
             pause_s = min(2 * pause_s, 1.0)
         raise never_ready(self._addresses[0], timeout_s)
@@ -187,6 +174,8 @@ class AsyncClient:
         raise failure
 
     def _stub(self, address: str) -> InferenceStub:
+        if self._closed:
+            raise closed_before()
         if address not in self._channels:
             self._channels[address] = channel.open_channel(address)
         return inference_pb2_grpc.InferenceStub(self._channels[address])

@@ -44,6 +44,20 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
 
 
+class Arguments(Options, total=False):
+    """Everything that a client's ``generate`` takes beside the prompt."""
+
+    model: str
+    request_id: str
+    logprobs: int
+    priority: int
+    cache_salt: str
+    tenant: str
+    session_id: str
+    timeout_s: float | None
+    generated_token_ids: Sequence[int]
+
+
 def build_request(
     prompt: Prompt,
     options: Options,
@@ -60,21 +74,23 @@ def build_request(
     A request that names no seed gets one from its id at the router: the same id, sent again after a
     router broke, draws the same tokens. Token ids are always asked for: a resume needs them.
     """
-    request = inference_pb2.GenerateRequest(
-        request_id=request_id or uuid.uuid4().hex,
-        model=model,
-        logprobs=logprobs,
-        priority=priority,
-        return_token_ids=True,
-        generated_token_ids=generated_token_ids,
-        cache_salt=cache_salt,
-    )
+    try:
+        request = inference_pb2.GenerateRequest(
+            request_id=request_id or uuid.uuid4().hex,
+            model=model,
+            logprobs=logprobs,
+            priority=priority,
+            return_token_ids=True,
+            generated_token_ids=generated_token_ids,
+            cache_salt=cache_salt,
+        )
+    except (TypeError, ValueError) as error:
+        raise RequestRejected(
+            RejectReason.INVALID, f"An argument of the request has a wrong value: {error}."
+        ) from error
     _set_prompt(request, prompt)
     if options:
-        try:
-            request.sampling.CopyFrom(inference_pb2.Sampling(**_as_fields(options)))
-        except (TypeError, ValueError) as error:
-            raise RequestRejected(RejectReason.INVALID, f"A sampling option has a wrong value: {error}.") from error
+        _set_sampling(request.sampling, options)
         if request.sampling.temperature > 0 and "seed" not in options:
             request.sampling.seed = secrets.randbits(64)
     return request
@@ -91,11 +107,20 @@ def build_tokenize_request(prompt: Prompt, model: str, *, add_special_tokens: bo
     return request
 
 
-def _as_fields(options: Options) -> dict[str, Any]:
+def _set_sampling(sampling: inference_pb2.Sampling, options: Options) -> None:
     fields: dict[str, Any] = dict(options)
     if isinstance(options.get("stop"), str):
         fields["stop"] = [options["stop"]]
-    return fields
+    known = inference_pb2.Sampling.DESCRIPTOR.fields_by_name
+    for name, value in fields.items():
+        if name not in known:
+            message = f"There is no option {name!r}; the options for sampling are {', '.join(known)}."
+            raise RequestRejected(RejectReason.INVALID, message)
+        try:
+            sampling.MergeFrom(inference_pb2.Sampling(**{name: value}))
+        except (TypeError, ValueError) as error:
+            message = f"The option {name} cannot be {value!r}: {error}."
+            raise RequestRejected(RejectReason.INVALID, message) from error
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
@@ -103,11 +128,15 @@ def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:
         request.text = prompt
         return
     chat, ids = inference_pb2.Chat(), inference_pb2.TokenIds()
-    for item in prompt:
-        if isinstance(item, Mapping):
-            chat.messages.add(role=item.get("role", ""), content=item.get("content", ""))
-        else:
-            ids.ids.append(item)
+    try:
+        for item in prompt:
+            if isinstance(item, Mapping):
+                chat.messages.add(role=item.get("role", ""), content=item.get("content", ""))
+            else:
+                ids.ids.append(item)
+    except (TypeError, ValueError) as error:
+        message = f"A prompt is a text, token ids from 0 on, or messages with a role and a content: {error}."
+        raise RequestRejected(RejectReason.INVALID, message) from error
     if chat.messages and ids.ids:
         raise RequestRejected(RejectReason.INVALID, "A prompt is either token ids or chat messages, not both.")
     if chat.messages:
@@ -131,6 +160,8 @@ def typed_error(
             return RequestAborted(AbortReason.CLIENT, message)
         case "DEADLINE_EXCEEDED":
             late = "The deadline came before the last token."
+            if not reason:  # grpc's own words, of a call that no router has answered
+                message = f"The deadline came before an answer from {address}; allow the request more time."
             return RequestAborted(AbortReason.DEADLINE, late) if started else RequestEvicted(message)
         case "UNAVAILABLE":
             return _unavailable(reason, message, retry_after_s, address)
@@ -149,6 +180,10 @@ def error_of_call(failure: CallFailure, address: str) -> ClusterError:
 def never_ready(address: str, timeout_s: float) -> RequestRejected:
     message = f"No model was ready at {address} within {timeout_s:g} s."
     return RequestRejected(RejectReason.NO_ENDPOINT, message)
+
+
+def closed_before() -> RequestAborted:
+    return RequestAborted(AbortReason.CLIENT, "This client was closed; open another one for further requests.")
 
 
 def closed_meanwhile() -> RequestAborted:

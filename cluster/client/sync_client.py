@@ -12,10 +12,12 @@ import grpc
 
 from cluster.client.events import Chunk, Completion
 from cluster.client.requests import (
+    Arguments,
     Options,
     Prompt,
     build_request,
     build_tokenize_request,
+    closed_before,
     closed_meanwhile,
     error_of_call,
     never_ready,
@@ -118,26 +120,10 @@ class Client:
             if self._closed.wait(transcript.pause_after_s(failure)):
                 raise closed_meanwhile()
 
-    def complete(  # noqa: PLR0913 - keywords, each with its default
-        self,
-        prompt: Prompt,
-        *,
-        model: str = "",
-        request_id: str = "",
-        logprobs: int = 0,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "",
-        session_id: str = "",
-        timeout_s: float | None = None,
-        **options: Unpack[Options],
-    ) -> Completion:
-        """The whole answer at once, with the same resumption as ``generate``."""
+    def complete(self, prompt: Prompt, **arguments: Unpack[Arguments]) -> Completion:
+        """The whole answer at once; everything else is as with ``generate``."""
         last: Chunk | Completion | None = None
-        for event in self.generate(
-            prompt, model=model, request_id=request_id, logprobs=logprobs, priority=priority, cache_salt=cache_salt,
-            tenant=tenant, session_id=session_id, timeout_s=timeout_s, **options,
-        ):  # fmt: skip
+        for event in self.generate(prompt, **arguments):
             last = event
         assert isinstance(last, Completion), "a stream ends with its Completion"
         return last
@@ -162,8 +148,9 @@ class Client:
             try:
                 if any(model.ready_replicas for model in self.list_models(timeout_s=min(left_s, 5.0))):
                     return
-            except ClusterError:
-                pass  # it may not listen yet
+            except ClusterError:  # it may not listen yet
+                if self._closed.is_set():
+                    raise
             self._closed.wait(min(pause_s, max(0.0, until_s - self._clock.now())))
             pause_s = min(2 * pause_s, 1.0)
         raise never_ready(self._addresses[0], timeout_s)
@@ -183,6 +170,8 @@ class Client:
 
     def _stub(self, address: str) -> InferenceStub:
         with self._lock:
+            if self._closed.is_set():
+                raise closed_before()
             if address not in self._channels:
                 self._channels[address] = channel.open_sync_channel(address)
             return inference_pb2_grpc.InferenceStub(self._channels[address])

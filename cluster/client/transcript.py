@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from cluster.client.events import Chunk, Completion, Usage
 from cluster.client.requests import typed_error
 from cluster.client.resume_budget import ResumeBudget
+from cluster.domain.errors import ConfigError
 from cluster.domain.request import TokenLogprob
 from cluster.v1 import inference_pb2
 from cluster.wire import convert
@@ -25,10 +26,13 @@ _FINISH = {
 }
 
 
-def flat_addresses(addresses: Iterable[str | Sequence[str]]) -> tuple[str, ...]:
-    """HOST:PORT each, given one by one or in lists."""
+def flat_addresses(addresses: Sequence[str | Sequence[str]]) -> tuple[str, ...]:
+    """HOST:PORT each, given one by one or in lists; ConfigError when there are lists and nothing in them."""
     lists = ([entry] if isinstance(entry, str) else entry for entry in addresses)
-    return tuple(address for entry in lists for address in entry)
+    flat = tuple(address for entry in lists for address in entry)
+    if addresses and not flat:
+        raise ConfigError("The list of routers is empty; name at least one as HOST:PORT, or give no list at all.")
+    return flat
 
 
 class Transcript:

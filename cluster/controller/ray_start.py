@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,9 @@ def connect(address: str, *, token_file: Path | None = None, namespace: str = "l
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = not on_loopback  # noqa: SLF001
     _forget_other_tokens()
     try:
-        with _sigterm_kept():
+        # Ray lets its workers look for modules in this process's folder first: anything called "cluster" there, which
+        # is a likely name, would run instead of this package. So for a moment it is where this package is.
+        with _sigterm_kept(), chdir(Path(__file__).parents[2]):
             ray.init(
                 address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR", configure_logging=True
             )
@@ -239,7 +241,7 @@ def _start(
     run_dir: Path, arguments: list[str], host: str, num_cpus: int | None, num_gpus: int | None, store_bytes: int
 ) -> RayNode:
     folder = open_ray_dir(run_dir)
-    command = [sys.executable, "-c", _RAY_COMMAND, "start", *arguments]
+    command = [sys.executable, "-P", "-c", _RAY_COMMAND, "start", *arguments]
     command += [f"--node-ip-address={host}", f"--object-store-memory={store_bytes}", "--disable-usage-stats"]
     command.append("--include-log-monitor=false")
     if "--head" in arguments:

@@ -21,6 +21,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from typing import overload
 
@@ -31,6 +32,7 @@ _SHORT = struct.Struct("<Q")
 _TOKEN_BYTES = 4
 
 
+@lru_cache(maxsize=1024)  # of salts, which are few and used again and again
 def root_hash(salt: bytes = b"", variant: int = 0) -> bytes:
     """The parent of a chain's first block; ``variant`` in 0 .. 2**64 - 1."""
     return sha256(_MAGIC + _VARIANT.pack(variant) + salt).digest()

@@ -1,14 +1,17 @@
-"""Who is who: replicas and ranks have names that survive a restart of everything that names them."""
+"""Who is who: replicas and ranks have names that survive a restart of everything that names them.
+
+Named tuples, since their hashes and comparisons are computed without a line of Python: routers look up incarnations
+several times for each request.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.domain.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ReplicaId:
+class ReplicaId(NamedTuple):
     """One of a model's replicas: the slot stays, its generations come and go."""
 
     model: str
@@ -27,8 +30,7 @@ class ReplicaId:
         return cls(model, int(slot))
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Incarnation:
+class Incarnation(NamedTuple):
     """One life of a replica. A higher generation fences every lower one out."""
 
     replica: ReplicaId
@@ -38,8 +40,7 @@ class Incarnation:
         return f"{self.replica}#{self.generation}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class RankId:
+class RankId(NamedTuple):
     """One process of one incarnation."""
 
     incarnation: Incarnation

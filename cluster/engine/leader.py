@@ -58,7 +58,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: Context
     ) -> None:
         hello = await self._shake_hands(request_iterator, context)
-        session, outbox = self._sessions.open(block_events=hello.block_events, pause_s=hello.block_events_pause_s)
+        session, outbox = self._sessions.open(
+            block_events=hello.block_events,
+            pause_s=hello.block_events_pause_s,
+            load_pause_s=hello.load_pause_s if hello.HasField("load_pause_s") else None,
+        )
         log = self._log.bind(session=session, router=hello.router_id)
         log.info("session_opened")
         reader = asyncio.create_task(self._read(session, outbox, request_iterator))
@@ -114,7 +118,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     def _beat(self) -> engine_pb2.Beat:
         progress = self._progress
         return engine_pb2.Beat(
-            step=progress.step, step_age_s=progress.step_age_s(), load=load_to_message(progress.load)
+            step=progress.step, step_age_s=progress.step_age_s(), load=load_to_message(self._loop.load)
         )
 
     async def _read(self, session: int, outbox: Outbox, requests: AsyncIterator[engine_pb2.SessionRequest]) -> None:
@@ -124,7 +128,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             for submit in request.commands.submits:
                 refused = self._submit(session, submit)
                 if refused is not None:
-                    outbox.put(self._progress.step, [refused], self._progress.load)
+                    outbox.put(self._progress.step, [refused], self._loop.load)
+            if request.commands.submits:
+                self._sessions.load_changed(self._progress.step, self._loop.load, but=(session,))
             if request.HasField("resync_blocks"):
                 outbox.resync_blocks()
 

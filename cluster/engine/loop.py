@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.domain.clock import Clock
@@ -89,6 +89,8 @@ class EngineLoop:
         self._scheduler, self._runner, self._progress, self._series = scheduler, runner, progress, series
         self._publish, self._clock, self._pace, self._blocks = publish, clock, pace, blocks
         self._inbox: deque[Command] = deque()
+        # Sequences that are not in the progress's load yet and their tokens; and those of them in the turn's commands.
+        self._arriving, self._received = (0, 0), (0, 0)
         self._wake = threading.Condition()
         self._stopped = False
         self._outstanding: deque[tuple[StepPlan, float]] = deque()  # with the time of its dispatch
@@ -101,8 +103,22 @@ class EngineLoop:
             if isinstance(command, Submit) and len(self._inbox) >= MAX_INBOX:
                 return False
             self._inbox.append(command)
+            if isinstance(command, Submit):
+                self._arriving = self._arriving[0] + 1, self._arriving[1] + command.sequence.num_tokens
             self._wake.notify()
             return True
+
+    @property
+    def load(self) -> LoadSnapshot:
+        """Of this moment, from any thread: what has come while a step runs counts as waiting."""
+        load, (sequences, tokens) = self._progress.load, self._arriving
+        if not sequences:
+            return load
+        return replace(
+            load,
+            waiting_sequences=load.waiting_sequences + sequences,
+            queued_prompt_tokens=load.queued_prompt_tokens + tokens,
+        )
 
     def stop(self) -> None:
         with self._wake:
@@ -127,6 +143,10 @@ class EngineLoop:
         self._fill()
         load = self._scheduler.load()
         self._progress.load = load
+        if self._received[0]:
+            with self._wake:
+                arriving, (sequences, tokens) = self._arriving, self._received
+                self._arriving, self._received = (arriving[0] - sequences, arriving[1] - tokens), (0, 0)
         blocks = self._blocks.take() if self._blocks is not None else None
         if self._news or blocks:
             news, self._news = tuple(self._news), []
@@ -146,6 +166,7 @@ class EngineLoop:
                 return None
             commands = list(self._inbox)
             self._inbox.clear()
+            self._received = self._arriving
             return commands
 
     def _take(self, command: Command) -> None:

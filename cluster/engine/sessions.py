@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Container, MutableSequence, Sequence
 
 from cluster.domain.endpoint import LoadSnapshot
 from cluster.engine.block_events import BlockLog, BlockReader
+from cluster.engine.load_news import LoadNews
 from cluster.engine.loop import Published
 from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.v1 import engine_pb2
@@ -25,6 +26,7 @@ MAX_PENDING_BYTES = MAX_MESSAGE_BYTES // 2
 # router may ask for longer pauses, up to a bound: what it knows would be worth little.
 TELL_BLOCKS_S = 0.1
 MAX_TELL_BLOCKS_S = 10.0
+TELL_LOADS_S = 0.01  # after which those are looked at again who could not be told at once
 _UPDATE_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES = 32, 5, 24  # upper bounds on the wire
 
 
@@ -33,9 +35,13 @@ class Outbox:
 
     ``filled``: there is something to take, updates or a beat. ``overflow``: the session is to be reset. ``blocks``:
     where its router wants news of blocks, and they are at hand; ``pause_s``: at least, between two of them.
+    ``load_pause_s``: on average, between two messages that tell the load alone; None: it wants none.
     """
 
-    def __init__(self, blocks: BlockReader | None = None, pause_s: float = 0.0) -> None:
+    def __init__(
+        self, blocks: BlockReader | None = None, pause_s: float = 0.0, load_pause_s: float | None = None
+    ) -> None:
+        self._load_news, self._load_due = LoadNews(load_pause_s), False
         self._blocks, self._blocks_due = blocks, False
         self._pause_s, self._next_blocks_s = min(pause_s, MAX_TELL_BLOCKS_S), -math.inf
         self._pending: list[SequenceProgress] = []
@@ -54,6 +60,7 @@ class Outbox:
     def put(self, step: int, progresses: Sequence[SequenceProgress], load: LoadSnapshot) -> None:
         self._pending += progresses
         self._step, self._load = step, load
+        self._load_news.told()
         self._pending_bytes += (_UPDATE_BYTES + _TOKEN_BYTES) * len(progresses)
         for progress in progresses:
             if progress.logprobs or progress.detail or len(progress.token_ids) > 1:
@@ -65,6 +72,17 @@ class Outbox:
     def ask_for_beat(self) -> None:
         self._beat_due = True
         self.filled.set()
+
+    def load_changed(self, step: int, load: LoadSnapshot, now_s: float) -> bool:
+        """A message tells it, unless there were many of late. False: later, when somebody asks for it again."""
+        if self._load_news.changed(now_s):
+            self._step, self._load, self._load_due = step, load, True
+            self.filled.set()
+        return not self._load_news.late
+
+    @property
+    def load_is_late(self) -> bool:
+        return self._load_news.late
 
     def tell_blocks(self, now_s: float) -> bool:
         """News of blocks may go now. False: there are some, and it is too early for this session."""
@@ -103,13 +121,16 @@ class Outbox:
     def take(self) -> tuple[engine_pb2.StepUpdate | None, bool]:
         """Everything since the last call as one message, and whether a beat was asked for; when ``filled``.
 
+        A message without sequences tells the load alone.
         The message belongs to the outbox and changes with the next call: whoever keeps it keeps a copy.
         """
         self.filled.clear()
         beat_due, self._beat_due = self._beat_due, False
+        load_due, self._load_due = self._load_due, False
         pending, self._pending, self._pending_bytes = self._pending, [], 0
         if not pending:
-            return None, beat_due
+            news = engine_pb2.StepUpdate(step=self._step, load=load_to_message(self._load)) if load_due else None
+            return news, beat_due
         # One token each, for whom the last message brought one token each: what decodes do, step after step.
         steady = [(key, attempt, cached) for key, attempt, ids, logprobs, end, _, cached in pending
                   if end is None and not logprobs and len(ids) == 1]  # fmt: skip
@@ -125,6 +146,11 @@ class Outbox:
         message.step = self._step
         message.load.CopyFrom(load_to_message(self._load))
         return message, beat_due
+
+
+def _waits(load: LoadSnapshot) -> tuple[int, int]:
+    """What of a load matters to newcomers; the rest changes with every step."""
+    return load.running_sequences + load.waiting_sequences, load.queued_prompt_tokens
 
 
 def _message_of(pending: Sequence[SequenceProgress]) -> engine_pb2.StepUpdate:
@@ -172,14 +198,18 @@ class Sessions:
         self._next = 1
         self._blocks = blocks
         self._telling: asyncio.TimerHandle | None = None
+        self._step, self._load = 0, LoadSnapshot()
+        self._telling_loads: asyncio.TimerHandle | None = None
 
-    def open(self, *, block_events: bool = False, pause_s: float = 0.0) -> tuple[int, Outbox]:
+    def open(
+        self, *, block_events: bool = False, pause_s: float = 0.0, load_pause_s: float | None = None
+    ) -> tuple[int, Outbox]:
         """``block_events``: the router wants to know of blocks, by messages with ``pause_s`` between them.
 
-        It is told from the first ``tell_blocks`` on.
+        It is told from the first ``tell_blocks`` on. ``load_pause_s``: it wants to know of loads that others change.
         """
         reader = self._blocks.open() if self._blocks is not None and block_events else None
-        session, outbox = self._next, Outbox(reader, pause_s)
+        session, outbox = self._next, Outbox(reader, pause_s, load_pause_s)
         self._next += 1
         self._outboxes[session] = outbox
         return session, outbox
@@ -197,10 +227,27 @@ class Sessions:
             outbox = self._outboxes.get(session)
             if outbox is not None:  # a closed session's last updates interest nobody
                 outbox.put(published.step, mine, published.load)
+        if _waits(published.load) != _waits(self._load):
+            self.load_changed(published.step, published.load, but=by_session)
         if published.blocks and self._blocks is not None:
             self._blocks.append(published.blocks)
             if self._blocks.has_readers and self._telling is None:
                 self._telling = asyncio.get_running_loop().call_later(TELL_BLOCKS_S, self._tell_blocks)
+
+    def load_changed(self, step: int, load: LoadSnapshot, but: Container[int]) -> None:
+        """A sequence came, went or was computed: all sessions but some, who know, hear of it."""
+        self._step, self._load = step, load
+        if len(self._outboxes) == 1:
+            return  # nobody else to change it, so that its own messages say enough
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        late = [o for s, o in self._outboxes.items() if s not in but and not o.load_changed(step, load, now_s)]
+        if late and self._telling_loads is None:
+            self._telling_loads = loop.call_later(TELL_LOADS_S, self._tell_loads)
+
+    def _tell_loads(self) -> None:
+        self._telling_loads = None
+        self.load_changed(self._step, self._load, {s for s, o in self._outboxes.items() if not o.load_is_late})
 
     def _tell_blocks(self) -> None:
         loop = asyncio.get_running_loop()

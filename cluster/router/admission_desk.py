@@ -71,7 +71,7 @@ class AdmissionDesk:
         fleet.watch_room(self._room_at, self._fleet_changed)
 
     async def place(self, ticket: Ticket, interruption: Interruption) -> Placed | None:
-        """The endpoint that the request has to be sent to before anything else is awaited.
+        """The endpoint that the request has to be sent to before anything else is awaited; or the choice is not used.
 
         None when no endpoint takes new requests. RequestRejected or RequestEvicted when it may not wait,
         EngineFailed when it had an endpoint and waited in vain, or what ``interruption`` is tripped with.
@@ -120,14 +120,16 @@ class AdmissionDesk:
         finally:
             if line.waiting.pop(entry, None) is not None and entry.queued:
                 admission.withdraw(entry, self._clock.now())
-            self._settle(line, ticket, answer)
+            self._settle(line, ticket, answer, used=placed is not None)
         return placed
 
-    def _settle(self, line: _Line, ticket: Ticket, answer: asyncio.Future[Placed]) -> None:
+    def _settle(self, line: _Line, ticket: Ticket, answer: asyncio.Future[Placed], *, used: bool) -> None:
         """Gives the place back that was kept meanwhile, whoever uses it."""
         if answer.done() and not answer.cancelled() and answer.exception() is None:
-            session, _ = answer.result()
+            session, choice = answer.result()
             session.load.let_go(ticket.tokens)
+            if not used:
+                choice.not_used()
             self._room_at(session)  # in case it is not used
         self._show(line)
 

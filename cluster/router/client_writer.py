@@ -15,7 +15,7 @@ class ClientWriter:
 
     A timer is set with the first message and looks whether one has been waiting for too long; if one waits for less, it
     looks again when that one would be due. So a stream costs one timer for each ``stall_s``, not one for each token.
-    ``close`` must end it.
+    ``close`` must end it. One task does all writes.
     """
 
     __slots__ = ("_loop", "_send", "_since_s", "_stall_s", "_task", "_timer", "_why")
@@ -34,8 +34,8 @@ class ClientWriter:
         What ``interrupt`` was told when it came first.
         """
         self._since_s = self._loop.time()
-        self._task = asyncio.current_task()
         if self._timer is None:
+            self._task = asyncio.current_task()
             self._timer = self._loop.call_at(self._since_s + self._stall_s, self._look)
         try:
             await self._send(message)

@@ -54,15 +54,17 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` lets out."""
-        if self._vocabulary.is_silent(token_id):
+        vocabulary = self._vocabulary
+        if vocabulary.is_silent(token_id):
             return ""
-        byte = self._vocabulary.byte_values.get(token_id)
-        if byte is not None:
-            return self._push_byte(token_id, byte)
-        if self._run:
-            self._window += self._run
-            self._run = []
-        self._bytes, self._broken = None, False
+        if vocabulary.byte_values:
+            byte = vocabulary.byte_values.get(token_id)
+            if byte is not None:
+                return self._push_byte(token_id, byte)
+            if self._run:
+                self._window += self._run
+                self._run = []
+            self._bytes, self._broken = None, False
         self._window.append(token_id)
         return self._let_out(hold_partial=True)
 

@@ -103,12 +103,22 @@ class Ejections:
         model.open[incarnation] = circuit
         model.valid_until_s = 0.0
 
-    def picked(self, incarnation: Incarnation, now_s: float) -> None:
-        """A request goes there; on a half-open circuit it is the probe, and the only one for now."""
+    def picked(self, incarnation: Incarnation, now_s: float) -> bool:
+        """A request goes there; on a half-open circuit it is the probe, and the only one for now. Whether it is."""
         model = self._models.get(incarnation.replica.model)
         circuit = None if model is None else model.open.get(incarnation)
         if model is not None and circuit is not None and now_s >= circuit.closes_at():
             circuit.probe_until_s = now_s + self._rules.probe_s
+            model.valid_until_s = 0.0
+            return True
+        return False
+
+    def unpicked(self, incarnation: Incarnation) -> None:
+        """The probe was not sent after all: the next request is."""
+        model = self._models.get(incarnation.replica.model)
+        circuit = None if model is None else model.open.get(incarnation)
+        if model is not None and circuit is not None:
+            circuit.probe_until_s = None
             model.valid_until_s = 0.0
 
     def delivered(self, incarnation: Incarnation, now_s: float) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from bisect import insort
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Protocol
+from operator import attrgetter
+from typing import Protocol, cast
 
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.endpoint import Endpoint, EndpointTable
 from cluster.domain.errors import ModelNotFound, RejectReason, RequestRejected
 from cluster.domain.ids import Incarnation
-from cluster.router.endpoint_table import Candidate, Standing, supersedes, table_change
+from cluster.router.endpoint_table import Candidate, Standing, TableChange, supersedes, table_change
 from cluster.router.fleet_health import FleetHealth
 from cluster.router.policy.contracts import Choice, Demand, Profile
 from cluster.router.policy.group import Group
@@ -25,6 +27,8 @@ from cluster.router.session import EngineSession, ServedModel, SessionSettings
 from cluster.telemetry.logs import Logger
 
 BLOCK_MESSAGES_PER_S = 500  # from all replicas together: so news of blocks take a small part of a core
+LOAD_MESSAGES_PER_S = 200  # from all replicas together, beside those that bring tokens: a few percent of a core at most
+REGROUPED_MAX = 16  # endpoints that change with one table, for which groups are changed rather than made anew
 EXPECTED_BLOCKS_MAX = 2048  # of one prompt: what a longer one holds beyond is known when its replica tells it
 NAME_CHARACTERS = 128  # of an unknown name, in an answer: a status has to fit into headers
 NO_HOLDERS = Holders((), (), {})
@@ -35,17 +39,18 @@ class Standings(Protocol):
 
     def standing(self, incarnation: Incarnation) -> Standing: ...
 
-    def picked(self, incarnation: Incarnation) -> None:
-        """A request is on its way there."""
+    def picked(self, incarnation: Incarnation) -> Callable[[], None] | None:
+        """A request is on its way there. What takes that back, if there is anything to be taken back."""
 
 
 class Seat:
     """One session as a policy asks for it."""
 
-    __slots__ = ("_standings", "incarnation", "session")
+    __slots__ = ("_standings", "incarnation", "number", "session")
 
-    def __init__(self, session: EngineSession, standings: Standings) -> None:
+    def __init__(self, session: EngineSession, standings: Standings, number: int) -> None:
         self.session = session
+        self.number = number  # in the order of coming
         self.incarnation = session.endpoint.incarnation
         self._standings = standings
 
@@ -94,6 +99,12 @@ class Fleet:
         self._table: EndpointTable | None = None
         self._models: tuple[str, ...] = ()
         self._sessions: dict[Incarnation, EngineSession] = {}
+        self._seats: dict[Incarnation, Seat] = {}
+        self._seated = 0  # that ever were
+        self._replicas: frozenset[str] = frozenset()
+        self._taking: dict[str, set[Incarnation]] = {}  # endpoints that take new work, by model
+        self._speaking: dict[str, EngineSession] = {}  # who was found to tell what a model is
+        self._rules = tuple(rule.keep for rule in profile.filters if rule.static)
         self._groups: dict[tuple[str, str], Group] = {}
         self._indexes: dict[tuple[str, str, int], PrefixIndex] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -111,6 +122,7 @@ class Fleet:
         self._models = tuple(sorted({*table.models, *(endpoint.model for endpoint in table.endpoints)}))
         for endpoint in change.closed:
             session = self._sessions.pop(endpoint.incarnation)
+            del self._seats[endpoint.incarnation]
             session.forget_blocks()
             self._close(session)
         for endpoint in change.updated:
@@ -119,11 +131,18 @@ class Fleet:
             index = self.index_of(endpoint) if self._selector.profile.uses_blocks else None
             if index is not None:
                 index.pause_s = len(table.endpoints) / BLOCK_MESSAGES_PER_S
-            changed = partial(self._changed, endpoint.model)
-            session = EngineSession(endpoint, self._settings, changed, self._log, index, self._room_at)
+            changed = partial(self._session_changed, endpoint.incarnation)
+            session = EngineSession(
+                endpoint, self._settings, changed, self._log, index, self._room_at, self._others_have_room
+            )
+            session.load_pause_s = len(table.endpoints) / LOAD_MESSAGES_PER_S
             self._sessions[endpoint.incarnation] = session
+            self._seats[endpoint.incarnation] = Seat(session, self._standings, self._seated)
+            self._seated += 1
+        self._replicas = frozenset(session.replica_name for session in self._sessions.values())
         keys = {_index_key(session.endpoint) for session in self._sessions.values()}
         self._indexes = {key: index for key, index in self._indexes.items() if key in keys}
+        self._follow(change)
         self._changed()
         return True
 
@@ -139,12 +158,12 @@ class Fleet:
     @property
     def ready(self) -> bool:
         """Whether some endpoint takes new work."""
-        return any(session.up and not session.endpoint.draining for session in self._sessions.values())
+        return any(self._taking.values())
 
     @property
     def replicas(self) -> frozenset[str]:
         """The replicas of the endpoint table, by name."""
-        return frozenset(str(incarnation.replica) for incarnation in self._sessions)
+        return self._replicas
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -159,7 +178,7 @@ class Fleet:
         return model if model in known else None
 
     def ready_replicas(self, model: str) -> int:
-        return sum(s.up and not s.endpoint.draining and s.endpoint.model == model for s in self._sessions.values())
+        return len(self._taking.get(model, ()))
 
     def served(self, model: str) -> ServedModel:
         """What ``model`` is, "" being the only one. ModelNotFound, or RequestRejected NO_ENDPOINT."""
@@ -171,8 +190,12 @@ class Fleet:
             called = f"No model is called {model[:NAME_CHARACTERS]!r}"
             what = called if model else "Several models are served, so the request must name one"
             raise ModelNotFound(f"{what}; served are: {names}.")
+        speaker = self._speaking.get(named)
+        if speaker is not None and speaker.up and speaker.served is not None:
+            return speaker.served
         for session in self._sessions.values():
             if session.endpoint.model == named and session.up and session.served is not None:
+                self._speaking[named] = session
                 return session.served
         raise RequestRejected(RejectReason.NO_ENDPOINT, f"No replica of model {named} is ready; try again in a moment.")
 
@@ -190,23 +213,34 @@ class Fleet:
         return index
 
     def choose(self, demand: Demand) -> tuple[EngineSession, Choice] | None:
-        """The session that ``demand`` goes to, at once; None when no endpoint qualifies now."""
+        """The session that ``demand`` goes to, at once; None when no endpoint qualifies now.
+
+        The choice is to be told when it is ``not_used``.
+        """
         group = self._group(demand)
         choice = self._selector.choose(group, demand, self._holders(group, demand))
         if choice is None:
             return None
         endpoint = choice.candidate.endpoint
-        self._standings.picked(endpoint.incarnation)
+        undo = []
+        unpicked = self._standings.picked(endpoint.incarnation)
+        if unpicked is not None:
+            undo.append(unpicked)
         if self._selector.profile.uses_blocks and demand.blocks is not None and len(group) > 1:
+            index = self.index_of(endpoint)
             names = list(islice(demand.blocks.leading(endpoint.block_size), EXPECTED_BLOCKS_MAX))
-            self.index_of(endpoint).expect(endpoint.incarnation, names, self._clock.now())
+            expectation = index.expect(endpoint.incarnation, names, self._clock.now())
+            if expectation is not None:
+                undo.append(partial(index.withdraw, expectation))
+        if undo:
+            choice = Choice(choice.candidate, choice.scorer, tuple(undo))
         return self._sessions[endpoint.incarnation], choice
 
     def explain(self, demand: Demand) -> list[Verdict]:
         """What the policy thinks of every endpoint now, and which one ``choose`` would take; changes nothing."""
         group = self._group(demand)
         inside = group.positions
-        seats = [self._seat(s) for s in self._sessions.values() if s.endpoint.incarnation not in inside]
+        seats = [seat for incarnation, seat in self._seats.items() if incarnation not in inside]
         others = [seat.candidate(has_room=seat.has_room) for seat in seats]
         return self._selector.explain(group, others, demand, self._holders(group, demand))
 
@@ -214,18 +248,34 @@ class Fleet:
         key = demand.model, demand.checkpoint_digest
         group = self._groups.get(key)
         if group is None:
-            rules = [rule.keep for rule in self._selector.profile.filters if rule.static]
-            seats = [
-                self._seat(session)
-                for session in self._sessions.values()
-                if all(keep(session.candidate, demand) for keep in rules)
-            ]
-            sizes = {seat.session.endpoint.block_size for seat in seats}
-            group = self._groups[key] = Group(seats, sizes.pop() if len(sizes) == 1 else 0)
+            asked = Demand(*key)
+            group = self._groups[key] = _group_of([seat for seat in self._seats.values() if self._joins(seat, asked)])
         return group
 
-    def _seat(self, session: EngineSession) -> Seat:
-        return Seat(session, self._standings)
+    def _joins(self, seat: Seat, asked: Demand) -> bool:
+        """Whether the static filters let it into the group that is ``asked`` for."""
+        candidate = Candidate(seat.session.endpoint, seat.session.up)
+        for keep in self._rules:  # noqa: SIM110 - quicker than all(), for thousands of endpoints
+            if not keep(candidate, asked):
+                return False
+        return True
+
+    def _regroup(self, incarnation: Incarnation) -> None:
+        """One endpoint has come, gone or changed: the groups that it joins or leaves are made anew from what they were.
+
+        O(members) for each of them, without asking the others anything.
+        """
+        seat = self._seats.get(incarnation)
+        for key, group in tuple(self._groups.items()):
+            if key[0] != incarnation.replica.model:
+                continue
+            others = [cast("Seat", one) for one in group.members if one.incarnation != incarnation]
+            if seat is not None and self._joins(seat, Demand(*key)):
+                insort(others, seat, key=attrgetter("number"))
+            if others:
+                self._groups[key] = _group_of(others)
+            else:
+                del self._groups[key]
 
     def _holders(self, group: Group, demand: Demand) -> Holders:
         """Of the demand's prompt. Nobody where endpoints cannot be compared: other weights or sizes of blocks."""
@@ -233,7 +283,9 @@ class Fleet:
         if demand.blocks is None or not comparable or not self._selector.profile.uses_blocks:
             return NO_HOLDERS
         index = self._indexes.get((demand.model, demand.checkpoint_digest, group.block_size))
-        return NO_HOLDERS if index is None else index.holders(demand.blocks.leading(group.block_size))
+        if index is None or index.empty:
+            return NO_HOLDERS
+        return index.holders(demand.blocks.leading(group.block_size))
 
     def serves(self, demand: Demand) -> bool:
         """Whether some endpoint would take ``demand`` if it had room; changes nothing."""
@@ -271,12 +323,33 @@ class Fleet:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _changed(self, model: str | None = None) -> None:
-        """Some endpoint has; ``model`` when it is of that one."""
-        if model is None:
+    def _follow(self, change: TableChange) -> None:
+        """Groups and readiness after a new table: one by one where little has changed."""
+        changed = (*change.closed, *change.updated, *change.opened)
+        if len(changed) > REGROUPED_MAX:
             self._groups.clear()
+        for endpoint in changed:
+            self._note_readiness(endpoint.incarnation)
+            self._regroup(endpoint.incarnation)
+        self._taking = {model: taking for model, taking in self._taking.items() if taking}
+
+    def _session_changed(self, incarnation: Incarnation) -> None:
+        """Its session has gone up or down."""
+        self._note_readiness(incarnation)
+        self._regroup(incarnation)
+        self._changed()
+
+    def _note_readiness(self, incarnation: Incarnation) -> None:
+        session, model = self._sessions.get(incarnation), incarnation.replica.model
+        self._speaking.pop(model, None)
+        taking = self._taking.setdefault(model, set())
+        if session is not None and session.up and not session.endpoint.draining:
+            taking.add(incarnation)
         else:
-            self._groups = {key: group for key, group in self._groups.items() if key[0] != model}
+            taking.discard(incarnation)
+
+    def _changed(self) -> None:
+        """Some endpoint has."""
         for waiter in tuple(self._waiters):
             if not waiter.done():
                 waiter.set_result(None)
@@ -285,6 +358,24 @@ class Fleet:
 
     def _room_at(self, session: EngineSession) -> None:
         self._on_room(session)
+
+    def _others_have_room(self, session: EngineSession) -> bool:
+        """Whether a sound endpoint of the same model and weights would begin one more sequence soon. O(fleet)."""
+        wanted = session.endpoint.model, session.endpoint.checkpoint_digest
+        return any(
+            other.up
+            and not other.endpoint.draining
+            and (other.endpoint.model, other.endpoint.checkpoint_digest) == wanted
+            and other.load.has_room
+            and self._standings.standing(other.endpoint.incarnation) is Standing.HEALTHY
+            for other in self._sessions.values()
+            if other is not session
+        )
+
+
+def _group_of(seats: Sequence[Seat]) -> Group:
+    sizes = {seat.session.endpoint.block_size for seat in seats}
+    return Group(seats, sizes.pop() if len(sizes) == 1 else 0)
 
 
 def _index_key(endpoint: Endpoint) -> tuple[str, str, int]:

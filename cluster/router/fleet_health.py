@@ -5,7 +5,10 @@ Thin: the decisions are those of ejection.py, slowness.py and retry_budget.py; h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.domain.clock import Clock, MonotonicClock
+from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.ids import Incarnation
 from cluster.router.ejection import EjectionRules, Ejections
 from cluster.router.endpoint_table import Standing
@@ -44,11 +47,24 @@ class FleetHealth:
             return Standing.EJECTED
         return Standing.SLOW if self.slowness.slow(incarnation, now_s) else Standing.HEALTHY
 
-    def picked(self, incarnation: Incarnation) -> None:
-        """A request goes there: the probe, where one is due. Saying so twice for one request does no harm."""
+    def picked(self, incarnation: Incarnation) -> Callable[[], None] | None:
+        """A request goes there: the probe, where one is due.
+
+        Then the answer is what has to be called if the request is not sent after all, so that the next one may be.
+        """
         now_s = self.clock.now()
-        self.ejections.picked(incarnation, now_s)
-        self.slowness.picked(incarnation, now_s)
+        trusted_again = self.ejections.picked(incarnation, now_s)
+        quick_again = self.slowness.picked(incarnation, now_s)
+        if not (trusted_again or quick_again):
+            return None
+
+        def unpicked() -> None:
+            if trusted_again:
+                self.ejections.unpicked(incarnation)
+            if quick_again:
+                self.slowness.unpicked(incarnation, self.clock.now())
+
+        return unpicked
 
     def entered(self) -> None:
         """A new request was sent to its first endpoint."""
@@ -66,16 +82,17 @@ class FleetHealth:
 
 
 class SessionPulse:
-    """What one session tells of its endpoint: up, steps and beats, down, closed."""
+    """What one session tells of its endpoint: up, steps and beats, down, closed. ``slow``: found so, probe or not."""
 
-    __slots__ = ("_health", "_incarnation", "_noted", "_pace", "_slow", "_suspected")
+    __slots__ = ("_health", "_incarnation", "_load", "_noted", "_pace", "_suspected", "slow")
 
     def __init__(self, incarnation: Incarnation, health: FleetHealth) -> None:
         self._incarnation = incarnation
         self._health = health
         self._pace: Pace | None = None
+        self._load = LoadSnapshot()  # after the last step
         self._suspected = False
-        self._slow = False
+        self.slow = False
         self._noted = Standing.HEALTHY
 
     def came_up(self) -> None:
@@ -86,12 +103,14 @@ class SessionPulse:
         self._show(Standing.HEALTHY)  # an earlier incarnation of the replica may have left another one
         self._note()
 
-    def stepped(self, step: int, running_sequences: int) -> None:
-        """A message with tokens; ``running_sequences`` are those of the whole engine after it."""
+    def stepped(self, step: int, load: LoadSnapshot) -> None:
+        """A message with tokens; ``load`` is that of the whole engine after it."""
         now_s = self._health.clock.now()
+        before, self._load = self._load, load
+        prompts = before.queued_prompt_tokens > 0 or load.running_sequences > before.running_sequences
         if self._pace is not None:
-            self._pace.stepped(now_s, step, busy=running_sequences > 0)
-            if self._pace.slow is not self._slow:
+            self._pace.stepped(now_s, step, busy=load.running_sequences > 0, prompts=prompts)
+            if self._pace.slow is not self.slow:
                 self._note()
         if self._suspected:
             self._health.ejections.delivered(self._incarnation, now_s)
@@ -109,11 +128,18 @@ class SessionPulse:
             self.idle()
         self._note()
 
+    def leaving(self, open_sequences: int) -> int:
+        """How many of so many sequences are better moved elsewhere now; ``moved`` says that they are."""
+        return 0 if self._pace is None else self._pace.leaving(open_sequences)
+
+    def moved(self, sequences: int) -> None:
+        if self._pace is not None:
+            self._pace.moved(sequences)
+
     def submitted(self, attempt: int) -> None:
         """A sequence is on its way there."""
         if attempt == 1:
             self._health.entered()
-        self._health.picked(self._incarnation)
 
     def went_down(self, reason: LossReason, sequences: int) -> None:
         """The session, which was up, has failed with so many sequences open."""
@@ -140,9 +166,9 @@ class SessionPulse:
         health = self._health
         standing = health.standing(self._incarnation)
         slow = self._pace is not None and self._pace.slow
-        if slow and not self._slow:
+        if slow and not self.slow:
             self._count(SLOW)
-        self._slow = slow
+        self.slow = slow
         if standing is not self._noted:
             self._show(standing)
 

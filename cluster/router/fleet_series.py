@@ -24,7 +24,7 @@ class FleetSeries:
     def __init__(self, metrics: RouterMetrics, config: RouterConfig) -> None:
         self._metrics = metrics
         self._models: set[str] = set()
-        self._replicas: set[str] = set()
+        self._replicas: frozenset[str] = frozenset()
         metrics.ttft_objective.set(config.ttft_objective_s)
         metrics.tpot_objective.set(config.tpot_objective_s)
         for reason in LossReason:
@@ -44,17 +44,16 @@ class FleetSeries:
         # What was seen once may come back with a late request: it is dropped again at the next change.
         self._models |= ready.keys()
         for model in self._models - ready.keys():
-            for metric in metrics.of_model:
-                metric.remove_by_labels({"model": model})
+            metrics.forget("model", model)
+        if replicas is self._replicas:
+            return  # readiness changes often, and by thousands at a start; the table seldom
         for replica in replicas - self._replicas:
             for standing in Standing:
                 series = metrics.endpoint_standing.labels(replica=replica, standing=standing.value)
                 series.set(1 if standing is Standing.HEALTHY else 0)
-        self._replicas |= replicas
         for replica in self._replicas - replicas:
-            metrics.endpoint_picks.remove_by_labels({"replica": replica})
-            metrics.endpoint_standing.remove_by_labels({"replica": replica})
-        self._replicas = set(replicas)
+            metrics.forget("replica", replica)
+        self._replicas = replicas
 
     def _begin(self, model: str) -> None:
         for outcome in Outcome:

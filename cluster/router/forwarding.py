@@ -29,6 +29,7 @@ from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire import convert
 
 UPDATES_SLACK = 16  # updates of a sequence beside one for each token
+COUNTED_TOGETHER = 16  # tokens of one stream; at its end whatever is left
 TOKENS_TOGETHER_MAX = 1024  # of one message to a client: with all log-probabilities far below what a channel carries
 REPLAYED_TOGETHER_MAX = 1024  # tokens of an earlier call turned into text before others get their turn
 
@@ -72,20 +73,22 @@ class RequestRun:
         self._search = EndpointSearch(request, checkpoint_digest, surroundings, self._interruption, arrived_s)
         self._stream: SequenceStream | None = None
         self._cached_prompt_tokens = 0
+        self._queued_s: float | None = None  # from arrival to the last submit that no loss came before
         self._flushed_characters = 0  # of the text's end, which comes with no token: the client has them already
-        self._itl = surroundings.metrics.inter_token_latency.labels(model=request.model)
-        self._generated = surroundings.metrics.generation_tokens.labels(model=request.model)
+        series = surroundings.metrics.of_request
+        self._itl = series.inter_token_latency[request.model,]
+        self._generated = series.generation_tokens[request.model,]
+        self._uncounted = 0  # generated tokens that the metric has not heard of yet
 
     @property
     def started(self) -> bool:
         """Whether an engine has generated anything for this call."""
         return self._timing.first_token_s is not None
 
-    @property
-    def good(self) -> bool:
+    def good(self, now_s: float) -> bool:
         """Whether a request that ends now has met the router's objectives."""
         config = self._around.config
-        return self._timing.meets(config.ttft_objective_s, config.tpot_objective_s, self._around.clock.now())
+        return self._timing.meets(config.ttft_objective_s, config.tpot_objective_s, now_s)
 
     def interrupt(self, error: Exception) -> None:
         if self._interruption.trip(error) and self._stream is not None:
@@ -113,8 +116,10 @@ class RequestRun:
                 ended = await self._attempt(emit, until_s)
             return ended
         finally:
+            self._observe_queue()
             if timer is not None:
                 timer.cancel()
+            self._count_generated()
             generated, complete = self._journal.generated_tokens, ended is not None
             self._search.close(generated, self._cached_prompt_tokens, complete=complete)
 
@@ -169,12 +174,18 @@ class RequestRun:
         )
         tokens = len(request.prompt_token_ids) + len(self._journal.generated)
         cached = min(self._search.cached_tokens, tokens)
-        entry = session.submit(submit, tokens, self._journal.room() + UPDATES_SLACK, cached)
+        entry = session.submit(submit, tokens, self._journal.room + UPDATES_SLACK, cached)
+        if not self._search.losses:
+            self._queued_s = self._around.clock.now() - self._timing.arrived_s
         if attempt == 1:
-            metrics, waited_s = self._around.metrics, self._around.clock.now() - self._timing.arrived_s
-            metrics.queue_seconds.labels(model=request.model).observe(waited_s)
-            metrics.prompt_tokens.labels(model=request.model).inc(len(request.prompt_token_ids))
+            self._around.metrics.of_request.prompt_tokens[request.model,].inc(len(request.prompt_token_ids))
         return entry
+
+    def _observe_queue(self) -> None:
+        """Once, when the replica that it was sent to last has taken it, or when the request ends without one."""
+        if self._queued_s is not None:
+            self._around.metrics.of_request.queue_seconds[self._request.model,].observe(self._queued_s)
+            self._queued_s = None
 
     async def _follow(self, emit: Emit, stream: SequenceStream, incarnation: Incarnation) -> Ended | None:
         """Journals and emits whatever the engine says, until it says that it is over.
@@ -186,17 +197,16 @@ class RequestRun:
             if news.cached_prompt_tokens:
                 self._cached_prompt_tokens = max(self._cached_prompt_tokens, news.cached_prompt_tokens)
             for first in range(0, len(news.token_ids), TOKENS_TOGETHER_MAX):
-                await self._take(emit, news, first)
+                await emit(self._taken(news, first))
                 if self._text is not None and self._text.stopped:
                     return self._ended(inference_pb2.FINISH_REASON_STOP)
             end = convert.end_from_message(news.end) if news.end else None
             if end is not None:
                 return await self._close(emit, end, news.detail, incarnation)
 
-    async def _take(self, emit: Emit, news: News, first: int) -> None:
-        """The tokens of ``news`` from index ``first`` on, as many as go together."""
-        room = min(self._journal.room(), TOKENS_TOGETHER_MAX)
-        token_ids = news.token_ids[first : first + room]
+    def _taken(self, news: News, first: int) -> Progress:
+        """The tokens of ``news`` from index ``first`` on, as many as go together, journalled and counted."""
+        token_ids = news.token_ids[first : first + min(self._journal.room, TOKENS_TOGETHER_MAX)]
         text = ""
         if self._text is not None:
             text, kept = self._text.push(token_ids)
@@ -206,19 +216,26 @@ class RequestRun:
         self._search.made_progress()
         self._observe_tokens(len(token_ids))
         logprobs = news.logprobs[first : first + len(token_ids)] if news.logprobs else ()
-        await emit(Progress(text, token_ids, logprobs))
+        return Progress(text, token_ids, logprobs)
 
     def _observe_tokens(self, count: int) -> None:
         now_s, last_s = self._around.clock.now(), self._timing.last_token_s
         if last_s is None:
-            metric = self._around.metrics.time_to_first_token.labels(model=self._request.model)
-            metric.observe(now_s - self._timing.arrived_s)
+            self._observe_queue()
+            series = self._around.metrics.of_request
+            series.time_to_first_token[self._request.model,].observe(now_s - self._timing.arrived_s)
         elif count:
             gap_s = (now_s - last_s) / count
             for _ in range(count):
                 self._itl.observe(gap_s)
         self._timing.took(count, now_s)
-        self._generated.inc(count)
+        self._uncounted += count
+        if self._uncounted >= COUNTED_TOGETHER:
+            self._count_generated()
+
+    def _count_generated(self) -> None:
+        self._generated.inc(self._uncounted)
+        self._uncounted = 0
 
     async def _close(self, emit: Emit, end: SequenceEnd, detail: str, incarnation: Incarnation) -> Ended | None:
         """The engine's last word, in the request's terms; None when another endpoint is to be tried."""

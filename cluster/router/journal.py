@@ -8,16 +8,17 @@ from collections.abc import Sequence
 class Journal:
     """The tokens of one request, each once, however often they were replayed.
 
-    ``resumed`` tokens came with the request (they count towards ``max_tokens``, not as this call's);
-    ``attempt`` numbers the tries from 1; only what the current one's stream lets through is appended.
+    ``resumed`` tokens came with the request (they count towards ``max_tokens``, not as this call's); ``room``: tokens
+    that may still come. ``attempt`` numbers the tries from 1; only what the current one's stream lets through is
+    appended.
     """
 
-    __slots__ = ("_generated", "_max_tokens", "_resumed", "attempt")
+    __slots__ = ("_generated", "_resumed", "attempt", "room")
 
     def __init__(self, resumed: Sequence[int], max_tokens: int) -> None:
         self._generated = list(resumed)
         self._resumed = len(self._generated)
-        self._max_tokens = max_tokens
+        self.room = max(0, max_tokens - self._resumed)
         self.attempt = 0
 
     def begin_attempt(self) -> int:
@@ -29,17 +30,14 @@ class Journal:
         """The last try was never sent: its number is for the next one."""
         self.attempt -= 1
 
-    def room(self) -> int:
-        """Tokens that may still come."""
-        return max(0, self._max_tokens - len(self._generated))
-
     def append(self, token_ids: Sequence[int]) -> None:
-        assert len(token_ids) <= self.room(), "more tokens than were asked for"
+        self.room -= len(token_ids)
+        assert self.room >= 0, "more tokens than were asked for"
         self._generated += token_ids
 
     @property
     def full(self) -> bool:
-        return len(self._generated) >= self._max_tokens
+        return self.room == 0
 
     @property
     def generated(self) -> Sequence[int]:

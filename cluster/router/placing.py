@@ -8,7 +8,7 @@ from cluster.domain.errors import EngineFailed, RejectReason, RequestRejected
 from cluster.domain.ids import Incarnation
 from cluster.router.admission_desk import Ticket
 from cluster.router.interruption import Interruption
-from cluster.router.policy.contracts import Demand
+from cluster.router.policy.contracts import Choice, Demand
 from cluster.router.policy.prompt_blocks import PromptBlocks
 from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
@@ -20,6 +20,7 @@ from cluster.router.waiting_rank import Entry
 # A request that kills whatever it meets must not take the fleet down: so many replicas in a row may break under it
 # before they gave it a token.
 FRUITLESS_MAX = 2
+NOBODYS_FAULT = frozenset({LossReason.REMOVED, LossReason.SLOW})
 SENT_BACK_MAX = 8  # how often endpoints that seemed to have room may have none for one new request
 
 
@@ -28,8 +29,8 @@ class EndpointSearch:
 
     A new request waits its turn at the admission desk, if it may. A request that has lost its replica waits before all
     others, exempt from bounds, for ``failover_wait_s`` at most, which begins anew with every token
-    (``made_progress``). ``losses`` counts the replicas that broke under it. ``cached_tokens``: of the prompt, that the
-    last endpoint found is thought to have cached.
+    (``made_progress``). ``losses`` counts the replicas that it has left, because they broke or were slow.
+    ``cached_tokens``: of the prompt, that the last endpoint found is thought to have cached.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class EndpointSearch:
         self._ticket: Ticket | None = None
         self._arrived_s = around.clock.now() if arrived_s is None else arrived_s
         self._session: EngineSession | None = None
+        self._choice: Choice | None = None  # the last one, for as long as it may turn out not to be used
         self._sent_s: float | None = None
         self._sent_back = 0
         self._wait_until_s: float | None = None
         self._fruitless = 0  # replicas in a row that broke before they gave it a token
         self._fruitful = False  # the one it is on has given it some
+        self._moves = 0  # losses that were a wish of ours: the replica was slow
         self.losses = 0
         self.cached_tokens = 0
 
@@ -60,14 +63,16 @@ class EndpointSearch:
         if self._sent_s is not None and self._ticket is not None:
             self._around.desk.first_token_after(self._ticket, self._around.clock.now() - self._sent_s)
             self._sent_s = None
-        self._wait_until_s = None
-        self._fruitless, self._fruitful = 0, True
+        if self._choice is not None:  # its first token; the further ones change nothing
+            self._wait_until_s = None
+            self._fruitless, self._fruitful, self._choice = 0, True, None
 
     def refused_full(self) -> None:
         """The endpoint had no room after all."""
         assert self._session is not None, "nobody was asked"
         self._session.load.refused()
         self._sent_back += 1
+        self._not_used()
 
     def not_sent(self, incarnation: Incarnation, reason: LossReason) -> None:
         """The endpoint took nothing after all, since its session had just gone down or had too much to send.
@@ -75,26 +80,31 @@ class EndpointSearch:
         No loss, as when it has no room; but a loss for a request that this befalls again and again after one.
         """
         if self.losses and self._sent_back >= SENT_BACK_MAX:
+            self._not_used()
             self.lost(incarnation, reason)
         else:
             self.refused_full()
 
     def refused_draining(self, incarnation: Incarnation) -> None:
         self._draining.add(incarnation)
+        self._not_used()
 
     def lost(self, incarnation: Incarnation, reason: LossReason) -> None:
         """EngineFailed when the request may not be tried again: see ``RetryRefused``."""
         self._failed.add(incarnation)
         self.losses += 1
-        if not self._fruitful and reason is not LossReason.REMOVED:
+        if not self._fruitful and reason not in NOBODYS_FAULT:
             self._fruitless += 1
         self._fruitful = False
         self._around.metrics.failovers.labels(reason=reason.value).inc()
+        if reason is LossReason.SLOW:  # it may go on; who has no better place comes back
+            self._moves += 1
+            return
         allowed = self._around.config.max_failovers
-        if self.losses > allowed:
+        if self.losses - self._moves > allowed:
             raise self._gives_up(
                 RetryRefused.FAILOVERS,
-                f"{self.losses} replicas broke under this request, more than max_failovers {allowed}",
+                f"{self.losses - self._moves} replicas broke under this request, more than max_failovers {allowed}",
             )
         if self._fruitless > FRUITLESS_MAX:
             raise self._gives_up(
@@ -130,12 +140,15 @@ class EndpointSearch:
             message = f"Model {self._request.model} has no room for another request; try again in a moment."
             raise RequestRejected(RejectReason.QUEUE_FULL, message)
         found = await self._around.desk.place(ticket, self._interruption)
-        self._interruption.check()
         if found is None:
+            self._interruption.check()
             raise self._no_endpoint()
-        session, choice = found
-        replica = str(session.endpoint.incarnation.replica)
-        self._around.metrics.endpoint_picks.labels(replica=replica, scorer=choice.scorer).inc()
+        session, self._choice = found
+        choice = self._choice
+        if self._interruption.error is not None:
+            self._not_used()
+            self._interruption.check()
+        self._around.metrics.of_request.endpoint_picks[session.replica_name, choice.scorer].inc()
         self._digest = session.endpoint.checkpoint_digest
         self.cached_tokens = choice.candidate.cached_tokens
         self._session = session
@@ -143,15 +156,21 @@ class EndpointSearch:
             self._sent_s = self._around.clock.now()
         return session
 
+    def _not_used(self) -> None:
+        """The endpoint computes nothing for this request: it was not sent, or it was refused."""
+        choice, self._choice = self._choice, None
+        if choice is not None:
+            choice.not_used()
+
     def close(self, generated: int, cached_prompt_tokens: int, *, complete: bool) -> None:
         """The request is over, by itself (``complete``) or otherwise, after so many tokens of its own."""
         if self._ticket is not None:
             computed = max(0, self._ticket.tokens - cached_prompt_tokens)
             self._around.desk.close(self._ticket, computed, generated, complete=complete)
         if complete and self._session is not None and not self.losses:
-            metrics, model = self._around.metrics, self._request.model
-            metrics.expected_cached_tokens.labels(model=model).inc(self.cached_tokens)
-            metrics.cached_tokens.labels(model=model).inc(cached_prompt_tokens)
+            series, model = self._around.metrics.of_request, self._request.model
+            series.expected_cached_tokens[model,].inc(self.cached_tokens)
+            series.cached_tokens[model,].inc(cached_prompt_tokens)
 
     def _new_ticket(self, now_s: float, deadline_s: float | None) -> Ticket:
         request = self._request

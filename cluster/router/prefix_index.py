@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress, islice
 
 from cluster.domain.ids import Incarnation
@@ -97,16 +97,22 @@ class Holders(Mapping[Incarnation, int]):
 
 @dataclass(slots=True)
 class _Account:
-    """What is known of one endpoint. ``next`` is the number of the message to come; ``whole``: none was missed."""
+    """What is known of one endpoint. ``next`` is the number of the message to come; ``whole``: none was missed.
+
+    ``expected``: names that count as held there without having been told, and since which prompt.
+    """
 
     number: int
     bit: int
     next: int = 1
     whole: bool = False
+    expected: dict[int, Expectation] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Expectation:
+@dataclass(frozen=True, slots=True, eq=False)
+class Expectation:
+    """Of one prompt that was sent to an endpoint: the names that nobody expected there before."""
+
     until_s: float
     account: _Account
     names: tuple[int, ...]
@@ -141,7 +147,7 @@ class PrefixIndex:
         self._unswept: list[dict[int, int]] = []  # behind the shard whose names these are
         self._to_sweep: list[int] = []
         self._expected: dict[int, int] = {}
-        self._expectations: deque[_Expectation] = deque()
+        self._expectations: deque[Expectation] = deque()  # by time; those taken back wait for theirs without effect
         self._num_expected = 0
         self._dropped = 0
         self._resyncs = 0
@@ -149,6 +155,11 @@ class PrefixIndex:
     def __len__(self) -> int:
         """Names in the table."""
         return sum(map(len, self._held))
+
+    @property
+    def empty(self) -> bool:
+        """Nobody tells anything."""
+        return not self._live
 
     def knows(self, incarnation: Incarnation) -> bool:
         """Whether this endpoint tells its blocks, and none of its messages is missing."""
@@ -221,18 +232,21 @@ class PrefixIndex:
             self._meet(names, levels[0][0])
         return Holders(levels, self._incarnations, self._accounts)
 
-    def expect(self, incarnation: Incarnation, names: Sequence[int], now_s: float) -> None:
+    def expect(self, incarnation: Incarnation, names: Sequence[int], now_s: float) -> Expectation | None:
         """A prompt with these blocks was just sent there: they count as held until told, or for EXPECT_S.
 
-        Without effect on endpoints that do not tell their blocks. ``now_s`` comes from one clock and never goes back.
+        None when that changes nothing, as with endpoints that do not tell their blocks; what it changes can be taken
+        back by ``withdraw``. ``now_s`` comes from one clock and never goes back.
         """
         while self._expectations and (
             self._expectations[0].until_s <= now_s or self._num_expected > self._max_expected
         ):
-            self._give_up(self._expectations.popleft())
+            oldest = self._expectations.popleft()
+            self._num_expected -= len(oldest.names)
+            self.withdraw(oldest)
         account = self._accounts.get(incarnation)
         if account is None or not account.whole:
-            return
+            return None
         bit, held, last_bits, expected = account.bit, self._held, self._last_bits, self._expected
         fresh = tuple(
             [
@@ -241,11 +255,23 @@ class PrefixIndex:
                 if not (held[name & last_bits].get(name, 0) | expected.get(name, 0)) & bit
             ]
         )
-        if fresh:
-            for name in fresh:
-                expected[name] = expected.get(name, 0) | bit
-            self._expectations.append(_Expectation(now_s + EXPECT_S, account, fresh))
-            self._num_expected += len(fresh)
+        if not fresh:
+            return None
+        expectation = Expectation(now_s + EXPECT_S, account, fresh)
+        for name in fresh:
+            expected[name] = expected.get(name, 0) | bit
+            account.expected[name] = expectation
+        self._expectations.append(expectation)
+        self._num_expected += len(fresh)
+        return expectation
+
+    def withdraw(self, expectation: Expectation) -> None:
+        """What is expected because of this prompt is so no more; what was told, or of a later prompt, is left alone."""
+        account = expectation.account
+        for name in expectation.names:
+            if account.expected.get(name) is expectation:
+                del account.expected[name]
+                _clear(self._expected, account.bit, name)
 
     # ---- the table
 
@@ -258,9 +284,10 @@ class PrefixIndex:
                 shard[name] = bit  # one object for all blocks that only this endpoint holds
             elif not mask & bit:
                 shard[name] = mask | bit
-        if self._expected:
+        if account.expected:
             for name in names:
-                _clear(self._expected, bit, name)
+                if account.expected.pop(name, None) is not None:
+                    _clear(self._expected, bit, name)
         most = self._max_of_shard
         self._crowded = any(8 * len(shard) > 7 * most for shard in held)
         if self._crowded:
@@ -307,6 +334,11 @@ class PrefixIndex:
         masks = [mask for shard in self._held for mask in shard.values()]
         assert all(mask and not mask & ~numbers for mask in masks), "a bit belongs to nobody"
         assert all(mask and not mask & ~self._live for mask in self._expected.values()), "the dead are expected to hold"
+        told = {name: 0 for account in self._accounts.values() for name in account.expected}
+        for account in self._accounts.values():
+            for name in account.expected:
+                told[name] |= account.bit
+        assert told == self._expected, "who is expected to hold what is told in two ways"
         assert self._num_expected == sum(len(e.names) for e in self._expectations), "expectations are miscounted"
         assert self._num_expected <= 2 * self._max_expected, "too much is expected"
 
@@ -325,13 +357,9 @@ class PrefixIndex:
         return account
 
     def _retire(self, account: _Account) -> None:
-        kept: deque[_Expectation] = deque()
-        for expectation in self._expectations:
-            if expectation.account is account:
-                self._give_up(expectation)
-            else:
-                kept.append(expectation)
-        self._expectations = kept
+        for name in account.expected:
+            _clear(self._expected, account.bit, name)
+        account.expected.clear()
         self._live ^= account.bit
         self._retired |= account.bit
         self._incarnations[account.number] = None
@@ -353,11 +381,6 @@ class PrefixIndex:
         self._free += [number for number in range(self._sweeping.bit_length()) if self._sweeping >> number & 1]
         self._retired ^= self._sweeping
         self._sweeping = 0
-
-    def _give_up(self, expectation: _Expectation) -> None:
-        self._num_expected -= len(expectation.names)
-        for name in expectation.names:
-            _clear(self._expected, expectation.account.bit, name)
 
 
 def _clear(table: dict[int, int], bits: int, name: int) -> None:

@@ -1,5 +1,8 @@
 """A router of several processes: the parent that starts them, starts them again, shows their metrics, ends them.
 
+A child that does not answer when it is asked for its metrics, several times in a row, is killed: stopped or stuck, it
+keeps its connections and serves nobody.
+
 The parent holds the port and serves /metrics, /healthz and /readyz; requests never pass through it. Its children end
 themselves when it dies.
 """
@@ -11,7 +14,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.errors import ReplicaError
 from cluster.router.process_order import ProcessAnswer, ProcessOrder
-from cluster.router.respawn import Respawn
+from cluster.router.respawn import Respawn, Silence
 from cluster.router.service import node_of
 from cluster.telemetry.exposition import MetricsServer, new_registry
 from cluster.telemetry.logs import Logger, get_logger
@@ -34,8 +37,8 @@ START_DEADLINE_S = 45.0
 # A process listens when it has an endpoint, at the latest after this: at first, and started again.
 JOIN_WAIT_S, REJOIN_WAIT_S = 2.0, 5.0
 END_MARGIN_S = 5.0  # beyond drain_deadline_s, before a child is killed
-REFRESH_S = 2.0  # what a child has counted is lost with it for so long at most
-CHILD = (sys.executable, "-m", "cluster.router.one_process")
+REFRESH_S = 2.0  # between two rounds: what a child has counted is lost with it for so long at most
+CHILD = (sys.executable, "-P", "-m", "cluster.router.one_process")  # -P: not what is called "cluster" in our folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class ProcessGroup:
         self._order, self._log, self._clock = order, log, clock
         self._stopping = asyncio.Event()
         self._children: dict[int, Process] = {}
+        self._silences: dict[int, Silence] = {}
         own = new_registry()
         self._metrics = RouterMetrics(own)
         self.merged = MergedProcesses(own, ALIKE_IN_PROCESSES)
@@ -148,6 +152,7 @@ class ProcessGroup:
 
     def _left(self, index: int) -> None:
         del self._children[index]
+        self._silences.pop(index, None)
         self.merged.leave(index)
 
     async def _stopped_within(self, limit_s: float) -> bool:
@@ -158,9 +163,20 @@ class ProcessGroup:
     async def _refresh(self) -> None:
         while not await self._stopped_within(REFRESH_S):
             try:
-                await asyncio.to_thread(self.merged.refresh)
+                silent = await asyncio.to_thread(self.merged.refresh)
             except Exception:  # boundary: whatever a process shows, all are asked again
                 self._log.exception("router_metrics_not_merged")
+            else:
+                self._end_silent(silent)
+
+    def _end_silent(self, silent: Collection[object]) -> None:
+        """SIGKILL, which stopped processes feel as well, for those that have been silent for too long."""
+        self._silences = {i: self._silences.get(i, Silence()) for i in self._children}
+        for index, silence in self._silences.items():
+            if silence.asked(answered=index not in silent):
+                self._log.error("router_process_silent", index=index, pid=self._children[index].pid)
+                with suppress(ProcessLookupError):
+                    self._children[index].kill()
 
     async def _end(self, limit_s: float) -> None:
         """SIGTERM for all; SIGKILL for those that live after ``limit_s``."""

@@ -16,6 +16,7 @@ class LossReason(enum.StrEnum):
     STUCK = "stuck"  # one step has run for engine_step_deadline_s
     REMOVED = "removed"  # the controller took the endpoint out of the table
     DROPPED = "dropped"  # the engine ended it without being asked
+    SLOW = "slow"  # it is better off elsewhere: this engine is much slower than its peers
     OVERFLOW = "overflow"  # more updates than the request can have
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -26,6 +26,7 @@ from cluster.router import validation
 from cluster.router.client_writer import ClientStalled, ClientWriter
 from cluster.router.fleet import Fleet
 from cluster.router.forwarding import Ended, Progress, RequestRun
+from cluster.router.responses import response_of
 from cluster.router.route_explanation import route_explanation
 from cluster.router.session import ServedModel
 from cluster.router.surroundings import Surroundings
@@ -46,7 +47,9 @@ CUT_OFF_S = 0.1  # a status that a stalled client's transport does not take by t
 # client would give up before our typed answer, and we would take it for a client that left.
 DEADLINE_MARGINS_S = ((10.0, 0.02), (100.0, 0.12), (1000.0, 1.02))
 LONGEST_MARGIN_S = 10.02
+REQUEST_ID_BYTES = 16  # of an id that we assign
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Answer = TypeVar("Answer")
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class _Call:
     """
 
     request_id: str
+    named: bool  # by its client
     arrived_s: float
     deadline_s: float | None
     model: str
@@ -64,6 +68,7 @@ class _Call:
     session_key: str = ""
     counted: bool = True
     run: RequestRun | None = None
+    echo: tuple[tuple[str, str], ...] = ()  # comes with the status
     answered: bool = False  # its End is on the way: whoever hangs up now has got everything
     writer: ClientWriter | None = None
     stalled: bool = False  # its client takes no messages, perhaps no status either
@@ -95,15 +100,14 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> None:
         call = self._call(request.model, request.request_id, context)
-        async with self._inside(call, context):
-            await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
 
+        async def answer() -> None:
+            await _tell_id(call, context)
             writer = call.writer = ClientWriter(context.write, self._around.config.client_stall_s)
 
-            async def emit(progress: Progress) -> None:
-                response = _response(progress, with_ids=with_ids)
-                if response is not None:
-                    await writer.write(response)
+            def emit(progress: Progress) -> Awaitable[None]:
+                response = response_of(progress, with_ids=with_ids)
+                return _nothing() if response is None else writer.write(response)
 
             run, with_ids = await self._prepare(request, call)
             ended = await self._run(run, emit, call)
@@ -111,13 +115,16 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             call.answered = True
             await writer.write(inference_pb2.GenerateResponse(end=end))
 
+        await self._inside(call, context, answer)
+
     async def Complete(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> inference_pb2.Completion:
-        completion = inference_pb2.Completion()
         call = self._call(request.model, request.request_id, context)
-        async with self._inside(call, context):
-            await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
+
+        async def answer() -> inference_pb2.Completion:
+            await _tell_id(call, context)
+            completion = inference_pb2.Completion()
             texts: list[str] = []
 
             async def emit(progress: Progress) -> None:
@@ -131,7 +138,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             completion.text = "".join(texts)
             completion.finish_reason = ended.finish_reason
             completion.usage.CopyFrom(ended.usage)
-        return completion
+            return completion
+
+        return await self._inside(call, context, answer)
 
     async def ListModels(  # noqa: N802
         self, _request: inference_pb2.ListModelsRequest, _context: _Context
@@ -142,22 +151,24 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: _Context
     ) -> inference_pb2.TokenizeResponse:
-        answer = inference_pb2.TokenizeResponse()
         call = self._call(request.model, "", context, counted=False)
-        async with self._inside(call, context):
-            answer.ids.extend(await self._tokenize(request))
-        return answer
+
+        async def answer() -> inference_pb2.TokenizeResponse:
+            return inference_pb2.TokenizeResponse(ids=await self._tokenize(request))
+
+        return await self._inside(call, context, answer)
 
     async def ExplainRoute(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> routing_pb2.RouteExplanation:
         """Where the request would go if it came now; nothing is sent or counted."""
-        explanation = routing_pb2.RouteExplanation()
         call = self._call(request.model, request.request_id, context, counted=False)
-        async with self._inside(call, context):
+
+        async def answer() -> routing_pb2.RouteExplanation:
             valid, served = await self._valid(request, call)
-            explanation.CopyFrom(route_explanation(self._around.fleet, valid, served.card.checkpoint_digest))
-        return explanation
+            return route_explanation(self._around.fleet, valid, served.card.checkpoint_digest)
+
+        return await self._inside(call, context, answer)
 
     async def drain(self, deadline_s: float) -> None:
         self._draining = True
@@ -176,11 +187,11 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         deadline_s = None if remaining_s is None else deadline_within(remaining_s)
         label = self._around.fleet.resolve(model) or UNKNOWN_MODEL
         tenant, session_key = caller_from_metadata(context.invocation_metadata())
-        request_id = request_id or uuid.uuid4().hex
-        return _Call(request_id, self._around.clock.now(), deadline_s, label, tenant, session_key, counted)
+        named = bool(request_id)
+        request_id = request_id or os.urandom(REQUEST_ID_BYTES).hex()
+        return _Call(request_id, named, self._around.clock.now(), deadline_s, label, tenant, session_key, counted)
 
-    @asynccontextmanager
-    async def _inside(self, call: _Call, context: _Context) -> AsyncIterator[None]:
+    async def _inside(self, call: _Call, context: _Context, answer: Callable[[], Awaitable[Answer]]) -> Answer:
         """Admits a call, and counts the one way in which it ends; errors become its gRPC status."""
         clock = self._around.clock
         outcome = Outcome.FAILED_INTERNAL
@@ -188,8 +199,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             validation.check_request_id(call.request_id)
             validation.check_caller(call.tenant, call.session_key)
             self._admit(call)
-            yield
+            answered = await answer()
             outcome = Outcome.COMPLETED
+            return answered  # noqa: TRY300 - nothing after it may count as an error of its own
         except asyncio.CancelledError:
             outcome = _outcome_of_cancellation(call, clock.now(), drained=self._drained)
             raise
@@ -215,23 +227,23 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
 
     def count_undecodable(self) -> None:
         """A Generate or Complete ended because what came was no request."""
-        self._around.metrics.requests.labels(model=UNKNOWN_MODEL, outcome=Outcome.REJECTED_INVALID.value).inc()
+        self._around.metrics.of_request.requests[UNKNOWN_MODEL, Outcome.REJECTED_INVALID.value].inc()
 
     def _count(self, call: _Call, outcome: Outcome) -> None:
-        metrics = self._around.metrics
-        metrics.requests.labels(model=call.model, outcome=outcome.value).inc()
-        metrics.request_duration.labels(model=call.model).observe(self._around.clock.now() - call.arrived_s)
-        if outcome is Outcome.COMPLETED and call.run is not None and call.run.good:
-            metrics.goodput_requests.labels(model=call.model).inc()
+        series, now_s = self._around.metrics.of_request, self._around.clock.now()
+        series.requests[call.model, outcome.value].inc()
+        series.request_duration[call.model,].observe(now_s - call.arrived_s)
+        if outcome is Outcome.COMPLETED and call.run is not None and call.run.good(now_s):
+            series.goodput_requests[call.model,].inc()
 
-    async def _abort(self, error: Exception, call: _Call, context: _Context) -> None:
+    async def _abort(self, error: Exception, call: _Call, context: _Context) -> NoReturn:
         """Ends the call with the status of ``error``; always raises."""
         if not call.stalled:
-            await context.abort_with_status(to_rpc_status(error))
+            await context.abort_with_status(to_rpc_status(error, call.echo))
         self._log.warning("client_stalled", request_id=call.request_id, model=call.model)
         with suppress(TimeoutError):
             async with asyncio.timeout(CUT_OFF_S):
-                await context.abort_with_status(to_rpc_status(error))
+                await context.abort_with_status(to_rpc_status(error, call.echo))
         raise asyncio.CancelledError  # the transport resets the stream
 
     def _admit(self, call: _Call) -> None:
@@ -263,7 +275,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         self._runs[call.run] = call
         if self._drained:
             call.run.interrupt(_draining())
-        running = self._around.metrics.running.labels(model=call.model)
+        running = self._around.metrics.of_request.running[call.model,]
         running.inc()
         call.leave = running.dec
         return call.run, request.return_token_ids or tokenizer is None
@@ -318,19 +330,20 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         return await self._encode(served, await self._render(served, request.chat), add_special_tokens=False)
 
 
-def _response(progress: Progress, *, with_ids: bool) -> inference_pb2.GenerateResponse | None:
-    """What a client gets to see of some progress; None when that is nothing."""
-    text, token_ids, logprobs = progress
-    if not (text or logprobs or (with_ids and token_ids)):
-        return None
-    response = inference_pb2.GenerateResponse()
-    chunk = response.chunk  # filled in place: cheaper than a message that is copied into another
-    chunk.text = text
-    if with_ids:
-        chunk.token_ids.extend(token_ids)
-    if logprobs:
-        chunk.logprobs.extend(logprobs)
-    return response
+async def _tell_id(call: _Call, context: _Context) -> None:
+    """An id that we have assigned at once; one that the client knows with the end: what comes early is a message more.
+
+    gRPC sends initial metadata together with nothing else, at a third of the price of the simplest call.
+    """
+    if call.named:
+        call.echo = ((REQUEST_ID_KEY, call.request_id),)
+        context.set_trailing_metadata(call.echo)
+    else:
+        await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
+
+
+async def _nothing() -> None:
+    """To be awaited where there is nothing to write."""
 
 
 def _model(fleet: Fleet, name: str) -> inference_pb2.Model:

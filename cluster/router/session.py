@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
 import grpc
@@ -63,7 +64,8 @@ class ServedModel:
 class EngineSession:
     """The router's side of Engine.Session for one endpoint.
 
-    ``on_change`` is called whenever ``up`` changed, ``on_load`` whenever ``load`` may have become less. ``submit`` and
+    ``on_change`` is called whenever ``up`` changed, ``on_load`` whenever ``load`` may have become less;
+    ``others_have_room`` is asked before sequences leave an engine that is much slower than its peers. ``submit`` and
     ``release`` never wait: they are gathered and leave once per turn of the event loop, in one Commands message unless
     they are large. Which blocks the endpoint holds goes to ``index``, if there is one.
     """
@@ -76,14 +78,18 @@ class EngineSession:
         log: Logger,
         index: PrefixIndex | None = None,
         on_load: Callable[[EngineSession], None] = lambda _: None,
+        others_have_room: Callable[[EngineSession], bool] = lambda _: False,
     ) -> None:
         self.endpoint = endpoint
+        self.replica_name = str(endpoint.incarnation.replica)
         self.up = False
         self.load = LiveLoad(endpoint.block_size)
         self.served: ServedModel | None = None
+        self.load_pause_s = 0.1  # on average, between two messages that tell the load alone; from the next stream on
         self._settings = settings
         self._on_change = on_change
         self._on_load = on_load
+        self._others_have_room = others_have_room
         self._pulse = settings.health.pulse(endpoint.incarnation)
         self._log = log.bind(replica=str(endpoint.incarnation), address=endpoint.address)
         self._sequences: dict[int, tuple[SequenceStream, int]] = {}
@@ -185,6 +191,7 @@ class EngineSession:
                     expected=convert.identity_of(self.endpoint),
                     block_events=self._index is not None,
                     block_events_pause_s=pause_s,
+                    load_pause_s=self.load_pause_s,
                 )
                 await call.write(engine_pb2.SessionRequest(hello=hello))
                 self._check_welcome(await call.read())
@@ -230,11 +237,7 @@ class EngineSession:
             if message.step.HasField("load"):
                 self.load.reported(convert.load_from_message(message.step.load))
                 self._on_load(self)
-            running = self.load.snapshot.running_sequences
-            if any(map(_delivers, message.step.sequences)):  # mostly the first one does
-                self._pulse.stepped(message.step.step, running)
-            elif not running:
-                self._pulse.idle()
+            self._feel(message.step)
         elif kind == "beat":
             if message.beat.HasField("load"):
                 self.load.reported(convert.load_from_message(message.beat.load))
@@ -243,6 +246,24 @@ class EngineSession:
             self._judge(message.beat.step_age_s)
         elif kind == "blocks" and self._index is not None:
             self._hear_blocks(self._index, message.blocks)
+
+    def _feel(self, step: engine_pb2.StepUpdate) -> None:
+        """Tells the pulse, once the load is that after the step."""
+        load = self.load.snapshot
+        if any(map(_delivers, step.sequences)):  # mostly the first one does
+            self._pulse.stepped(step.step, load)
+            if self._pulse.slow:
+                self._relieve()
+        elif not load.running_sequences:
+            self._pulse.idle()
+
+    def _relieve(self) -> None:
+        """The engine is slow: sends some of its youngest sequences elsewhere, where that is worth a prefill."""
+        leaving = self._pulse.leaving(len(self._sequences))
+        if leaving and self._others_have_room(self):
+            self._pulse.moved(leaving)
+            for stream, _ in islice(reversed(self._sequences.values()), leaving):
+                stream.fail(SequenceLost(LossReason.SLOW))
 
     def _hear_blocks(self, index: PrefixIndex, events: engine_pb2.BlockEvents) -> None:
         if not index.apply(self.endpoint.incarnation, events):
@@ -263,8 +284,7 @@ class EngineSession:
     async def _write(self, call: _Call) -> None:
         """Sends what was gathered, once per turn of the event loop; ends with the call."""
         while True:
-            await self._outgoing.wait()
-            await asyncio.sleep(0)  # the rest of this turn joins the same message
+            await self._outgoing.wait()  # wakes with the next turn of the event loop: all of this one joins in
             self._outgoing.clear()
             submits, self._submits = self._submits, {}
             cancels, self._cancels = self._cancels, []

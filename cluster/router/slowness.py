@@ -7,7 +7,9 @@ same model, so that load, model and machine explain nothing away: a replica alon
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import islice
 
 from cluster.domain.ids import Incarnation
 
@@ -20,7 +22,11 @@ class SlownessRules:
     judged_steps: int = 4  # a verdict comes after so many
     slow_factor: float = 3.0  # a larger batch or prompts beside the decodes explain less than this
     recovered_factor: float = 1.5
+    much_factor: float = 5.0  # slower than this, a few steps are verdict enough, and the median moves its streams
+    much_steps: int = 4  # in a row; every verdict is checked against the median of as many last ones of its peers, ...
+    much_peers: int = 32  # of so many of them: the rest would cost more than it tells
     floor_s: float = 0.02  # steps as quick as this are never slow: noise alone would make them so
+    moved_at_once: int = 4  # sequences: the others have to compute what they have so far
     fresh_s: float = 10.0  # an endpoint without a step for so long is no measure for others
     gathered_s: float = 0.25  # at most so often are the paces of a model's endpoints gathered ...
     gathered_endpoints: int = 200  # ... where they are so many; with more of them accordingly less often
@@ -35,6 +41,9 @@ class _Verdict:
     others_s: float
     probe_at_s: float
     probe_wait_s: float
+    waited_s: float = 0.0  # before the last probe
+    much: bool = False  # slower, by its median
+    movable: int | None = None  # sequences that may still leave it
 
 
 @dataclass(slots=True)
@@ -63,8 +72,8 @@ class Pace:
     """
 
     __slots__ = (
-        "_last_s", "_last_step", "_peers", "_rules", "_seconds", "_unjudged", "_verdict", "gathered_s", "heard_s",
-        "median_s",
+        "_last_s", "_last_step", "_much_s", "_peers", "_row", "_rules", "_seconds", "_unjudged", "_verdict",
+        "gathered_s", "heard_s", "median_s",
     )  # fmt: skip
 
     def __init__(self, peers: _Peers, rules: SlownessRules) -> None:
@@ -77,18 +86,26 @@ class Pace:
         self.heard_s = float("-inf")
         self.gathered_s: float | None = None  # what of it is among the peers' medians
         self._verdict: _Verdict | None = None
+        self._much_s = float("inf")  # much slower than the others, by the last verdict that was due
+        self._row = 0  # so many last steps took longer
 
-    def stepped(self, now_s: float, step: int, *, busy: bool) -> None:
+    def stepped(self, now_s: float, step: int, *, busy: bool, prompts: bool = False) -> None:
         """Step number ``step`` of the engine has come; ``busy``: the engine goes on to the next one at once.
 
+        ``prompts``: it computed some, which takes long where nothing is slow: it neither makes nor breaks a row.
         Messages may skip steps, in which this router had no part or which were merged: then each takes its share.
         """
         steps = step - self._last_step
         if self._last_s is not None and steps > 0:
-            self._seconds.append((now_s - self._last_s) / steps)
+            seconds = (now_s - self._last_s) / steps
+            self._seconds.append(seconds)
             self._unjudged += 1
+            if not prompts:
+                self._row = self._row + 1 if seconds > self._much_s else 0
         self._last_step = step
         self._last_s = now_s if busy else None
+        if self._row >= self._rules.much_steps and self._verdict is None:
+            self._judge_row(now_s)
         if self._unjudged >= self._rules.judged_steps and len(self._seconds) > self._rules.steps // 2:
             self._judge(now_s)
 
@@ -96,21 +113,54 @@ class Pace:
         """The engine has nothing to do: what passes until its next step is not the step's time."""
         self._last_s = None
 
+    def last_steps(self) -> list[float]:
+        """The times of the last few steps, in seconds."""
+        return list(self._seconds)[-self._rules.much_steps :]
+
     @property
     def slow(self) -> bool:
         """Found slow and not recovered, probe or not."""
         return self._verdict is not None
 
+    def leaving(self, open_sequences: int) -> int:
+        """How many of so many sequences are better moved elsewhere now, a few with each step.
+
+        Only from an endpoint that is slower by ``much_factor``, and no more than were there when that was certain, and
+        the probes since then: each of these may show for ``much_steps`` whether the endpoint has recovered.
+        """
+        verdict = self._verdict
+        if verdict is None or not verdict.much or self._row < self._rules.much_steps:
+            return 0
+        if verdict.movable is None:
+            verdict.movable = open_sequences
+        return min(verdict.movable, open_sequences, self._rules.moved_at_once)
+
+    def moved(self, sequences: int) -> None:
+        if self._verdict is not None and self._verdict.movable is not None:
+            self._verdict.movable -= sequences
+
     def avoided(self, now_s: float) -> bool:
         """Slow, and no probe is due."""
         return self._verdict is not None and now_s < self._verdict.probe_at_s
 
-    def picked(self, now_s: float) -> None:
-        """A request goes there; when a probe is due, this is it."""
+    def picked(self, now_s: float) -> bool:
+        """A request goes there; when a probe is due, this is it. Whether it is."""
         verdict = self._verdict
-        if verdict is not None and now_s >= verdict.probe_at_s:
-            verdict.probe_wait_s = min(2 * verdict.probe_wait_s, self._rules.longest_probe_s)
-            verdict.probe_at_s = now_s + verdict.probe_wait_s
+        if verdict is None or now_s < verdict.probe_at_s:
+            return False
+        verdict.waited_s = verdict.probe_wait_s
+        verdict.probe_wait_s = min(2 * verdict.probe_wait_s, self._rules.longest_probe_s)
+        verdict.probe_at_s = now_s + verdict.probe_wait_s
+        self._row = 0
+        if verdict.movable is not None:
+            verdict.movable += 1
+        return True
+
+    def unpicked(self, now_s: float) -> None:
+        """The probe was not sent after all: the next request is."""
+        verdict = self._verdict
+        if verdict is not None:
+            verdict.probe_wait_s, verdict.probe_at_s = verdict.waited_s or verdict.probe_wait_s, now_s
 
     def acquit(self) -> None:
         self._verdict = None
@@ -127,19 +177,46 @@ class Pace:
     def _judge(self, now_s: float) -> None:
         rules = self._rules
         self._unjudged, self.heard_s = 0, now_s
-        self.median_s = pace_s = sorted(self._seconds)[len(self._seconds) // 2]
+        self.median_s = pace_s = _upper_median(self._seconds)
         others_s = self._others(now_s)
+        if others_s is not None:
+            self._much_s = max(rules.floor_s, rules.much_factor * others_s)
         verdict = self._verdict
         if verdict is not None:
             verdict.others_s = others_s = verdict.others_s if others_s is None else others_s
+            verdict.much = pace_s > self._much_s
             if pace_s <= max(rules.floor_s, rules.recovered_factor * others_s):
                 self.acquit()
         elif others_s is not None and pace_s > max(rules.floor_s, rules.slow_factor * others_s):
-            self._peers.slow.add(self)
-            if self._excess() > 0:
-                self._peers.slow.discard(self)
-            else:
-                self._verdict = _Verdict(others_s, now_s + rules.first_probe_s, rules.first_probe_s)
+            self._convict(pace_s, rules.slow_factor, now_s)
+            if self._verdict is not None:
+                self._verdict.much = pace_s > self._much_s
+
+    def _judge_row(self, now_s: float) -> None:
+        """A few steps in a row were much slower than the others' median was: that may be verdict enough."""
+        self._row = 0
+        own = self.last_steps()
+        self._convict(min(own), self._rules.much_factor, now_s)
+        if self.slow:  # what was before says nothing any more: neither of its recovery, nor of what is better moved
+            self._seconds.clear()
+            self._seconds.extend(own)
+            self._unjudged = 0
+
+    def _convict(self, pace_s: float, factor: float, now_s: float) -> None:
+        """Unless too many are slow already, or what slows it down slows the others, too.
+
+        A machine that stood still, for instance, shows in the last few steps of all, and only later in their medians.
+        """
+        rules, peers = self._rules, self._peers
+        fresh = (p for p in peers.paces if p is not self and now_s - p.heard_s <= rules.fresh_s)
+        last = [_upper_median(pace.last_steps()) for pace in islice(fresh, rules.much_peers)]
+        if not last or pace_s <= max(rules.floor_s, factor * (others_s := _upper_median(last))):
+            return
+        peers.slow.add(self)
+        if self._excess() > 0:
+            peers.slow.discard(self)
+        else:
+            self._verdict = _Verdict(others_s, now_s + rules.first_probe_s, rules.first_probe_s)
 
     def _others(self, now_s: float) -> float | None:
         """The upper median of the others' paces; None when there are none."""
@@ -186,16 +263,25 @@ class Slowness:
         if not self._models[incarnation.replica.model].paces:
             del self._models[incarnation.replica.model]
 
-    def picked(self, incarnation: Incarnation, now_s: float) -> None:
-        """A request goes there; when a probe is due, this is it."""
+    def picked(self, incarnation: Incarnation, now_s: float) -> bool:
+        """A request goes there; when a probe is due, this is it. Whether it is."""
+        pace = self._paces.get(incarnation)
+        return pace is not None and pace.picked(now_s)
+
+    def unpicked(self, incarnation: Incarnation, now_s: float) -> None:
+        """The probe was not sent after all: the next request is."""
         pace = self._paces.get(incarnation)
         if pace is not None:
-            pace.picked(now_s)
+            pace.unpicked(now_s)
 
     def slow(self, incarnation: Incarnation, now_s: float) -> bool:
         """Whether new work should rather go elsewhere."""
         pace = self._paces.get(incarnation)
         return pace is not None and pace.avoided(now_s)
+
+
+def _upper_median(values: Collection[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _median_without(ordered: list[float], one: float | None) -> float | None:

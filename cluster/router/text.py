@@ -35,7 +35,11 @@ class TextStream:
         return self._filter.stopped
 
     def push(self, token_ids: Sequence[int]) -> Emission:
-        assert not self.stopped
+        assert not self._filter.stopped
+        if len(token_ids) == 1:  # nearly always
+            self._tokens += 1
+            text = self._detokenizer.push(token_ids[0])
+            return Emission(self._filtered(text) if text else "", 1)
         pieces: list[str] = []
         for index, token_id in enumerate(token_ids):
             self._tokens += 1

@@ -6,6 +6,7 @@ import http.client
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,8 +22,9 @@ ASKED_AT_ONCE = 16
 class MergedProcesses(Collector):
     """A collector of everything that ``own`` and the processes show.
 
-    A process is asked at every scrape; one that does not answer counts with its last answer. What a process that has
-    ended had counted stays in the sums, for series that some other process still shows. Any thread may call.
+    A process is asked at every scrape; one that does not answer, or not with metrics, counts with its last answer. What
+    a process that has ended had counted stays in the sums, for series that some other process still shows. Any thread
+    may call.
     """
 
     def __init__(self, own: CollectorRegistry, alike: frozenset[str]) -> None:
@@ -49,13 +51,16 @@ class MergedProcesses(Collector):
                 self._retired.add(last.growing())
                 self._retired = self._retired.only_shown_by([last, *self._last.values()])
 
-    def refresh(self) -> None:
-        """Asks every process now: what it has counted until then survives its death."""
+    def refresh(self) -> frozenset[object]:
+        """Asks every process now: what it has counted until then survives its death. Those that did not answer."""
         with self._lock:
             ports = dict(self._ports)
-        answers = zip(ports, self._askers.map(_ask, ports.values()), strict=True)
+        answers = dict(zip(ports, self._askers.map(_ask, ports.values()), strict=True))
         with self._lock:
-            self._last |= {key: found for key, found in answers if found is not None and key in self._ports}
+            self._last |= {
+                key: found.series for key, found in answers.items() if found.series is not None and key in self._ports
+            }
+        return frozenset(key for key, found in answers.items() if not found.answered)
 
     def ready(self) -> bool:
         """Whether some process is."""
@@ -76,9 +81,21 @@ class MergedProcesses(Collector):
         self._askers.shutdown(wait=False, cancel_futures=True)
 
 
-def _ask(port: int) -> Series | None:
+class _Answer(NamedTuple):
+    """``series`` is None where what came is no page of metrics."""
+
+    answered: bool
+    series: Series | None = None
+
+
+def _ask(port: int) -> _Answer:
     answer = _get(port, "/metrics")
-    return None if answer is None else Series(text_string_to_metric_families(answer[1]))
+    if answer is None:
+        return _Answer(answered=False)
+    try:
+        return _Answer(answered=True, series=Series(text_string_to_metric_families(answer[1])))
+    except Exception:  # boundary: whatever one process shows, the others' count; the parser names no errors
+        return _Answer(answered=True)
 
 
 def _is_ready(port: int) -> bool:
@@ -91,7 +108,7 @@ def _get(port: int, path: str) -> tuple[int, str] | None:
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        return answer.status, answer.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return None
     finally:

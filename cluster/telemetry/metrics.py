@@ -5,6 +5,8 @@ Labels come from closed sets (model, replica slot, outcome ...): never an id of 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 LATENCY_BUCKETS_S = (
@@ -22,9 +24,31 @@ ALIKE_IN_PROCESSES = frozenset(
     }
 )
 
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+
+
+class Children(dict[tuple[str, ...], Metric]):
+    """The series of one metric by the values of its labels; each is looked up, and begun, once.
+
+    Half of what counting costs is finding what to count. ``clear`` it whenever series of the metric are removed: one
+    that is kept would go on counting unseen.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self._metric: Metric = metric
+
+    def __missing__(self, values: tuple[str, ...]) -> Metric:
+        child: Metric = self._metric.labels(*values)
+        self[values] = child
+        return child
+
 
 class RouterMetrics:
-    """What clients feel: requests, their latencies, and where they went."""
+    """What clients feel: requests, their latencies, and where they went.
+
+    What every request counts is at hand by label values, too: ``of_request``.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         prefix = "cluster_router"
@@ -123,6 +147,13 @@ class RouterMetrics:
             f"{prefix}_tpot_objective_seconds", "Highest mean time per later token that counts as good.",
             registry=registry,
         )  # fmt: skip
+        self.of_request = RequestSeries(self)
+
+    def forget(self, label: str, value: str) -> None:
+        """A model or a replica is gone, and so are its series."""
+        for metric in self.of_model if label == "model" else (self.endpoint_picks, self.endpoint_standing):
+            metric.remove_by_labels({label: value})
+        self.of_request = RequestSeries(self)
 
     @property
     def of_model(self) -> tuple[Counter | Gauge | Histogram, ...]:
@@ -134,6 +165,27 @@ class RouterMetrics:
             self.prefix_index_blocks, self.prefix_index_dropped, self.prefix_index_resyncs,
             self.expected_cached_tokens, self.cached_tokens,
         )  # fmt: skip
+
+
+class RequestSeries:
+    """Children of what every request counts: by model, ``requests`` by model and outcome, picks by replica and scorer.
+
+    For one look at a time: what leaves with a model or a replica is not to be kept.
+    """
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self.requests = Children(metrics.requests)
+        self.request_duration = Children(metrics.request_duration)
+        self.time_to_first_token = Children(metrics.time_to_first_token)
+        self.inter_token_latency = Children(metrics.inter_token_latency)
+        self.queue_seconds = Children(metrics.queue_seconds)
+        self.goodput_requests = Children(metrics.goodput_requests)
+        self.prompt_tokens = Children(metrics.prompt_tokens)
+        self.generation_tokens = Children(metrics.generation_tokens)
+        self.expected_cached_tokens = Children(metrics.expected_cached_tokens)
+        self.cached_tokens = Children(metrics.cached_tokens)
+        self.running = Children(metrics.running)
+        self.endpoint_picks = Children(metrics.endpoint_picks)
 
 
 class EngineMetrics:

@@ -98,16 +98,18 @@ class SessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Union[Commands, _Mapping]] = ..., resync_blocks: _Optional[_Union[ResyncBlocks, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("router_id", "expected", "block_events", "block_events_pause_s")
+    __slots__ = ("router_id", "expected", "block_events", "block_events_pause_s", "load_pause_s")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_EVENTS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_EVENTS_PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     expected: ReplicaIdentity
     block_events: bool
     block_events_pause_s: float
-    def __init__(self, router_id: _Optional[str] = ..., expected: _Optional[_Union[ReplicaIdentity, _Mapping]] = ..., block_events: _Optional[bool] = ..., block_events_pause_s: _Optional[float] = ...) -> None: ...
+    load_pause_s: float
+    def __init__(self, router_id: _Optional[str] = ..., expected: _Optional[_Union[ReplicaIdentity, _Mapping]] = ..., block_events: _Optional[bool] = ..., block_events_pause_s: _Optional[float] = ..., load_pause_s: _Optional[float] = ...) -> None: ...
 
 class Commands(_message.Message):
     __slots__ = ("submits", "cancels")

@@ -58,7 +58,7 @@ class EngineServicer:
 
     def Session(self, request_iterator, context):
         """One stream per (router, replica). The first message up is a Hello, the first one down a Welcome.
-        Afterwards commands go up; at most one StepUpdate per engine step, and a Beat every 500 ms, come down.
+        Afterwards commands go up; at most one StepUpdate with sequences per engine step, and a Beat every 500 ms, come down.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,6 +62,8 @@ _BY_CLASS: dict[type[ClusterError], WireStatus] = {
     ReplicaError: _FAILED,
 }
 
+Metadata: TypeAlias = "tuple[tuple[str, str], ...]"
+
 
 def wire_status(error: BaseException) -> WireStatus:
     """Where ``error`` stands in the table of outcomes; INTERNAL for whatever is not ours: that is a bug."""
@@ -75,8 +77,11 @@ def wire_status(error: BaseException) -> WireStatus:
     return _INTERNAL
 
 
-def to_rpc_status(error: BaseException) -> grpc.Status:
-    """A status with ErrorInfo, and RetryInfo where another try may succeed; for ``context.abort_with_status``."""
+def to_rpc_status(error: BaseException, metadata: Metadata = ()) -> grpc.Status:
+    """A status with ErrorInfo, and RetryInfo where another try may succeed; for ``context.abort_with_status``.
+
+    ``metadata`` goes with it: a status leaves none of what ``set_trailing_metadata`` was told.
+    """
     status = wire_status(error)
     reason = error.reason if isinstance(error, ClusterError) else "INTERNAL"
     details = [_packed(error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN))]
@@ -87,7 +92,16 @@ def to_rpc_status(error: BaseException) -> grpc.Status:
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     message = status_pb2.Status(code=code_pb2.Code.Value(status.code.name), message=str(error), details=details)
     converted: grpc.Status = rpc_status.to_status(message)
+    if metadata:
+        return _StatusWith(converted.code, converted.details, (*converted.trailing_metadata, *metadata))
     return converted
+
+
+@dataclass(frozen=True)
+class _StatusWith(grpc.Status):
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
 
 # (code, ErrorInfo reason or "", message, seconds to wait before another try or None) of a failed call

@@ -57,6 +57,15 @@ def test_routers_that_share_nothing_stay_near_one(name: str) -> None:
     assert four >= 0.95 * one
 
 
+def test_where_nothing_is_shared_many_routers_are_as_good_as_one() -> None:
+    """Replicas tell each router what the others send; without such news 16 routers take 1.8 times as long."""
+    one, many = report("uncorrelated", "default"), report("uncorrelated", "default", 16)
+    assert many.ttft_mean_s <= 1.05 * one.ttft_mean_s
+    assert many.ttft_p99_s <= 1.05 * one.ttft_p99_s
+    unheard = run(trace("uncorrelated"), of_profile(PROFILES["default"], SEED), Site(routers=16, load_pause_s=None))
+    assert unheard.ttft_mean_s > 1.3 * one.ttft_mean_s, "the simulation can tell"
+
+
 def test_affinity_alone_makes_a_hot_spot_where_all_prompts_begin_alike() -> None:
     """The simulation can tell: whoever only follows the cache sends every chat to one replica."""
     followed = run(trace("multi_turn_chat"), greedy())

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 DEADLINE_S = 120
@@ -21,14 +21,18 @@ NAMES = Path("/etc/netns")  # what `ip netns exec` lays over /etc
 PROMPT, MAX_TOKENS = "Return the ", 150
 # Runs inside the head's namespace: a test process cannot enter another network half-way.
 CLIENT = """
-import json, sys
+import json, sys, time
 from cluster.client import Chunk, Client
+last_s, gap_s = None, 0.0
 with Client(sys.argv[1]) as client:
     for event in client.generate(sys.argv[2], max_tokens=int(sys.argv[3])):
         if isinstance(event, Chunk):
+            now_s = time.monotonic()
+            gap_s, last_s = max(gap_s, now_s - (last_s or now_s)), now_s
             print("token", flush=True)
         else:
-            print(json.dumps({"tokens": event.token_ids, "failovers": event.usage.failovers}), flush=True)
+            told = {"tokens": event.token_ids, "failovers": event.usage.failovers, "largest_gap_s": gap_s}
+            print(json.dumps(told), flush=True)
 """
 
 
@@ -159,14 +163,18 @@ class Hosts:
         )
         return [int(pid) for pid in answer.stdout.split()]
 
-    def kill_all(self, index: int) -> None:
-        """As when a host or its container dies: every process in it at once."""
-        for pid in self.pids(index):
+    def kill_all(self, index: int, spared: Collection[int] = ()) -> None:
+        """As when a host or its container dies: every process in it at once, but those whose pids are ``spared``."""
+
+        def others() -> list[int]:
+            return [pid for pid in self.pids(index) if pid not in spared]
+
+        for pid in others():
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.until(lambda: not self.pids(index), lambda: self.pids(index), 20)
+        self.until(lambda: not others(), others, 20)
 
     def __exit__(self, *_: object) -> None:
         for process in reversed(self.processes):

@@ -5,9 +5,12 @@ The head has no CPU ranks of its own, is known by a name, and takes its token fr
 
 from __future__ import annotations
 
+import itertools
+import os
 import signal
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,19 +145,52 @@ def test_a_drained_node_finishes_its_streams_and_its_replicas_go_elsewhere(hosts
     assert f"nodes are: {HEAD}, {WORKER}" in unknown.stderr
 
 
-def test_a_worker_notices_that_its_head_was_started_again_and_joins_it_anew(hosts):
+def kill_ray_and_controller(hosts: Hosts, controllers: set[int]) -> None:
+    """SIGKILL for the head's Ray processes, the controller's actor and what started them."""
+    killed = []
+    for pid in hosts.pids(1):
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+        if name in ("gcs_server", "raylet") or pid in controllers:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(name)
+    assert {"gcs_server", "raylet"} <= set(killed)
+    assert len(killed) >= 2 + len(controllers)
+
+
+def test_streams_outlive_their_head_and_a_worker_joins_the_next_one_anew(hosts):
     config, run_dir = config_of(hosts, 1), hosts.run_dir("b")
     start_head(hosts, config)
+    head = hosts.processes[-1]
     start_worker(hosts, 2, WORKER, run_dir)
     worker = hosts.processes[-1]
+    hosts.start(1, "router", "--controller", CONTROL, "--host", HEAD, "--run-dir", hosts.run_dir("c"))
+    router = hosts.processes[-1]
     hosts.until_ready(1)
-    hosts.kill_all(1)
+
+    # Streams run on the worker when Ray's head and the controller are killed; new ones are served from the last table.
+    expected = hosts.client(lambda: None)["tokens"]
+    controllers = {p["pid"] for p in hosts.status()["processes"] if p["kind"] == "controller"} | {head.pid}
+    seen = itertools.count(1)
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(
+            pool.map(
+                lambda _: hosts.client(lambda: next(seen) == 40 and kill_ray_and_controller(hosts, controllers)),
+                range(3),
+            )
+        )
+    assert next(seen) > 40
+    hosts.kill_all(1, spared={router.pid})
+    answers += [hosts.client(lambda: None) for _ in range(3)]
+    assert [answer["tokens"] for answer in answers] == [expected] * 6
+    assert sum(answer["failovers"] for answer in answers) == 0
+
     start_head(hosts, config)
     assert worker.wait(NOTICE_S) == 1
     assert "was started again and does not know this node" in hosts.said(worker)
     start_worker(hosts, 2, WORKER, run_dir)
     hosts.until_ready(1)
     assert rank_hosts(hosts) == {WORKER}
+    assert hosts.client(lambda: None)["tokens"] == expected, "the router follows the new head"
 
     # A container that dies leaves its files behind.
     hosts.kill_all(2)

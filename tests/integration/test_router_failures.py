@@ -127,7 +127,7 @@ async def test_a_probe_that_is_refused_says_nothing_of_its_endpoint(start: Start
     given = len(flapping.submits)
     while len(flapping.submits) == given:  # sooner or later one of them is the probe
         assert (await ending(cluster, request(2)))[0] == "OK"
-    assert standing(cluster, 0) is Standing.EJECTED
+    assert cluster.router.fleet.health.ejections.suspected(flapping.endpoint.incarnation)
 
 
 @pytest.mark.parametrize("end", [engine_pb2.SEQUENCE_END_REJECTED_CAPACITY, engine_pb2.SEQUENCE_END_REJECTED_INVALID])
@@ -151,3 +151,21 @@ async def test_a_slow_replica_is_drained_of_new_work(start: StartCluster) -> Non
     assert [standing(cluster, slot) for slot in (0, 1)] == [Standing.HEALTHY] * 2
     assert {(await answer)[0] for answer in busy} == {"OK"}
     assert 'cluster_router_ejections_total{reason="slow"} 1.0' in await cluster.metrics()
+
+
+async def test_streams_leave_a_replica_that_is_much_slower(start: StartCluster) -> None:
+    cluster = await start(*(engine(slot, step_s=0.01, max_num_seqs=16) for slot in range(3)))
+    running = [asyncio.create_task(ending(cluster, request(200, seed=seed))) for seed in range(12)]
+    slow = cluster.engines[2]
+    await eventually(lambda: sum(len(e.running) for e in cluster.engines) == 12, "all run")
+    there = len(slow.running)
+    await eventually(
+        lambda: all(s.sent > 20 for e in cluster.engines for s in e.running.values()), "their pace is known"
+    )
+    slow.step_s = 0.15
+    await eventually(lambda: not slow.running, "all have left")
+    assert {await answer for answer in running} == {("OK", None)}, "and their tokens are what they were"
+    assert there > 1
+    assert retries(cluster) == there
+    assert f'cluster_router_failovers_total{{reason="slow"}} {there}.0' in await cluster.metrics()
+    assert await cluster.outcomes() == {"completed": 12}

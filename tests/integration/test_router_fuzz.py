@@ -62,6 +62,9 @@ class Context:
     async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
         assert all(len(value) <= 256 for _, value in metadata)
 
+    def set_trailing_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        assert all(len(value) <= 256 for _, value in metadata)
+
     async def write(self, message: Any) -> None:
         assert message.SerializeToString()
 

@@ -1,6 +1,7 @@
 """A router of several processes: one port, one /metrics, children that die, parents that die, signals."""
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -207,3 +208,23 @@ async def test_a_process_that_does_not_start_ends_all(control: FakeControl, monk
     monkeypatch.setattr(process_group, "CHILD", (process_group.CHILD[0], "-c", "import sys; sys.stdin.readline()"))
     with pytest.raises(ReplicaError, match="did not start: it ended without a word"):
         await serve_processes(RouterConfig(port=0, metrics_port=0, processes=2), control.address)
+
+
+@pytest.mark.long
+async def test_a_process_that_stands_still_is_replaced_and_its_clients_go_on(
+    start: StartRouter, control: FakeControl, engine: FakeEngine
+) -> None:
+    router = await start()
+    async with AsyncClient(router.address) as client:
+        token_ids: list[int] = []
+        async for event in client.generate([1, 2], max_tokens=60, seed=3):
+            if isinstance(event, Completion):
+                break
+            token_ids += event.token_ids
+            if len(token_ids) == 7:
+                for pid in pids_of(control):  # all: nobody knows who has the stream
+                    os.kill(pid, signal.SIGSTOP)
+    assert token_ids == expected_tokens(NEXT, [1, 2], 3, 60)
+    await until_restarted(router, PROCESSES)
+    assert await complete(router.address) == expected_tokens(NEXT, [1, 2], 3, 5)
+    assert await router.end() == 0

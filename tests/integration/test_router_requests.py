@@ -82,11 +82,15 @@ class TestStreaming:
     async def test_text_prompts_and_chats_are_tokenized_and_echo_their_id(self, start: StartCluster) -> None:
         cluster = await start(with_text())
         call = cluster.call(request(2, text="The fox", request_id="mine-1"))
-        assert ("x-request-id", "mine-1") in list(await call.initial_metadata())
+        assert [event async for event in call][-1].HasField("end")
+        assert ("x-request-id", "mine-1") in list(await call.trailing_metadata())
+        call = cluster.call(request(2, text="The fox"))
+        assert [len(value) for key, value in await call.initial_metadata() if key == "x-request-id"] == [32]
         assert [event async for event in call][-1].HasField("end")
         chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="fox?")])
         await cluster.generate(request(2, chat=chat))
         sent = [list(s.prompt_token_ids) for s in cluster.engines[0].submits]
+        del sent[1]
         assert sent == [TOKENIZER.encode("The fox"), TOKENIZER.encode("<s><|user|>fox?</s>\n<|assistant|>")]
         tokens = await cluster.stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat))
         assert list(tokens.ids) == sent[1]
@@ -491,6 +495,14 @@ class TestEnds:
 
 
 class TestTokenize:
+    async def test_a_refusal_echoes_the_id_too(self, start: StartCluster) -> None:
+        cluster = await start(engine())
+        call = cluster.call(inference_pb2.GenerateRequest(model="demo", request_id="mine-2"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(call)
+        assert from_rpc_error(caught.value)[1] == "INVALID"
+        assert ("x-request-id", "mine-2") in list(await call.trailing_metadata())
+
     async def test_what_cannot_fit_is_refused(self, start: StartCluster) -> None:
         cluster = await start(with_text(max_model_len=20))
         chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="x" * 10_000)])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cluster import assembly
+from cluster import assembly, router_process
 from cluster.client.control import ControllerUnreachable
 from cluster.client.local_cluster import LocalCluster, load_local, remember
 from cluster.config.process_identity import started_s
@@ -239,7 +239,7 @@ def test_an_idle_controller_of_our_name_is_used_and_survives_a_refusal(world, tm
 )
 def test_stop_waits_as_long_as_the_router_drains(world, tmp_path, living, monkeypatch, asked, router_s, waits_s):
     waited = []
-    monkeypatch.setattr(assembly, "_end", lambda _, deadline_s: waited.append(deadline_s))
+    monkeypatch.setattr(router_process, "end", lambda _, deadline_s: waited.append(deadline_s))
     record(tmp_path, *living, router_drain_s=router_s)
     assembly.stop_cluster(tmp_path, asked, lambda _: None)
     assert waited == [waits_s]
@@ -250,7 +250,7 @@ def test_a_process_that_ignores_us_is_gone_when_stop_returns(tmp_path):
     script = "import signal, sys; signal.signal(15, signal.SIG_IGN); print('up', flush=True); sys.stdin.read()"
     child = subprocess.Popen([sys.executable, "-S", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"up\n"
-    assembly._end(psutil.Process(child.pid), 0.05)
+    router_process.end(psutil.Process(child.pid), 0.05)
     assert not psutil.pid_exists(child.pid) or psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
     child.communicate()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.domain.ids import Incarnation
@@ -94,7 +94,16 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The endpoint taken, and the scorer that spoke loudest for it ("only" when there was no choice)."""
+    """The endpoint taken, and the scorer that spoke loudest for it ("only" when there was no choice).
+
+    ``undo``: what was noted because a request goes there.
+    """
 
     candidate: Candidate
     scorer: str
+    undo: tuple[Callable[[], None], ...] = field(default=(), compare=False)
+
+    def not_used(self) -> None:
+        """No request went there after all; to be said once, soon after the choice."""
+        for take_back in self.undo:
+            take_back()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Protocol
 
-from cluster.domain.ids import Incarnation
+from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.endpoint_table import Candidate
 from cluster.router.policy.prompt_blocks import key_of
 
@@ -38,9 +38,9 @@ class Ring:
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        points = sorted((_point(name), position) for position, name in enumerate(names))
-        self._points = [point for point, _ in points]
-        self._positions = [position for _, position in points]
+        points = [_point(name) for name in names]
+        self._positions = sorted(range(len(points)), key=points.__getitem__)
+        self._points = [points[position] for position in self._positions]
 
     def home(self, key: int) -> int | None:
         """The first of ``walk``; None where there is nobody."""
@@ -89,7 +89,7 @@ class Group:
     @cached_property
     def ring(self) -> Ring:
         """By slot, not by incarnation: a replica that was built anew keeps its keys."""
-        return Ring([str(member.incarnation.replica) for member in self.members])
+        return Ring([_name(member.incarnation.replica) for member in self.members])
 
     def shuffled(self, rng: random.Random) -> Iterator[int]:
         """Every position once, all orders alike; each is drawn when it is asked for (Fisher and Yates, swaps kept)."""
@@ -98,6 +98,11 @@ class Group:
             drawn = step + int(rng.random() * (count - step))
             yield swapped.get(drawn, drawn)
             swapped[drawn] = swapped.pop(step, step)
+
+
+@lru_cache(maxsize=16_384)
+def _name(replica: ReplicaId) -> str:
+    return str(replica)
 
 
 @lru_cache(maxsize=16_384)

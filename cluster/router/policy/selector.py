@@ -50,12 +50,26 @@ class Selector:
     def choose(self, group: Group, demand: Demand, holders: Holders) -> Choice | None:
         """The endpoint of ``group`` that gets ``demand``; None when none qualifies."""
         turn = self._turns.setdefault(demand.model, Turn())
+        if len(group) == 1:
+            return self._only(group, demand, holders)
         found = self._look(group, demand, holders, turn, self._rng)
         if not found:
             return None
         choice = decide(self.profile, [candidate for candidate, _ in found], demand, self._rng)
         turn.position = 1 + next(position for candidate, position in found if candidate is choice.candidate)
         return choice
+
+    def _only(self, group: Group, demand: Demand, holders: Holders) -> Choice | None:
+        """As ``choose`` where there is no choice: who is alone is needed, whatever filters that step aside say."""
+        member = group.members[0]
+        has_room = member.has_room
+        if demand.needs_room and not has_room:
+            return None
+        names = demand.blocks.leading(group.block_size) if demand.blocks is not None and holders.depth else None
+        candidate = _candidate(member, names, holders, has_room=has_room, at_home=False)
+        if not _passes(candidate, demand, self._required):
+            return None
+        return decide(self.profile, (candidate,), demand, self._rng)
 
     def explain(self, group: Group, others: Sequence[Candidate], demand: Demand, holders: Holders) -> list[Verdict]:
         """The verdicts on every member, and on ``others`` that the static filters keep out; moves nothing.

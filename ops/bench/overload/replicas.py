@@ -31,25 +31,31 @@ LIVE_END = engine_pb2.SEQUENCE_END_UNSPECIFIED
 
 
 class Sequence:
-    """One of a session; ``left`` tokens are to come."""
+    """One of a session; ``left`` tokens are to come, the next one at ``position`` of the answer."""
 
-    __slots__ = ("attempt", "left", "priority", "prompt_tokens", "sequence_id", "started")
+    __slots__ = ("attempt", "left", "position", "priority", "prompt_tokens", "sequence_id", "started")
 
     def __init__(self, submit: engine_pb2.Submit) -> None:
         self.sequence_id, self.attempt, self.priority = submit.sequence_id, submit.attempt, submit.priority
         self.prompt_tokens = len(submit.prompt_token_ids)
-        self.left = submit.sampling.max_tokens - len(submit.generated_token_ids)
+        self.position = len(submit.generated_token_ids)
+        self.left = submit.sampling.max_tokens - self.position
         self.started = False
 
 
-class Replica(engine_pb2_grpc.EngineServicer):
-    """One Engine service for one router."""
+def token_at(position: int) -> int:
+    """What every replica "generates" there: so a gap or a duplicate shows, whoever went on."""
+    return position % 100 + 10
 
-    def __init__(self, slot: int, slots: int, step_s: float) -> None:
-        self._slots, self._step_s = slots, step_s
-        self._incarnation = Incarnation(ReplicaId(MODEL, slot), 1)
+
+class Replica(engine_pb2_grpc.EngineServicer):
+    """One Engine service for one router. ``step_s`` may change; ``breaks``: its session ends with every step."""
+
+    def __init__(self, slot: int, slots: int, step_s: float, generation: int = 1) -> None:
+        self._slots, self.step_s, self.breaks = slots, step_s, False
+        self._incarnation = Incarnation(ReplicaId(MODEL, slot), generation)
         self._identity = engine_pb2.ReplicaIdentity(
-            model=MODEL, slot=slot, generation=1, checkpoint_digest=DIGEST, block_size=BLOCK_SIZE
+            model=MODEL, slot=slot, generation=generation, checkpoint_digest=DIGEST, block_size=BLOCK_SIZE
         )
         self._card = engine_pb2.ModelCard(
             name=MODEL, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, checkpoint_digest=DIGEST, max_num_seqs=slots
@@ -103,9 +109,11 @@ class Replica(engine_pb2_grpc.EngineServicer):
                     await context.write(engine_pb2.SessionResponse(beat=beat))
                     continue
                 due_s = loop.time()
-            due_s = max(due_s + self._step_s, loop.time())
+            due_s = max(due_s + self.step_s, loop.time())
             await asyncio.sleep(due_s - loop.time())
             await context.write(engine_pb2.SessionResponse(step=self._advance()))
+            if self.breaks:
+                return
 
     def _advance(self) -> engine_pb2.StepUpdate:
         self._step += 1
@@ -116,8 +124,10 @@ class Replica(engine_pb2_grpc.EngineServicer):
             sequence.started = True
             sequence.left -= 1
             end = LIVE_END if sequence.left > 0 else engine_pb2.SEQUENCE_END_LENGTH
+            token_ids = [token_at(sequence.position)]
+            sequence.position += 1
             update.sequences.add(
-                sequence_id=sequence.sequence_id, attempt=sequence.attempt, token_ids=[self._step % 100 + 10], end=end
+                sequence_id=sequence.sequence_id, attempt=sequence.attempt, token_ids=token_ids, end=end
             )
             if end:
                 del self._sequences[sequence.sequence_id]

@@ -75,11 +75,13 @@ class GrpcClient:
         self._stream = [
             c.unary_stream(name + "Generate", encode, inference_pb2.GenerateResponse.FromString) for c in self._channels
         ]
-        self._ids, self._turn = ids, 0
+        self._ids, self._turn, self._asked = ids, 0, 0
         self._metadata = (("application", application),) if application else None
 
     def _request(self, how: tuple[int, int], tokens: int) -> inference_pb2.GenerateRequest:
-        request = inference_pb2.GenerateRequest(model=MODEL, return_token_ids=self._ids)
+        self._asked += 1
+        name = f"{self._asked:032x}"  # as long as those of cluster.client, which names its requests, too
+        request = inference_pb2.GenerateRequest(model=MODEL, request_id=name, return_token_ids=self._ids)
         request.sampling.max_tokens = tokens
         request.sampling.seed = 1
         if self._ids:

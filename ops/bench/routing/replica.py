@@ -87,7 +87,7 @@ class SimulatedReplica:
         self.running.add(job)
         todo = len(job.turn.prompt) - job.cached_tokens
         self.computed_tokens += todo
-        self._done_s = now_s + todo / self.hardware.prefill_tokens_per_s + self._step_s
+        self._done_s = now_s + todo / self.hardware.prefill_tokens_per_s + self.step_s
         return job, self._done_s
 
     def computed(self, job: Job, now_s: float) -> float:
@@ -96,7 +96,7 @@ class SimulatedReplica:
         self.computing = None
         job.first_token_s = now_s
         self._name(job, list(job.turn.blocks.leading(BLOCK_SIZE)))
-        return now_s + job.turn.answer_tokens * self._step_s
+        return now_s + job.turn.answer_tokens * self.step_s
 
     def ended(self, job: Job) -> None:
         self._name(job, list(job.turn.after))
@@ -158,7 +158,7 @@ class SimulatedReplica:
         return len(self._in_use) + self._unnamed
 
     @property
-    def _step_s(self) -> float:
+    def step_s(self) -> float:
         return self.hardware.step_s + self.hardware.step_s_per_sequence * len(self.running)
 
     def _use(self, name: int) -> None:

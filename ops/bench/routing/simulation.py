@@ -1,7 +1,9 @@
 """The routing simulation: production profiles, selector, index and load accounts over simulated replicas. Pure.
 
-Time is virtual. What routers know is late: blocks are announced ``news_s`` after they changed, loads every
-``report_s``. What a router cannot place waits in it, first come first served, as requests without priorities would.
+Time is virtual. What routers know is late, as it is with real engines: blocks are announced ``news_s`` after they
+changed; loads come with the tokens of a router's own sequences, step by step, every ``beat_s``, and otherwise when
+sequences came, went or were computed, but not more often than ``load_pause_s`` allows. What a router cannot place
+waits in it, first come first served, as requests without priorities would.
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.ids import Incarnation
+from cluster.engine.load_news import LoadNews
+from cluster.engine.sessions import TELL_LOADS_S
 from cluster.router.endpoint_table import Candidate, LiveLoad
+from cluster.router.fleet import LOAD_MESSAGES_PER_S
 from cluster.router.policy.contracts import Demand, Profile
 from cluster.router.policy.group import Group
 from cluster.router.policy.selector import Selector
@@ -34,7 +40,9 @@ class Site:
     routers: int = 1
     hardware: Hardware = field(default_factory=Hardware)
     news_s: float = 0.1
-    report_s: float = 0.05
+    wire_s: float = 0.001
+    beat_s: float = 0.5
+    load_pause_s: float | None = 8 / LOAD_MESSAGES_PER_S  # as a router of eight asks for it; None: no news but beats
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,11 @@ class Simulation:
         self._count = 0
         self.now_s = 0.0
         self._telling: set[SimulatedReplica] = set()
-        self._reporting: set[SimulatedReplica] = set()
+        self._stepping: set[SimulatedReplica] = set()
+        self._beating: set[SimulatedReplica] = set()
+        self._sites: dict[Job, Router] = {}
+        self._load_news = {(r, to): LoadNews(site.load_pause_s) for r in self.replicas for to in self.routers}
+        self._catching_up: set[SimulatedReplica] = set()
         self.jobs: list[Job] = []
         self._ends: dict[Job, Callable[[], None]] = {}
 
@@ -230,9 +242,11 @@ class Simulation:
                     self._at(self.now_s + c.turns[n + 1].pause_s, lambda: self._arrive(c, n + 1))
                 self._place(r)
 
+            self._sites[job] = router
             seat.replica.submit(job)
             self._begin(seat.replica, {job: ended})
-            self._report(seat.replica)
+            self._load_changed(seat.replica, router)
+            self._beat(seat.replica)
 
     def _begin(self, replica: SimulatedReplica, ends: dict[Job, Callable[[], None]]) -> None:
         self._ends.update(ends)
@@ -245,10 +259,15 @@ class Simulation:
     def _computed(self, replica: SimulatedReplica, job: Job) -> None:
         self._at(replica.computed(job, self.now_s), lambda: self._ended(replica, job))
         self._begin(replica, {})
+        self._load_changed(replica)
+        self._step(replica)
 
     def _ended(self, replica: SimulatedReplica, job: Job) -> None:
         replica.ended(job)
         self._begin(replica, {})
+        router = self._sites.pop(job)
+        self._report(replica, router)
+        self._load_changed(replica, router)
         self._ends.pop(job)()
 
     def _tell(self, replica: SimulatedReplica) -> None:
@@ -263,20 +282,59 @@ class Simulation:
         for router in self.routers:
             router.heard(replica, news)
 
-    def _report(self, replica: SimulatedReplica) -> None:
-        """Loads are told while there is one."""
-        if replica not in self._reporting:
-            self._reporting.add(replica)
-            self._at(self.now_s + self._site.report_s, lambda: self._reported(replica))
-
-    def _reported(self, replica: SimulatedReplica) -> None:
-        self._reporting.discard(replica)
+    def _report(self, replica: SimulatedReplica, router: Router) -> None:
+        """``router`` hears the load of this moment."""
         load = replica.load(self.now_s)
+        self._load_news[replica, router].told()
+        self._at(self.now_s + self._site.wire_s, lambda: self._reported(replica, router, load))
+
+    def _reported(self, replica: SimulatedReplica, router: Router, load: LoadSnapshot) -> None:
+        router.seats[replica.endpoint.incarnation].load.reported(load)
+        self._place(router)
+
+    def _step(self, replica: SimulatedReplica) -> None:
+        """Tokens go to the routers of those who decode, with the load."""
+        if replica not in self._stepping:
+            self._stepping.add(replica)
+            self._at(self.now_s + replica.step_s, lambda: self._stepped(replica))
+
+    def _stepped(self, replica: SimulatedReplica) -> None:
+        self._stepping.discard(replica)
+        decoding = [job for job in replica.running if job is not replica.computing]
+        for router in dict.fromkeys(self._sites[job] for job in decoding):
+            self._report(replica, router)
+        if decoding:
+            self._step(replica)
+
+    def _beat(self, replica: SimulatedReplica) -> None:
+        """Everybody hears of a replica that works."""
+        if replica not in self._beating:
+            self._beating.add(replica)
+            self._at(self.now_s + self._site.beat_s, lambda: self._beaten(replica))
+
+    def _beaten(self, replica: SimulatedReplica) -> None:
+        self._beating.discard(replica)
         for router in self.routers:
-            router.seats[replica.endpoint.incarnation].load.reported(load)
-            self._place(router)
-        if load.running_sequences or load.waiting_sequences:
-            self._report(replica)
+            self._report(replica, router)
+        if replica.running or replica.waiting:
+            self._beat(replica)
+
+    def _load_changed(self, replica: SimulatedReplica, cause: Router | None = None) -> None:
+        """All but the ``cause`` hear of it, those later who have heard much of late."""
+        self._tell_load(replica, [router for router in self.routers if router is not cause])
+
+    def _tell_load(self, replica: SimulatedReplica, routers: Sequence[Router]) -> None:
+        for router in routers:
+            news = self._load_news[replica, router]
+            if news.changed(self.now_s):
+                self._report(replica, router)
+            elif news.late and replica not in self._catching_up:
+                self._catching_up.add(replica)
+                self._at(self.now_s + TELL_LOADS_S, lambda: self._catch_up(replica))
+
+    def _catch_up(self, replica: SimulatedReplica) -> None:
+        self._catching_up.discard(replica)
+        self._tell_load(replica, [router for router in self.routers if self._load_news[replica, router].late])
 
 
 def run(trace: Trace, make: MakeRouter, site: Site | None = None, seed: int = 0) -> Report:

@@ -147,9 +147,15 @@ def test_latents_stay_whole_and_what_is_made_of_them_is_cut_by_heads(lora: bool)
 def test_norms_of_one_head_and_of_each_head() -> None:
     whole = cuts(ATTENTION | {"self_attn.q_norm.weight": (8,), "self_attn.k_norm.weight": (8,)})
     assert not whole.objection
-    each = cuts(ATTENTION | {"self_attn.k_norm.weight": (2, 8), "self_attn.sinks": (4,)})
+    each = cuts(ATTENTION | {"self_attn.k_norm.weight": (2, 8)})
     assert each.cuts["self_attn.k_norm.weight"] == HeadCut(0, 4, 2, HeadOrder.KV, 1)
-    assert each.cuts["self_attn.sinks"] == HeadCut(0, 4, 2, HeadOrder.QUERY, 1)
+
+
+@pytest.mark.parametrize("name", ["self_attn.sinks", "self_attn.attention_sink_bias"])
+def test_sinks_are_cut_with_the_heads(name: str) -> None:
+    """GPT-OSS's, and as MiMo-V2 stores them."""
+    assert cuts(ATTENTION | {name: (4,)}).cuts[name] == HeadCut(0, 4, 2, HeadOrder.QUERY, 1)
+    assert "across heads" in cuts(ATTENTION | {name: (3,)}).objection
 
 
 def test_a_norm_over_all_heads_is_cut_with_them_and_named() -> None:

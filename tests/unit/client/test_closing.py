@@ -67,3 +67,23 @@ async def test_nor_does_one_on_an_event_loop(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RequestAborted, match="closed"):
         await anext(stream)
     assert stub.calls == 1
+
+
+def test_a_closed_client_begins_nothing() -> None:
+    client = Client("127.0.0.1:1")
+    client.close()
+    for begin in (lambda: next(client.generate([1])), client.list_models, lambda: client.tokenize("a")):
+        with pytest.raises(RequestAborted, match="was closed"):
+            begin()
+    with pytest.raises(RequestAborted, match="was closed"):
+        client.wait_ready(3600)
+    assert not client._channels
+
+
+async def test_nor_does_one_that_was_closed_on_an_event_loop() -> None:
+    client = AsyncClient("127.0.0.1:1")
+    await client.close()
+    for begin in (lambda: anext(client.generate([1])), client.list_models, lambda: client.wait_ready(3600)):
+        with pytest.raises(RequestAborted, match="was closed"):
+            await begin()
+    assert not client._channels

@@ -1,6 +1,7 @@
 """What a client keeps, asks again, and calls its errors."""
 
 import random
+from typing import Any
 
 import grpc
 import pytest
@@ -127,6 +128,9 @@ def test_text_that_came_is_told_too_unless_some_came_before_us() -> None:
 
 def test_addresses_come_one_by_one_or_in_lists() -> None:
     assert flat_addresses(["a:1", ["b:2", "c:3"]]) == ("a:1", "b:2", "c:3")
+    assert flat_addresses([]) == ()
+    with pytest.raises(ConfigError, match="at least one"):
+        flat_addresses([[]])
     assert Client(["a:1", "b:2"])._addresses == AsyncClient("a:1", "b:2")._addresses == ("a:1", "b:2")
 
 
@@ -153,8 +157,37 @@ def test_sampling_gets_a_seed_and_defaults_stay_defaults() -> None:
     assert list(sampled.sampling.stop) == ["END"]
     assert build_request("x", {"temperature": 1.0, "seed": 0}).sampling.seed == 0
     assert sampled.request_id != build_request("x", {}).request_id
+
+
+@pytest.mark.parametrize("prompt", [5, [-1], [1.5], [2**32], [{"role": "user", "content": 3}], None])
+def test_what_is_no_prompt_is_named(prompt: Any) -> None:
+    with pytest.raises(RequestRejected, match="A prompt is a text"):
+        build_request(prompt, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_tokens": -1}, "max_tokens cannot be -1"),
+        ({"temperature": "hot"}, "temperature cannot be 'hot'"),
+        ({"stop": [3]}, "stop cannot be"),
+        ({"maximum": 3}, "no option 'maximum'; the options for sampling are max_tokens"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(options: Any, says: str) -> None:
+    with pytest.raises(RequestRejected, match=says):
+        build_request("x", options)
+
+
+@pytest.mark.parametrize("argument", [{"priority": "high"}, {"logprobs": -1}, {"generated_token_ids": [-1]}])
+def test_an_argument_that_cannot_be_is_refused(argument: Any) -> None:
     with pytest.raises(RequestRejected, match="wrong value"):
-        build_request("x", {"max_tokens": -1})
+        build_request("x", {}, **argument)
+
+
+def test_a_deadline_that_only_grpc_has_noticed_says_what_to_do() -> None:
+    error = typed_error("DEADLINE_EXCEEDED", "", "Deadline Exceeded", None, "host:1", started=False)
+    assert str(error) == "The deadline came before an answer from host:1; allow the request more time."
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -144,3 +145,20 @@ def test_sigterm_stays_with_whoever_had_it():
         assert signal.getsignal(signal.SIGTERM) is drain
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_ray_s_workers_do_not_look_for_modules_where_the_command_was_given(tmp_path, monkeypatch):
+    """A folder named "cluster" there would run instead of the package: Ray gives workers the driver's folder."""
+    import ray
+
+    import cluster
+
+    seen = []
+    monkeypatch.setattr(ray_start, "_require_listener", lambda _: None)
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(Path.cwd()))
+    monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.chdir(tmp_path)
+    ray_start.connect("127.0.0.1:1")
+    assert seen == [Path(cluster.__file__).parents[1]]
+    assert Path.cwd() == tmp_path

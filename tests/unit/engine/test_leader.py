@@ -8,6 +8,7 @@ import pytest
 
 from cluster.domain.block_hash import short_name
 from cluster.domain.clock import MonotonicClock
+from cluster.domain.endpoint import LoadSnapshot
 from cluster.engine import block_events
 from cluster.engine import sessions as sessions_module
 from cluster.engine.block_events import BlockLog
@@ -45,7 +46,7 @@ class FakeContext:
 
 class FakeLoop:
     def __init__(self):
-        self.posted = []
+        self.posted, self.load = [], LoadSnapshot()
 
     def post(self, command):
         self.posted.append(command)
@@ -137,6 +138,36 @@ async def test_blocks_are_told_to_who_asked_after_the_tokens_and_again_when_some
         call.cancel()
     await asyncio.wait(calls)
     assert not sessions._blocks.has_readers
+
+
+async def test_a_sequence_of_one_router_is_told_to_the_others_who_asked_at_once(engine):
+    servicer, loop, _ = engine
+    asking = engine_pb2.SessionRequest(hello=engine_pb2.Hello(expected=IDENTITY, load_pause_s=0.01))
+    hearing, deaf, sending = (FakeContext(reads=100) for _ in range(3))
+    commands = asyncio.Queue()
+
+    async def from_router():
+        while True:
+            yield await commands.get()
+
+    streams = [(requests(asking), hearing), (requests(hello()), deaf), (from_router(), sending)]
+    await commands.put(asking)
+    calls = [asyncio.create_task(servicer.Session(stream, context)) for stream, context in streams]
+    await until(lambda: all(context.written for context in (hearing, deaf, sending)))
+    loop.load = LoadSnapshot(waiting_sequences=1, queued_prompt_tokens=3)
+    sampling = inference_pb2.Sampling(max_tokens=1)
+    await commands.put(submits(engine_pb2.Submit(sequence_id=1, prompt_token_ids=[1, 2, 3], sampling=sampling)))
+    await until(lambda: steps_of(hearing))
+    assert [(step.load.queued_prompt_tokens, len(step.sequences)) for step in steps_of(hearing)] == [(3, 0)]
+    assert not steps_of(deaf)
+    assert not steps_of(sending), "who sent it knows"
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+
+
+def steps_of(context):
+    return [message.step for message in context.written if message.HasField("step")]
 
 
 async def test_a_long_account_waits_for_tokens(engine, monkeypatch):

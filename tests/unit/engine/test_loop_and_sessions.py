@@ -14,6 +14,7 @@ from cluster.domain.request import SamplingParams, SequenceEnd
 from cluster.engine import sessions as sessions_module
 from cluster.engine.block_events import RecentBlocks
 from cluster.engine.block_pool import BlockPool
+from cluster.engine.load_news import BURST
 from cluster.engine.loop import MAX_INBOX, Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
 from cluster.engine.prefill_pace import PrefillPace, PromptWork
 from cluster.engine.progress import RankProgress
@@ -276,6 +277,67 @@ async def test_a_beat_is_asked_for_beside_the_news():
     outbox.ask_for_beat()
     step, beat_due = outbox.take()
     assert (step.step, beat_due, outbox.filled.is_set()) == (1, True, False)
+
+
+async def test_sessions_hear_of_loads_that_others_change(monkeypatch):
+    monkeypatch.setattr(sessions_module, "TELL_LOADS_S", 0.0)
+    sessions = Sessions()
+    mine, _ = sessions.open(load_pause_s=0.001)
+    busy = LoadSnapshot(running_sequences=1, queued_prompt_tokens=9)
+    sessions.deliver(Published(1, (progress(1, 5),), busy))
+    _, other = sessions.open(load_pause_s=0.001)
+    _, deaf = sessions.open()
+    sessions.deliver(Published(2, (progress(1, 6),), busy))
+    assert not other.filled.is_set(), "nothing has changed"
+    sessions.deliver(Published(3, (progress(1, 7),), LoadSnapshot(running_sequences=1, kv_blocks_used=5)))
+    message, _ = other.take()
+    assert (message.step, message.load.kv_blocks_used, len(message.sequences)) == (3, 5, 0)
+    assert not deaf.filled.is_set()
+    assert other.take() == (None, False)
+    for tokens in range(2, 99):  # more changes than it wants to hear of
+        sessions.load_changed(4, LoadSnapshot(queued_prompt_tokens=tokens), but=(mine,))
+    await asyncio.wait_for(wait_for_load(other, 98), 5)
+
+
+async def wait_for_load(outbox, queued_prompt_tokens):
+    while True:
+        await outbox.filled.wait()
+        message, _ = outbox.take()
+        if message.load.queued_prompt_tokens == queued_prompt_tokens:
+            return
+
+
+async def test_the_only_session_hears_nothing_but_its_own():
+    sessions = Sessions()
+    _, outbox = sessions.open(load_pause_s=0.001)
+    sessions.load_changed(1, LoadSnapshot(running_sequences=1), but=())
+    assert not outbox.filled.is_set()
+
+
+async def test_a_message_with_tokens_brings_the_load_to_who_is_late():
+    outbox = Outbox(load_pause_s=1.0)
+    assert all(outbox.load_changed(1, LOAD, now_s=0.0) for _ in range(BURST))
+    assert not outbox.load_changed(1, LOAD, now_s=0.0)
+    assert outbox.load_is_late
+    outbox.put(2, [progress(1, 5)], LOAD)
+    assert not outbox.load_is_late
+    assert outbox.load_changed(3, LOAD, now_s=1.0), "a pause later there is room for one more"
+
+
+def test_what_comes_while_a_step_runs_counts_as_waiting(engine):
+    loop = engine.loop
+    assert loop.post(Submit(sequence(1, prompt=(1, 2, 3))))
+    assert loop.post(Cancel(SequenceKey(1, 9)))
+    assert (loop.load.waiting_sequences, loop.load.queued_prompt_tokens) == (1, 3)
+    commands = loop._receive()
+    assert loop.load.waiting_sequences == 1, "taken, and not told by the scheduler yet"
+    assert loop.post(Submit(sequence(2, prompt=(1, 2, 3, 4))))
+    loop.turn(commands)
+    assert (loop.load.running_sequences, loop.load.waiting_sequences) == (1, 1)
+    assert loop.load.queued_prompt_tokens == engine.progress.load.queued_prompt_tokens + 4
+    loop.turn(loop._receive())
+    assert loop.load == engine.progress.load
+    engine.finish()
 
 
 async def test_a_session_that_never_reads_overflows(monkeypatch):

@@ -41,12 +41,17 @@ class Sessions:
     def __init__(self, *slots: int) -> None:
         self.sessions = [Session(slot, count) for slot, count in enumerate(slots)]
         self.picks = 0
+        self.taken_back = 0
+
+    def take_back(self) -> None:
+        self.taken_back += 1
 
     def choose(self, demand: Demand) -> tuple[Session, Choice] | None:
         self.picks += 1
         for session in self.sessions:
             if session.load.has_room or not demand.needs_room:
-                return session, Choice(Candidate(session.endpoint, session_up=True), "only")
+                candidate = Candidate(session.endpoint, session_up=True)
+                return session, Choice(candidate, "only", (self.take_back,))
         return None
 
     def serves(self, _demand: Demand) -> bool:
@@ -204,6 +209,8 @@ async def test_a_request_ends_while_it_waits(when: str, how: str) -> None:
             interruption.check()  # as the search does
     else:
         assert isinstance(ends[0], asyncio.CancelledError | RequestEvicted)
+    # Of the choices that were made only the one for a request that was gone by then marks nothing.
+    assert desk.fleet.taken_back == ((when, how) == ("granted", "cancelled"))
     if when == "waiting":
         desk.end(first)
         assert not ticket.entry.known

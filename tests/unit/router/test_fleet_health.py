@@ -6,11 +6,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from cluster.domain.clock import ManualClock
+from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.endpoint_table import Standing
 from cluster.router.fleet_health import EJECTION_CAUSES, FleetHealth, SessionPulse
 from cluster.router.sequence_stream import LossReason
 from cluster.telemetry.metrics import RouterMetrics
+
+BUSY = LoadSnapshot(running_sequences=1)
 
 
 def at(slot: int, generation: int = 1) -> Incarnation:
@@ -59,20 +62,34 @@ def test_the_probe_that_gets_a_token_ends_it() -> None:
     site.pulses[0].came_up()
     site.clock.advance(1.0)
     assert site.standings()[0] is Standing.HEALTHY, "one may go"
-    site.pulses[0].submitted(2)
+    site.health.picked(at(0))
     assert site.standings()[0] is Standing.EJECTED
-    site.pulses[0].stepped(7, 1)
+    site.pulses[0].stepped(7, BUSY)
     assert site.standings()[0] is Standing.HEALTHY
     assert site.shown(0) == ["healthy"]
+
+
+def test_a_probe_that_was_not_sent_leaves_the_next_one_free() -> None:
+    site = Site()
+    site.pulses[0].went_down(LossReason.BROKEN, 0)
+    site.pulses[0].came_up()
+    site.clock.advance(1.0)
+    not_sent = site.health.picked(at(0))
+    assert not_sent is not None
+    assert site.standings()[0] is Standing.EJECTED
+    not_sent()
+    assert site.standings()[0] is Standing.HEALTHY
+    assert site.health.picked(at(0)) is not None, "this one is the probe now"
+    assert site.health.picked(at(1)) is None, "there is nothing to take back"
 
 
 def test_a_slow_one_is_shown_and_counted_once() -> None:
     site = Site()
     for step in range(1, 201):
         site.clock.advance(0.03)
-        site.pulses[1].stepped(step, 1)
+        site.pulses[1].stepped(step, BUSY)
         if step % 10 == 0:
-            site.pulses[0].stepped(step // 10, 1)
+            site.pulses[0].stepped(step // 10, BUSY)
             site.pulses[0].beat(0.1)
     assert site.standings() == [Standing.SLOW, Standing.HEALTHY]
     assert (site.shown(0), site.ejections()) == (["slow"], {"slow": 1})
@@ -101,3 +118,28 @@ def test_a_new_incarnation_shows_healthy_whatever_the_last_one_was() -> None:
     site.open(at(0, 2))
     assert site.shown(0) == ["healthy"]
     assert site.health.standing(at(0, 2)) is Standing.HEALTHY
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "slow"),
+    [
+        (BUSY, BUSY, True),
+        (LoadSnapshot(running_sequences=1, queued_prompt_tokens=4000), BUSY, False),
+        (LoadSnapshot(), BUSY, False),
+    ],
+    ids=["decodes", "a chunk of a prompt", "a newcomer"],
+)
+def test_steps_that_compute_prompts_are_no_quick_verdict(before: LoadSnapshot, after: LoadSnapshot, slow: bool) -> None:
+    """Four that take ten times as long as before, and as those of the other replica."""
+    site = Site()
+    for step in range(1, 101):
+        site.clock.advance(0.03)
+        for pulse in site.pulses:
+            pulse.stepped(step, BUSY)
+    for step in range(1, 41):
+        site.clock.advance(0.03)
+        site.pulses[1].stepped(100 + step, BUSY)
+        if step % 10 == 0:
+            site.pulses[0]._load = before
+            site.pulses[0].stepped(100 + step // 10, after)
+    assert site.pulses[0].slow is slow

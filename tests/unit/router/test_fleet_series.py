@@ -72,6 +72,21 @@ def test_a_late_request_of_a_gone_model_leaves_nothing_behind() -> None:
     assert page.of("model", "a") == []
 
 
+def test_what_is_kept_at_hand_counts_on_the_page_when_a_model_comes_back() -> None:
+    page = Page()
+    for _ in range(2):
+        page.series.follow({"a": 1}, frozenset({"a/0"}))
+        page.metrics.of_request.requests["a", "completed"].inc()
+        page.metrics.of_request.prompt_tokens["a",].inc(3)
+        page.metrics.of_request.endpoint_picks["a/0", "only"].inc()
+        found = page.samples()
+        assert found["cluster_router_requests_total", (("model", "a"), ("outcome", "completed"))] == 1
+        assert found["cluster_router_prompt_tokens_total", (("model", "a"),)] == 3
+        assert found["cluster_router_endpoint_picks_total", (("replica", "a/0"), ("scorer", "only"))] == 1
+        page.series.follow({}, frozenset())
+        assert (page.of("model", "a"), page.of("replica", "a/0")) == ([], [])
+
+
 def test_series_are_bounded_by_models_and_replicas_whatever_comes_and_goes() -> None:
     page = Page()
     models, replicas = 5, 8

@@ -55,11 +55,19 @@ class Session:
     asked: int = 0
     submits: list[engine_pb2.Submit] = field(default_factory=list)
     released: int = 0
+    taken_back: int = 0
     load: LiveLoad = field(default_factory=lambda: LiveLoad(16))
 
     @property
     def endpoint(self) -> Endpoint:
         return Endpoint(Incarnation(ReplicaId("demo", self.slot), 1), "127.0.0.1:1", "sha256:a", 16)
+
+    @property
+    def replica_name(self) -> str:
+        return f"demo/{self.slot}"
+
+    def take_back(self) -> None:
+        self.taken_back += 1
 
     def submit(
         self, submit: engine_pb2.Submit, _tokens: int, updates_max: int, _cached_tokens: int = 0
@@ -94,7 +102,8 @@ class Sessions:
     def choose(self, demand: Demand) -> tuple[Session, Choice] | None:
         for session in self.sessions:
             if not (session.endpoint.incarnation in demand.refused | demand.failed or session.load.refuses):
-                return session, Choice(Candidate(session.endpoint, session_up=True), "only")
+                candidate = Candidate(session.endpoint, session_up=True)
+                return session, Choice(candidate, "only", (session.take_back,))
         return None
 
     def serves(self, demand: Demand) -> bool:
@@ -207,6 +216,7 @@ async def test_what_never_left_is_no_loss_and_no_attempt() -> None:
     request = Request(first, second)
     assert (await request.ended()).usage.failovers == 0
     assert (request.losses(), first.submits, second.submits[0].attempt) == ({}, [], 1)
+    assert (first.taken_back, second.taken_back) == (1, 0)
     assert request.registry.get_sample_value("cluster_router_prompt_tokens_total", {"model": "demo"}) == 2
 
 
@@ -215,6 +225,7 @@ async def test_what_never_left_after_a_loss_goes_elsewhere() -> None:
     request = Request(broken, away, Session(2, [Says([11, 12, 13, 14, 15], LENGTH)]))
     assert (await request.ended()).usage.failovers == 1
     assert (request.token_ids, request.losses()) == ([10, 11, 12, 13, 14, 15], {"broken": 1.0})
+    assert (broken.taken_back, away.taken_back) == (0, 1)
 
 
 @pytest.mark.parametrize("broken", [0, 1])

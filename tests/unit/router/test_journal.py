@@ -9,17 +9,17 @@ from cluster.router.journal import Journal
 
 def test_resumed_tokens_take_room_and_are_not_this_calls() -> None:
     journal = Journal([7, 8], 5)
-    assert (journal.room(), journal.generated_tokens, journal.full) == (3, 0, False)
+    assert (journal.room, journal.generated_tokens, journal.full) == (3, 0, False)
     journal.append([9])
     assert list(journal.generated) == [7, 8, 9]
-    assert (journal.room(), journal.generated_tokens) == (2, 1)
+    assert (journal.room, journal.generated_tokens) == (2, 1)
     journal.append([1, 2])
-    assert (journal.room(), journal.full, journal.generated_tokens) == (0, True, 3)
+    assert (journal.room, journal.full, journal.generated_tokens) == (0, True, 3)
 
 
 def test_more_resumed_tokens_than_asked_for_leave_no_room() -> None:
     journal = Journal([1, 2, 3], 2)
-    assert (journal.room(), journal.full, journal.generated_tokens) == (0, True, 0)
+    assert (journal.room, journal.full, journal.generated_tokens) == (0, True, 0)
 
 
 def test_attempts_count_from_one() -> None:
@@ -47,5 +47,5 @@ def test_whatever_was_appended_is_there_once_and_in_order(parts: list[list[int]]
     for part in parts:
         journal.append(part)
     assert list(journal.generated) == [*resumed, *(token for part in parts for token in part)]
-    assert journal.room() == 1
+    assert journal.room == 1
     assert journal.generated_tokens == total - len(resumed)

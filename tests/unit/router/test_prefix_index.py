@@ -232,6 +232,36 @@ def test_what_was_told_and_taken_back_is_no_longer_expected() -> None:
     assert dict(index.holders([1, 2])) == {A: 1}
 
 
+def test_an_old_expectation_ends_without_a_newer_one_of_the_same_block() -> None:
+    index = told({A: []})
+    index.expect(A, [1, 2], now_s=0)
+    assert index.apply(A, events(2, [1, 2]))
+    assert index.apply(A, events(3, removed=[1, 2]))
+    index.expect(A, [1, 2], now_s=20)
+    index.expect(A, [9], now_s=EXPECT_S)
+    index.check()
+    assert dict(index.holders([1, 2])) == {A: 2}, "the second prompt's time is not over"
+    index.expect(A, [9], now_s=20 + EXPECT_S)
+    index.check()
+    assert not index.holders([1, 2])
+
+
+def test_what_was_not_sent_after_all_is_not_expected() -> None:
+    index = told({A: [1], B: []})
+    first, second = index.expect(A, [1, 2], now_s=0), index.expect(B, [1, 2, 3], now_s=0)
+    assert first is not None
+    assert second is not None
+    assert index.expect(A, [1, 2], now_s=1) is None, "it changes nothing"
+    assert index.apply(B, events(2, [1]))
+    for _ in range(2):
+        index.withdraw(second)
+        index.check()
+        assert dict(index.holders([1, 2, 3])) == {A: 2, B: 1}
+    index.forget(A)
+    index.withdraw(first)
+    index.check()
+
+
 def test_who_tells_nothing_is_not_expected_to_hold() -> None:
     index = told({A: [1]})
     index.expect(B, [1, 2], now_s=0)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,23 @@ from cluster.domain.errors import ReplicaError
 from cluster.router import process_group
 from cluster.router.process_group import ProcessGroup
 from cluster.router.process_order import ProcessOrder
+from cluster.router.respawn import SILENT_ROUNDS
 from cluster.telemetry.logs import get_logger
 
 SERVES = 'import sys; print(\'{"pid": 1, "ports": {"metrics": 1}}\', flush=True); sys.stdin.read()'
 MUMBLES = "import sys; print({line!r}, flush=True); sys.stdin.read()"
+
+STOPS = SERVES.replace("sys.stdin.read()", "import os; os.kill(os.getpid(), 19)")
+ANSWERS = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Page(BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"<html>")
+    def log_message(self, *_): ...
+server = HTTPServer(("127.0.0.1", 0), Page)
+print(json.dumps({"pid": 1, "ports": {"metrics": server.server_address[1]}}), flush=True)
+server.serve_forever()
+"""
 
 
 @pytest.fixture
@@ -104,3 +118,54 @@ async def test_refreshing_goes_on_after_a_refresh_that_failed(
     await asyncio.wait_for(refreshed.wait(), 5)
     group.stop()
     await asyncio.wait_for(refreshing, 5)
+
+
+async def test_a_child_that_stands_still_is_replaced(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group, "REFRESH_S", 0.001)
+    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-S", "-c", STOPS))
+    running = asyncio.create_task(group.run())
+    await until_started(group)
+    (stopped,) = group.pids
+    async with asyncio.timeout(10):
+        while group.pids in ((), (stopped,)):
+            await asyncio.sleep(0.005)
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, 0)
+    group.stop()
+    await group._end(0.0)
+    await asyncio.wait_for(running, 10)
+
+
+async def test_a_child_that_answers_anything_lives(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-c", ANSWERS))
+    monkeypatch.setattr(process_group, "REFRESH_S", 0.001)
+    rounds, plain = 0, group.merged.refresh
+
+    def refresh() -> frozenset[object]:
+        nonlocal rounds
+        rounds += bool(group.merged._ports)
+        return plain()
+
+    monkeypatch.setattr(group.merged, "refresh", refresh)
+    running = asyncio.create_task(group.run())
+    await until_started(group)
+    before = group.pids
+    async with asyncio.timeout(10):
+        while rounds <= 3 * SILENT_ROUNDS:
+            await asyncio.sleep(0.005)
+    assert group.pids == before
+    group.stop()
+    await asyncio.wait_for(running, 10)
+
+
+async def test_a_child_is_this_package_whatever_the_folder_holds(tmp_path: Path) -> None:
+    (tmp_path / "cluster.py").write_text("raise RuntimeError('not this one')")
+    child = await asyncio.create_subprocess_exec(
+        *process_group.CHILD,
+        cwd=tmp_path,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await asyncio.wait_for(child.communicate(), 60)
+    assert b"not this one" not in said

@@ -47,6 +47,8 @@ class Context:
 
     async def send_initial_metadata(self, _metadata: Any) -> None: ...
 
+    def set_trailing_metadata(self, _metadata: Any) -> None: ...
+
     async def write(self, message: Any) -> None:
         if self.stalled:
             await asyncio.Event().wait()

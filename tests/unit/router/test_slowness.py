@@ -57,6 +57,72 @@ def test_one_that_becomes_slow_is_noticed_and_one_that_recovers_is_trusted_again
     assert replicas.run(1.0) == [], "its running streams show it"
 
 
+def test_ten_times_slower_is_seen_by_a_few_steps_and_its_streams_are_moved_a_few_steps_later() -> None:
+    replicas = Replicas([0.03, 0.03, 0.03, 0.03], SlownessRules())
+    replicas.run(3.0)
+    replicas.step_s[2], pace = 0.3, replicas.paces[2]
+    assert replicas.run(0.9) == []
+    assert replicas.run(0.7) == [2]
+    assert pace.leaving(9) == 0, "too few steps for that"
+    replicas.run(1.3)
+    assert [pace.leaving(9), pace.leaving(3)] == [4, 3]
+    for _ in range(2):
+        pace.moved(pace.leaving(9))
+    assert pace.leaving(5) == 1, "no more than were there"
+    pace.moved(1)
+    assert pace.leaving(5) == 0
+    replicas.step_s[2] = 0.03
+    assert replicas.run(1.0) == []
+    assert pace.leaving(9) == 0
+
+
+def test_a_probe_stays_for_a_few_steps_and_leaves_when_they_are_slow() -> None:
+    replicas = Replicas([0.03, 0.03, 0.3], SlownessRules())
+    pace = replicas.paces[2]
+    replicas.run(4.0)
+    while leaving := pace.leaving(6):
+        pace.moved(leaving)
+    replicas.run(6.0)
+    replicas.slowness.picked(at(2), replicas.now_s)
+    replicas.run(1.0)
+    assert pace.leaving(1) == 0, "three steps"
+    replicas.run(0.5)
+    assert pace.leaving(1) == 1
+    pace.moved(1)
+    replicas.run(10.0)
+    replicas.slowness.picked(at(2), replicas.now_s)
+    replicas.step_s[2] = 0.03
+    for _ in range(10):
+        replicas.run(0.1)
+        assert pace.leaving(1) == 0
+    assert replicas.slow() == []
+    assert not pace.slow
+
+
+def test_what_slows_all_down_at_once_is_no_verdict() -> None:
+    replicas = Replicas([0.03] * 5, SlownessRules())
+    replicas.run(3.0)
+    for slot, factor in enumerate((10.0, 10.3, 9.8, 11.0, 10.1)):
+        replicas.step_s[slot] = 0.03 * factor
+    for _ in range(100):
+        assert replicas.run(0.1) == []
+
+
+def test_three_slow_steps_in_a_row_are_no_verdict() -> None:
+    replicas = Replicas([0.03, 0.03, 0.03], SlownessRules())
+    for _ in range(20):
+        replicas.step_s[1] = 0.03
+        assert replicas.run(2.0) == []
+        replicas.step_s[1] = 0.3
+        assert replicas.run(0.9) == []
+
+
+def test_five_times_as_slow_moves_nothing() -> None:
+    replicas = Replicas([0.03, 0.03, 0.14])
+    assert replicas.run(4.0) == [2]
+    assert replicas.paces[2].leaving(9) == 0
+
+
 def test_twice_as_slow_is_what_load_explains() -> None:
     assert Replicas([0.03, 0.03, 0.06]).run(10.0) == []
 
@@ -198,7 +264,13 @@ class Streams:
                 replicas.steps[slot] += 1
                 self.gaps += [replicas.step_s[slot]] * len(self.streams[slot])
                 self.streams[slot] = [left - 1 for left in self.streams[slot] if left > 1]
-                replicas.paces[slot].stepped(replicas.now_s, replicas.steps[slot], busy=bool(self.streams[slot]))
+                pace = replicas.paces[slot]
+                pace.stepped(replicas.now_s, replicas.steps[slot], busy=bool(self.streams[slot]))
+                leaving = pace.leaving(len(self.streams[slot]))
+                pace.moved(leaving)
+                for _ in range(leaving):
+                    others = [s for s in self.streams if s != slot]
+                    self.streams[min(others, key=lambda s: len(self.streams[s]))].append(self.streams[slot].pop())
         return sorted(self.gaps)
 
 
@@ -206,7 +278,7 @@ def test_with_a_slow_replica_the_fleets_p99_is_that_of_the_healthy() -> None:
     fleet = Streams([0.03, 0.03, 0.03, 0.03])
     healthy = fleet.run(30.0, 0.1)
     fleet.replicas.step_s[3] = 0.3
-    fleet.run(35.0, 0.1)  # noticed; the streams that were there run to their end
+    fleet.run(5.0, 0.1)  # noticed, and the streams that were there have gone on elsewhere
     drained = fleet.run(120.0, 0.1)
     p99 = [gaps[int(0.99 * len(gaps))] for gaps in (healthy, drained)]
     assert p99[1] <= 1.5 * p99[0]

@@ -96,7 +96,7 @@ def test_the_journal_counts_this_calls_tokens_and_one_attempt() -> None:
     assert journal.begin_attempt() == 1
     journal.append([3])
     assert journal.begin_attempt() == 2
-    assert (list(journal.generated), journal.generated_tokens, journal.room()) == ([1, 2, 3], 1, 2)
+    assert (list(journal.generated), journal.generated_tokens, journal.room) == ([1, 2, 3], 1, 2)
     journal.append([4, 5])
     assert journal.full
     with pytest.raises(AssertionError):
