@@ -149,7 +149,7 @@ class _LeanLayer:
             self._bind(bound)
         layout = bound.cache.layout
         assert layout is not None, "a step has begun"
-        if self._whole is not None and hidden_states.shape[1] <= products.MOST_ROWS:
+        if self._whole is not None and hidden_states.shape[1] <= whole_layer.MOST_ROWS:
             cos, sin = position_embeddings
             return self._whole(hidden_states, cos, sin, layout)
         x = self._o(self._attend(self._qkv(self._norm(hidden_states)), *position_embeddings, layout))

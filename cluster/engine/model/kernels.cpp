@@ -888,33 +888,37 @@ namespace {
 
 thread_local Scratch between;  // what a layer's parts hand on
 
-// x [rows, width] -> out, both contiguous.
+// x [rows, width] -> out, both contiguous. What follows attention is done for a batch of rows at a time, so that all of
+// what lies between stays in the cache.
 void layer(const Layer& c, const float* x, float* out, int64_t rows, int64_t threads) {
-  const int64_t width = c.qkv.k, inner = c.down.k;
-  float* normed = between.at_least(rows * (width + c.qkv.n + c.o.k + 3 * inner));
-  float *qkv = normed + rows * width, *attended = qkv + rows * c.qkv.n, *both = attended + rows * c.o.k;
-  float* gated = both + rows * 2 * inner;
-  const auto times = [=](const Linear& w, const float* from, float* to) {
-    packed_product({from, w.weight, w.bias, to, w.k, w.packed_k, rows, w.n, w.k}, threads);
+  const int64_t width = c.qkv.k, inner = c.down.k, batch = std::min(BATCH, rows);
+  float* qkv = between.at_least(rows * (std::max(width, c.o.k) + c.qkv.n) + batch * (width + 3 * inner));
+  float *attended = qkv + rows * c.qkv.n, *normed = attended + rows * std::max(width, c.o.k);
+  float *both = normed + batch * width, *gated = both + batch * 2 * inner;
+  const auto times = [=](const Linear& w, const float* from, float* to, int64_t m) {
+    packed_product({from, w.weight, w.bias, to, w.k, w.packed_k, m, w.n, w.k}, threads);
   };
-  rms_norm<float>(x, width, normed, rows, {c.input_norm, width, c.input_eps, c.input_offset, false}, threads);
-  times(c.qkv, normed, qkv);
+  rms_norm<float>(x, width, attended, rows, {c.input_norm, width, c.input_eps, c.input_offset, false}, threads);
+  times(c.qkv, attended, qkv, rows);
   Attention& a = *c.attention;
   const float *key = qkv + a.heads * a.key_dim, *value = key + a.kv_heads * a.key_dim;
   a.query = qkv, a.key = key, a.value = value, a.out = attended;
   a.query_token = a.key_token = a.value_token = c.qkv.n;
   a.tokens = rows, a.threads = threads;
   attention<float>(a);
-  times(c.o, attended, normed);
-  add_rms_norm<float>(normed, width, x, width, out, normed, rows, {c.post_norm, width, c.post_eps, c.post_offset, false}, threads);
-  times(c.gate_up, normed, both);
-  silu_mul<float>(both, both + inner, gated, 2 * inner, rows, inner, threads);
-  times(c.down, gated, normed);
-  spread_rows(rows, width, threads, [=](int64_t r) {
-    const float* from = normed + r * width;
-    float* to = out + r * width;
-    for (int64_t i = 0; i < width; ++i) to[i] += from[i];
-  });
+  const Norm<float> norm{c.post_norm, width, c.post_eps, c.post_offset, false};
+  for (int64_t r = 0; r < rows; r += batch) {
+    const int64_t m = std::min(batch, rows - r);
+    float* result = out + r * width;
+    times(c.o, attended + r * c.o.k, normed, m);
+    add_rms_norm<float>(normed, width, x + r * width, width, result, normed, m, norm, threads);
+    times(c.gate_up, normed, both, m);
+    silu_mul<float>(both, both + inner, gated, 2 * inner, m, inner, threads);
+    times(c.down, gated, normed, m);
+    spread_rows(m, width, threads, [=](int64_t i) {
+      for (int64_t j = i * width; j < (i + 1) * width; ++j) result[j] += normed[j];
+    });
+  }
 }
 
 }  // namespace

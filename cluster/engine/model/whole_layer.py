@@ -15,6 +15,9 @@ from cluster.engine.model import kernels, products
 from cluster.engine.model.block_tables import StepLayout
 from cluster.engine.model.native_attention import MergedAttention
 
+# Up to here. Weights are read once for each 64 rows; with more of them oneDNN's one reading is as good.
+MOST_ROWS = 2 * products.MOST_ROWS
+
 
 @dataclass(frozen=True, slots=True)
 class NormWeights:
@@ -38,7 +41,7 @@ class LayerParts:
 
 
 class WholeLayer:
-    """Steps of up to ``products.MOST_ROWS`` tokens; float32."""
+    """Steps of up to ``MOST_ROWS`` tokens; float32."""
 
     def __init__(self, library: kernels.Kernels, parts: LayerParts, attention: MergedAttention) -> None:
         """``parts`` that ``fits``."""

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from cluster.engine import cpu_kernels
-from cluster.engine.model import attention, cpu, cpu_layers, kernels, products, torch_attention
+from cluster.engine.model import agreement, attention, cpu, cpu_layers, kernels, products, torch_attention, whole_layer
 from cluster.engine.step import SequenceKey, StepEntry
 from tests.unit.engine import cpu_models
 from tests.unit.engine.cpu_models import ALONE, CPU, SMALL, hidden
@@ -87,10 +87,10 @@ def test_few_rows_of_plain_layers_are_one_call(name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 2, 63, products.MOST_ROWS, products.MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, whole_layer.MOST_ROWS, whole_layer.MOST_ROWS + 1])
 def test_any_number_of_rows(rows, monkeypatch):
     model, _ = build(LEAN["llama"])
-    cache = attention.PagedKVCache(dict.fromkeys(range(2), attention.LayerKV(2, 16, 16)), 32, 4, torch.float32, CPU)
+    cache = attention.PagedKVCache(dict.fromkeys(range(2), attention.LayerKV(2, 16, 16)), 40, 4, torch.float32, CPU)
     attention.install(model, cache)
     cpu.prepare(model, ALONE)
     hidden(model, cache)
@@ -99,13 +99,15 @@ def test_any_number_of_rows(rows, monkeypatch):
     monkeypatch.setattr(lean, "_whole", lambda *given: calls.append(1) or whole(*given))
     x, angles = torch.randn(1, 2 * rows, 64)[:, ::2], tuple(torch.randn(2, 1, rows, 16))
     entry = StepEntry(SequenceKey(0, 0), 0, (0,) * rows, 0, 0, tuple(range(-(-rows // 4))), True, rows)
-    tables = attention.BlockTables(1, 32, CPU)
+    tables = attention.BlockTables(1, 40, CPU)
     tables.apply([entry])
     cache.layout = attention.layout_step([entry], tables, 4)
     got = model.layers[0](x, position_embeddings=angles)
-    assert len(calls) == (rows <= products.MOST_ROWS)
+    assert len(calls) == (rows <= whole_layer.MOST_ROWS)
     lean._whole = None
-    assert torch.equal(got, model.layers[0](x, position_embeddings=angles))
+    by_parts = model.layers[0](x, position_embeddings=angles)
+    assert agreement.agree(got, by_parts)
+    assert rows > products.MOST_ROWS or torch.equal(got, by_parts)
 
 
 def test_a_whole_that_differs_is_not_used(monkeypatch):
