@@ -115,6 +115,10 @@ class AsyncClient:
                         yield transcript.take(event.chunk)
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
+            except asyncio.CancelledError:
+                if self._closed_under_call():
+                    raise closed_meanwhile() from None
+                raise
             finally:
                 call.cancel()  # a caller that stops iterating stops the generation
             if completion is not None:
@@ -170,8 +174,17 @@ class AsyncClient:
                 failure = error_of_call(from_rpc_error(error), address)
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     break
+            except asyncio.CancelledError:
+                if self._closed_under_call():
+                    raise closed_before() from None
+                raise
         assert failure is not None, "there is an address"
         raise failure
+
+    def _closed_under_call(self) -> bool:
+        """Whether ``close`` cancelled a call, and not somebody our task: gRPC says the same of both."""
+        task = asyncio.current_task()
+        return self._closed and (task is None or not task.cancelling())
 
     def _stub(self, address: str) -> InferenceStub:
         if self._closed:

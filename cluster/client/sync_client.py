@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -101,7 +102,9 @@ class Client:
         until_s = None if timeout_s is None else self._clock.now() + timeout_s
         while True:
             left_s = None if until_s is None else max(0.0, until_s - self._clock.now())
-            call = self._stub(transcript.address).Generate(transcript.next_request(), timeout=left_s, metadata=metadata)
+            with self._typed_when_closed():
+                stub = self._stub(transcript.address)
+                call = stub.Generate(transcript.next_request(), timeout=left_s, metadata=metadata)
             completion: Completion | None = None
             failure: CallFailure | None = None
             try:
@@ -160,13 +163,24 @@ class Client:
         failure: ClusterError | None = None
         for address in self._addresses:
             try:
-                return call(self._stub(address))
+                with self._typed_when_closed():
+                    return call(self._stub(address))
             except grpc.RpcError as error:
                 failure = error_of_call(from_rpc_error(error), address)
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     break
         assert failure is not None, "there is an address"
         raise failure
+
+    @contextmanager
+    def _typed_when_closed(self) -> Iterator[None]:
+        """Another thread may close the channel at any moment: gRPC's word for a call over it is a ValueError."""
+        try:
+            yield
+        except ValueError as error:
+            if self._closed.is_set():
+                raise closed_before() from error
+            raise
 
     def _stub(self, address: str) -> InferenceStub:
         with self._lock:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,8 @@ def connect(address: str, *, token_file: Path | None = None, namespace: str = "l
         os.environ.pop("RAY_AUTH_TOKEN", None)
     elif "RAY_AUTH_TOKEN_PATH" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if given := os.environ.get("RAY_AUTH_TOKEN_PATH"):  # whoever inherits it may be in another folder
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(given).absolute())
     _require_listener(address)
     on_loopback = address.startswith((f"{LOOPBACK}:", "localhost:"))
     if on_loopback:
@@ -164,17 +166,28 @@ def connect(address: str, *, token_file: Path | None = None, namespace: str = "l
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = not on_loopback  # noqa: SLF001
     _forget_other_tokens()
     try:
-        # Ray lets its workers look for modules in this process's folder first: anything called "cluster" there, which
-        # is a likely name, would run instead of this package. So for a moment it is where this package is.
-        with _sigterm_kept(), chdir(Path(__file__).parents[2]):
+        with _sigterm_kept():
             ray.init(
-                address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR", configure_logging=True
-            )
+                address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR",
+                configure_logging=True, job_config=_search_path_of_workers(),
+            )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"No Ray cluster can be joined at {address}: {reason}; check the address and token."
         ) from error
+
+
+def _search_path_of_workers() -> Any:
+    """A job whose workers look for modules where this package is, and not where the command was given.
+
+    Ray would add this process's folder, and that of its program, and first: anything called "cluster" there, which is a
+    likely name, would run instead of this package. It adds neither to a job with a folder of its own.
+    """
+    ray_jobs: Any = importlib.import_module("ray.job_config")
+    job_config = ray_jobs.JobConfig(_py_driver_sys_path=[str(Path(__file__).parents[2])])
+    job_config._runtime_env_has_working_dir = lambda: True  # noqa: SLF001 - the package's folder is that of the job
+    return job_config
 
 
 def _require_listener(address: str) -> None:

@@ -128,11 +128,13 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             for submit in request.commands.submits:
                 refused = self._submit(session, submit)
                 if refused is not None:
-                    outbox.put(self._progress.step, [refused], self._loop.load)
+                    outbox.refuse(self._progress.step, refused, self._loop.load)
             if request.commands.submits:
                 self._sessions.load_changed(self._progress.step, self._loop.load, but=(session,))
             if request.HasField("resync_blocks"):
                 outbox.resync_blocks()
+            if request.HasField("pauses"):
+                outbox.pace(request.pauses.block_events_s, request.pauses.load_s)
 
     def _submit(self, session: int, submit: engine_pb2.Submit) -> SequenceProgress | None:
         """Hands a sequence to the loop; or why it never gets there."""

@@ -19,18 +19,23 @@ class LoadNews:
     def __init__(self, pause_s: float | None) -> None:
         self.wanted = pause_s is not None
         self.late = False
-        self._pause_s = max(_PAUSE_MIN_S, pause_s or 0.0)
         self._scheduled_s = -math.inf
+        self.pace(pause_s or 0.0)
 
     def changed(self, now_s: float) -> bool:
         """Whether the session is to be told now; otherwise it is late, if it wants to know at all."""
         if not self.wanted:
             return False
-        scheduled_s = max(self._scheduled_s, now_s)
-        self.late = scheduled_s > now_s + (BURST - 1) * self._pause_s
+        # Farther ahead it is only where the pause was longer when the last one was told.
+        self._scheduled_s = min(max(self._scheduled_s, now_s), now_s + BURST * self._pause_s)
+        self.late = self._scheduled_s > now_s + (BURST - 1) * self._pause_s
         if not self.late:
-            self._scheduled_s = scheduled_s + self._pause_s
+            self._scheduled_s += self._pause_s
         return not self.late
+
+    def pace(self, pause_s: float) -> None:
+        """From now on; whether the session wants to know stays as it is."""
+        self._pause_s = max(_PAUSE_MIN_S, pause_s)
 
     def told(self) -> None:
         """A message with tokens has brought the load too."""

@@ -111,7 +111,8 @@ class EngineLoop:
     @property
     def load(self) -> LoadSnapshot:
         """Of this moment, from any thread: what has come while a step runs counts as waiting."""
-        load, (sequences, tokens) = self._progress.load, self._arriving
+        with self._wake:  # of one moment: each arrival is in one of the two
+            load, (sequences, tokens) = self._progress.load, self._arriving
         if not sequences:
             return load
         return replace(
@@ -142,11 +143,10 @@ class EngineLoop:
             self._take(command)
         self._fill()
         load = self._scheduler.load()
-        self._progress.load = load
-        if self._received[0]:
-            with self._wake:
-                arriving, (sequences, tokens) = self._arriving, self._received
-                self._arriving, self._received = (arriving[0] - sequences, arriving[1] - tokens), (0, 0)
+        with self._wake:
+            arriving, (sequences, tokens) = self._arriving, self._received
+            self._arriving, self._received = (arriving[0] - sequences, arriving[1] - tokens), (0, 0)
+            self._progress.load = load
         blocks = self._blocks.take() if self._blocks is not None else None
         if self._news or blocks:
             news, self._news = tuple(self._news), []

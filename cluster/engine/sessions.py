@@ -43,7 +43,7 @@ class Outbox:
     ) -> None:
         self._load_news, self._load_due = LoadNews(load_pause_s), False
         self._blocks, self._blocks_due = blocks, False
-        self._pause_s, self._next_blocks_s = min(pause_s, MAX_TELL_BLOCKS_S), -math.inf
+        self._pause_s, self._told_blocks_s = min(pause_s, MAX_TELL_BLOCKS_S), -math.inf
         self._pending: list[SequenceProgress] = []
         self._step = 0
         self._load = LoadSnapshot()
@@ -69,6 +69,10 @@ class Outbox:
             self.overflow.set()
         self.filled.set()
 
+    def refuse(self, step: int, refused: SequenceProgress, load: LoadSnapshot) -> None:
+        """A sequence that no step has seen; tokens that wait keep the number of theirs."""
+        self.put(self._step if self._pending else step, [refused], load)
+
     def ask_for_beat(self) -> None:
         self._beat_due = True
         self.filled.set()
@@ -76,7 +80,9 @@ class Outbox:
     def load_changed(self, step: int, load: LoadSnapshot, now_s: float) -> bool:
         """A message tells it, unless there were many of late. False: later, when somebody asks for it again."""
         if self._load_news.changed(now_s):
-            self._step, self._load, self._load_due = step, load, True
+            if not self._pending:  # tokens keep the number of their own step: who gets them measures it
+                self._step = step
+            self._load, self._load_due = load, True
             self.filled.set()
         return not self._load_news.late
 
@@ -84,13 +90,18 @@ class Outbox:
     def load_is_late(self) -> bool:
         return self._load_news.late
 
+    def pace(self, pause_s: float, load_pause_s: float) -> None:
+        """Other pauses from now on, also for what waits already."""
+        self._pause_s = min(pause_s, MAX_TELL_BLOCKS_S)
+        self._load_news.pace(load_pause_s)
+
     def tell_blocks(self, now_s: float) -> bool:
         """News of blocks may go now. False: there are some, and it is too early for this session."""
         if self._blocks is None or not self._blocks.behind:
             return True
-        if now_s < self._next_blocks_s:
+        if now_s < self._told_blocks_s + self._pause_s:
             return False
-        self._next_blocks_s = now_s + self._pause_s
+        self._told_blocks_s = now_s
         self._go_on_with_blocks()
         return True
 

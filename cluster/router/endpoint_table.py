@@ -145,6 +145,18 @@ class LiveLoad:
         blocks = load.kv_blocks_used + (load.queued_prompt_tokens + newer) / self._block_size
         return not load.kv_blocks_total or blocks < load.kv_blocks_total
 
+    @property
+    def places(self) -> int:
+        """How many more sequences would begin soon, by their number: 0 without room, 1 while the slots are unknown."""
+        if not self.has_room:
+            return 0
+        slots, load = self.max_num_seqs, self.snapshot
+        if not slots:
+            return 1
+        newer = min(self._sequences_since_report, self._sequences)
+        reported = load.running_sequences + load.waiting_sequences + newer
+        return slots + max(1, slots // BACKLOG_SHARE) - max(self._sequences, reported) - self._held_sequences
+
 
 def supersedes(new: EndpointTable, current: EndpointTable | None) -> bool:
     """Whether ``new`` may replace ``current``: epochs only grow, and count within one controller state."""

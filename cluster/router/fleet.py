@@ -25,6 +25,7 @@ from cluster.router.prefix_index import Holders, PrefixIndex
 from cluster.router.sequence_stream import LossReason
 from cluster.router.session import EngineSession, ServedModel, SessionSettings
 from cluster.telemetry.logs import Logger
+from cluster.v1 import engine_pb2
 
 BLOCK_MESSAGES_PER_S = 500  # from all replicas together: so news of blocks take a small part of a core
 LOAD_MESSAGES_PER_S = 200  # from all replicas together, beside those that bring tokens: a few percent of a core at most
@@ -101,6 +102,7 @@ class Fleet:
         self._sessions: dict[Incarnation, EngineSession] = {}
         self._seats: dict[Incarnation, Seat] = {}
         self._seated = 0  # that ever were
+        self._paced_for = 0  # endpoints, when their sessions were last told how often to send news
         self._replicas: frozenset[str] = frozenset()
         self._taking: dict[str, set[Incarnation]] = {}  # endpoints that take new work, by model
         self._speaking: dict[str, EngineSession] = {}  # who was found to tell what a model is
@@ -127,15 +129,13 @@ class Fleet:
             self._close(session)
         for endpoint in change.updated:
             self._sessions[endpoint.incarnation].endpoint = endpoint
+        pauses = self._pace(len(table.endpoints))
         for endpoint in change.opened:
             index = self.index_of(endpoint) if self._selector.profile.uses_blocks else None
-            if index is not None:
-                index.pause_s = len(table.endpoints) / BLOCK_MESSAGES_PER_S
             changed = partial(self._session_changed, endpoint.incarnation)
             session = EngineSession(
-                endpoint, self._settings, changed, self._log, index, self._room_at, self._others_have_room
+                endpoint, self._settings, changed, self._log, index, self._room_at, self._places_elsewhere, pauses
             )
-            session.load_pause_s = len(table.endpoints) / LOAD_MESSAGES_PER_S
             self._sessions[endpoint.incarnation] = session
             self._seats[endpoint.incarnation] = Seat(session, self._standings, self._seated)
             self._seated += 1
@@ -145,6 +145,17 @@ class Fleet:
         self._follow(change)
         self._changed()
         return True
+
+    def _pace(self, endpoints: int) -> engine_pb2.Pauses:
+        """The pauses of that many; who is there already is told when they are twice or half as many as then."""
+        pauses = engine_pb2.Pauses(
+            block_events_s=endpoints / BLOCK_MESSAGES_PER_S, load_s=endpoints / LOAD_MESSAGES_PER_S
+        )
+        if not self._paced_for < 2 * endpoints < 4 * self._paced_for:
+            self._paced_for = endpoints
+            for session in self._sessions.values():
+                session.pace(pauses)
+        return pauses
 
     @property
     def health(self) -> FleetHealth:
@@ -359,18 +370,25 @@ class Fleet:
     def _room_at(self, session: EngineSession) -> None:
         self._on_room(session)
 
-    def _others_have_room(self, session: EngineSession) -> bool:
-        """Whether a sound endpoint of the same model and weights would begin one more sequence soon. O(fleet)."""
-        wanted = session.endpoint.model, session.endpoint.checkpoint_digest
-        return any(
-            other.up
-            and not other.endpoint.draining
-            and (other.endpoint.model, other.endpoint.checkpoint_digest) == wanted
-            and other.load.has_room
-            and self._standings.standing(other.endpoint.incarnation) is Standing.HEALTHY
-            for other in self._sessions.values()
-            if other is not session
-        )
+    def _places_elsewhere(self, session: EngineSession, wanted: int) -> int:
+        """How many sequences sound endpoints of the same model and weights would begin soon: no more than ``wanted``.
+
+        O(fleet).
+        """
+        endpoint, places = session.endpoint, 0
+        for other in self._sessions.values():
+            if (
+                other is not session
+                and other.up
+                and not other.endpoint.draining
+                and other.endpoint.model == endpoint.model
+                and other.endpoint.checkpoint_digest == endpoint.checkpoint_digest
+                and self._standings.standing(other.endpoint.incarnation) is Standing.HEALTHY
+            ):
+                places += other.load.places
+                if places >= wanted:
+                    return wanted
+        return places
 
 
 def _group_of(seats: Sequence[Seat]) -> Group:

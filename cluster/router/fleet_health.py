@@ -109,7 +109,8 @@ class SessionPulse:
         before, self._load = self._load, load
         prompts = before.queued_prompt_tokens > 0 or load.running_sequences > before.running_sequences
         if self._pace is not None:
-            self._pace.stepped(now_s, step, busy=load.running_sequences > 0, prompts=prompts)
+            sequences = max(before.running_sequences, load.running_sequences)  # some have ended with it, or come for it
+            self._pace.stepped(now_s, step, busy=load.running_sequences > 0, prompts=prompts, sequences=sequences)
             if self._pace.slow is not self.slow:
                 self._note()
         if self._suspected:

@@ -12,6 +12,8 @@ from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
 from cluster.telemetry.metrics import RouterMetrics
 
+GONE_MODELS_MAX = 64  # whose late requests are looked out for: by then those of earlier ones have ended
+
 
 class FleetSeries:
     """Keeps ``metrics`` in step with the fleet.
@@ -23,7 +25,8 @@ class FleetSeries:
 
     def __init__(self, metrics: RouterMetrics, config: RouterConfig) -> None:
         self._metrics = metrics
-        self._models: set[str] = set()
+        self._models: frozenset[str] = frozenset()
+        self._gone: dict[str, None] = {}  # the models that left last, in order
         self._replicas: frozenset[str] = frozenset()
         metrics.ttft_objective.set(config.ttft_objective_s)
         metrics.tpot_objective.set(config.tpot_objective_s)
@@ -40,20 +43,27 @@ class FleetSeries:
         for model, count in ready.items():
             metrics.endpoints.labels(model=model).set(count)
         for model in ready.keys() - self._models:
+            self._gone.pop(model, None)
             self._begin(model)
-        # What was seen once may come back with a late request: it is dropped again at the next change.
-        self._models |= ready.keys()
-        for model in self._models - ready.keys():
-            metrics.forget("model", model)
+        self._forget_models(self._models - ready.keys())
+        self._models = frozenset(ready)
         if replicas is self._replicas:
             return  # readiness changes often, and by thousands at a start; the table seldom
         for replica in replicas - self._replicas:
             for standing in Standing:
                 series = metrics.endpoint_standing.labels(replica=replica, standing=standing.value)
                 series.set(1 if standing is Standing.HEALTHY else 0)
-        for replica in self._replicas - replicas:
-            metrics.forget("replica", replica)
+        if left := self._replicas - replicas:
+            metrics.forget("replica", left)
         self._replicas = replicas
+
+    def _forget_models(self, left: frozenset[str]) -> None:
+        """What is gone may come back with a late request: it is dropped again at the next change."""
+        self._gone |= dict.fromkeys(left)
+        for model in list(self._gone)[:-GONE_MODELS_MAX]:
+            del self._gone[model]
+        if self._gone and (back := (self._metrics.shown("model") & self._gone.keys()) | left):
+            self._metrics.forget("model", back)
 
     def _begin(self, model: str) -> None:
         for outcome in Outcome:

@@ -252,6 +252,7 @@ class RequestRun:
         if end is SequenceEnd.CANCELLED:
             raise SequenceLost(LossReason.DROPPED)
         if end is SequenceEnd.REJECTED_INVALID:
+            self._search.refused_invalid()
             raise RequestRejected(RejectReason.INVALID, detail or "The engine refuses this request.")
         if self.started:
             raise RequestAborted(AbortReason.DEADLINE, "The deadline came before the last token.")

@@ -56,6 +56,7 @@ class EndpointSearch:
         self._fruitless = 0  # replicas in a row that broke before they gave it a token
         self._fruitful = False  # the one it is on has given it some
         self._moves = 0  # losses that were a wish of ours: the replica was slow
+        self._settles = False  # the last loss was one of these: the slow replica is better than a wait
         self.losses = 0
         self.cached_tokens = 0
 
@@ -91,14 +92,17 @@ class EndpointSearch:
 
     def lost(self, incarnation: Incarnation, reason: LossReason) -> None:
         """EngineFailed when the request may not be tried again: see ``RetryRefused``."""
-        self._failed.add(incarnation)
         self.losses += 1
+        self._settles = reason is LossReason.SLOW
+        if not self._settles:
+            self._failed.add(incarnation)
         if not self._fruitful and reason not in NOBODYS_FAULT:
             self._fruitless += 1
         self._fruitful = False
         self._around.metrics.failovers.labels(reason=reason.value).inc()
-        if reason is LossReason.SLOW:  # it may go on; who has no better place comes back
+        if self._settles:  # the replica lives: who finds no better place at once comes back
             self._moves += 1
+            self._not_used()
             return
         allowed = self._around.config.max_failovers
         if self.losses - self._moves > allowed:
@@ -156,8 +160,12 @@ class EndpointSearch:
             self._sent_s = self._around.clock.now()
         return session
 
+    def refused_invalid(self) -> None:
+        """The endpoint says that nobody can serve it."""
+        self._not_used()
+
     def _not_used(self) -> None:
-        """The endpoint computes nothing for this request: it was not sent, or it was refused."""
+        """The endpoint gives this request no token: it was not sent, was refused, or left before the first one."""
         choice, self._choice = self._choice, None
         if choice is not None:
             choice.not_used()
@@ -192,6 +200,7 @@ class EndpointSearch:
             refused=frozenset(self._draining),
             failed=frozenset(self._failed),
             needs_room=needs_room,
+            settles=self._settles,
             prompt_tokens=len(self._request.prompt_token_ids),
             blocks=self._blocks,
             session_key=self._request.session_key,

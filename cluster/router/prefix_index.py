@@ -124,13 +124,11 @@ class PrefixIndex:
     ``apply`` takes what an endpoint tells; ``expect`` what was just sent to it and is not told yet. At most
     ``max_blocks`` names are kept; beyond that the ones that have not been met for longest leave. An endpoint that is
     forgotten is gone at once; the bits it leaves in the table are swept later, for several of the dead together, a
-    part with each ``apply``, and only then its number is given to another. ``pause_s`` is for whoever listens to the
-    endpoints: how long each of them should wait between two messages.
+    part with each ``apply``, and only then its number is given to another.
     """
 
     def __init__(self, max_blocks: int = MAX_BLOCKS, max_expected: int = MAX_EXPECTED) -> None:
         assert max_blocks >= 1, max_blocks
-        self.pause_s = 0.0
         self._max_blocks, self._max_expected = max_blocks, max_expected
         shards = 1 << (-(-max_blocks // _SHARD_NAMES) - 1).bit_length()
         # name -> who holds the block, by the name's last bits; the ones not met for longest first

@@ -1,7 +1,7 @@
 """A router of several processes: the parent that starts them, starts them again, shows their metrics, ends them.
 
-A child that does not answer when it is asked for its metrics, several times in a row, is killed: stopped or stuck, it
-keeps its connections and serves nobody.
+A child that does not say that its event loop runs, several times in a row, is killed: stopped or stuck, it keeps its
+connections and serves nobody. How long its metrics take is no sign of that.
 
 The parent holds the port and serves /metrics, /healthz and /readyz; requests never pass through it. Its children end
 themselves when it dies.
@@ -37,7 +37,10 @@ START_DEADLINE_S = 45.0
 # A process listens when it has an endpoint, at the latest after this: at first, and started again.
 JOIN_WAIT_S, REJOIN_WAIT_S = 2.0, 5.0
 END_MARGIN_S = 5.0  # beyond drain_deadline_s, before a child is killed
-REFRESH_S = 2.0  # between two rounds: what a child has counted is lost with it for so long at most
+ROLL_CALL_S = 2.0  # between two rounds of asking who lives
+# Between two rounds of asking for metrics: what a child has counted is lost with it for so long at most. Where pages
+# are so large that a round takes long, it pauses some times as long: making them costs a child's clients time.
+REFRESH_S, REFRESH_PAUSES, REFRESH_MOST_S = 2.0, 9.0, 30.0
 CHILD = (sys.executable, "-P", "-m", "cluster.router.one_process")  # -P: not what is called "cluster" in our folder
 
 
@@ -67,7 +70,7 @@ class ProcessGroup:
         self._silences: dict[int, Silence] = {}
         own = new_registry()
         self._metrics = RouterMetrics(own)
-        self.merged = MergedProcesses(own, ALIKE_IN_PROCESSES)
+        self.merged = MergedProcesses(own, ALIKE_IN_PROCESSES, clock)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -95,7 +98,7 @@ class ProcessGroup:
     async def run(self) -> None:
         """Keeps every child alive until ``stop``, then drains them all at once."""
         keepers = [asyncio.create_task(self._keep(index)) for index in range(self.size)]
-        keepers.append(asyncio.create_task(self._refresh()))
+        keepers += [asyncio.create_task(self._refresh()), asyncio.create_task(self._call_roll())]
         await self._stopping.wait()
         self._log.info("router_draining", processes=len(self._children))
         await self._end(self._order.config.drain_deadline_s + END_MARGIN_S)
@@ -161,11 +164,21 @@ class ProcessGroup:
         return self._stopping.is_set()
 
     async def _refresh(self) -> None:
-        while not await self._stopped_within(REFRESH_S):
+        pause_s = REFRESH_S
+        while not await self._stopped_within(pause_s):
+            began_s = self._clock.now()
             try:
-                silent = await asyncio.to_thread(self.merged.refresh)
+                await asyncio.to_thread(self.merged.refresh)
             except Exception:  # boundary: whatever a process shows, all are asked again
                 self._log.exception("router_metrics_not_merged")
+            pause_s = min(max(REFRESH_S, REFRESH_PAUSES * (self._clock.now() - began_s)), REFRESH_MOST_S)
+
+    async def _call_roll(self) -> None:
+        while not await self._stopped_within(ROLL_CALL_S):
+            try:
+                silent = await asyncio.to_thread(self.merged.silent)
+            except Exception:  # boundary: whatever happens, all are asked again
+                self._log.exception("router_processes_not_asked")
             else:
                 self._end_silent(silent)
 

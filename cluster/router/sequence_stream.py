@@ -63,6 +63,11 @@ class SequenceStream:
         self._failure: Exception | None = None
         self.ended = False  # the engine has said its last word
 
+    @property
+    def going_on(self) -> bool:
+        """Neither ended nor failed, though its request may not have taken all of it yet."""
+        return not self.ended and self._failure is None
+
     def deliver(self, update: engine_pb2.SequenceUpdate) -> None:
         over, end = self.ended, update.end
         if end:

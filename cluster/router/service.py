@@ -22,6 +22,7 @@ from cluster.router.fleet_series import FleetSeries
 from cluster.router.health import Health
 from cluster.router.inference_service import add_inference
 from cluster.router.listener import Listener
+from cluster.router.loop_beat import LoopBeat
 from cluster.router.policy.profiles import PROFILES
 from cluster.router.prefix_series import PrefixSeries
 from cluster.router.server import InferenceServer
@@ -29,7 +30,7 @@ from cluster.router.session import SessionSettings
 from cluster.router.surroundings import Surroundings
 from cluster.router.tokenization import TokenizerCache
 from cluster.router.watch import EndpointWatch
-from cluster.telemetry.exposition import MetricsServer, new_registry
+from cluster.telemetry.exposition import MetricsServer, Page, new_registry
 from cluster.telemetry.logs import Logger, get_logger
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.v1 import control_pb2
@@ -44,7 +45,8 @@ class OneOfSeveral:
     """A router process that shares its port, which somebody holds by ``reserve_port``.
 
     It listens as soon as it has a ready endpoint, at the latest after ``ready_wait_s``: the kernel gives it
-    connections from then on, while others could serve them. Its metrics are for whoever merges them, on loopback.
+    connections from then on, while others could serve them. Its metrics are for whoever merges them, on loopback;
+    its /healthz says whether its event loop runs.
     """
 
     ready_wait_s: float
@@ -98,7 +100,8 @@ async def serve_router(
         fleet, server, health = parts.fleet, parts.server, parts.health
         port = config.port if one_of else listener.bind(config.host, config.port)
         metrics_host = LOOPBACK if one_of else config.host
-        metrics_server = MetricsServer(registry, metrics_host, config.metrics_port, lambda: health.ready)
+        routes = {"/healthz": _beat_of_loop(exits, clock or MonotonicClock())} if one_of else None
+        metrics_server = MetricsServer(registry, metrics_host, config.metrics_port, lambda: health.ready, routes)
         exits.push_async_callback(asyncio.to_thread, metrics_server.close)
         if one_of is None:
             await listener.start()
@@ -128,6 +131,12 @@ async def serve_router(
         await server.drain(config.drain_deadline_s)
     log.info("router_stopped", router_id=router_id)
     return 0
+
+
+def _beat_of_loop(exits: AsyncExitStack, clock: Clock) -> Callable[[], Page]:
+    beat = LoopBeat(clock)
+    exits.callback(beat.close)
+    return beat.page
 
 
 @dataclass(frozen=True, slots=True)

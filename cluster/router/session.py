@@ -7,9 +7,8 @@ falls silent fails every sequence on it at once and is opened again, with a boun
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TypeAlias
 
 import grpc
@@ -18,6 +17,7 @@ import grpc.aio
 from cluster.domain.endpoint import Endpoint
 from cluster.domain.errors import CheckpointError
 from cluster.router.cancellation import being_cancelled
+from cluster.router.command_batches import batches
 from cluster.router.endpoint_table import Candidate, LiveLoad
 from cluster.router.fleet_health import FleetHealth
 from cluster.router.prefix_index import MAX_BLOCKS, PrefixIndex
@@ -30,7 +30,6 @@ from cluster.wire import channel, convert
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 OUTBOX_MAX = 16384
-COMMANDS_BYTES_MAX = 8 * 2**20  # of one message, far below what a channel carries
 SILENCE_CHECKS = 8  # per engine_silence_s
 DESCRIBE_TIMEOUT_S = 30.0
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]"
@@ -65,9 +64,11 @@ class EngineSession:
     """The router's side of Engine.Session for one endpoint.
 
     ``on_change`` is called whenever ``up`` changed, ``on_load`` whenever ``load`` may have become less;
-    ``others_have_room`` is asked before sequences leave an engine that is much slower than its peers. ``submit`` and
+    ``places_elsewhere`` is asked before so many sequences leave an engine that is much slower than its peers: how many
+    of them its peers would begin soon. ``submit`` and
     ``release`` never wait: they are gathered and leave once per turn of the event loop, in one Commands message unless
-    they are large. Which blocks the endpoint holds goes to ``index``, if there is one.
+    they are large. Which blocks the endpoint holds goes to ``index``, if there is one. ``pauses``: those
+    of its news, until ``pace`` tells others.
     """
 
     def __init__(
@@ -78,18 +79,18 @@ class EngineSession:
         log: Logger,
         index: PrefixIndex | None = None,
         on_load: Callable[[EngineSession], None] = lambda _: None,
-        others_have_room: Callable[[EngineSession], bool] = lambda _: False,
+        places_elsewhere: Callable[[EngineSession, int], int] = lambda _session, _wanted: 0,
+        pauses: engine_pb2.Pauses | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.replica_name = str(endpoint.incarnation.replica)
         self.up = False
         self.load = LiveLoad(endpoint.block_size)
         self.served: ServedModel | None = None
-        self.load_pause_s = 0.1  # on average, between two messages that tell the load alone; from the next stream on
         self._settings = settings
         self._on_change = on_change
         self._on_load = on_load
-        self._others_have_room = others_have_room
+        self._places_elsewhere = places_elsewhere
         self._pulse = settings.health.pulse(endpoint.incarnation)
         self._log = log.bind(replica=str(endpoint.incarnation), address=endpoint.address)
         self._sequences: dict[int, tuple[SequenceStream, int]] = {}
@@ -97,7 +98,8 @@ class EngineSession:
         self._submits: dict[int, engine_pb2.Submit] = {}
         self._cancels: list[int] = []
         self._index = index
-        self._resync_due = False
+        self._pauses = pauses or engine_pb2.Pauses()
+        self._asides: dict[str, engine_pb2.SessionRequest] = {}  # to be sent beside commands, the last of each kind
         self._outgoing = asyncio.Event()
         self._heard = False
         self._stuck = False  # its step ran too long: it is down until it says that it works again
@@ -145,6 +147,11 @@ class EngineSession:
             self._cancels.append(sequence_id)
             self._outgoing.set()
 
+    def pace(self, pauses: engine_pb2.Pauses) -> None:
+        """Makes the engine send its news with other pauses from now on."""
+        self._pauses = pauses
+        self._send_aside("pauses", engine_pb2.SessionRequest(pauses=pauses))
+
     def forget_blocks(self) -> None:
         """The endpoint leaves the table: what it holds interests nobody any more, nor what it may still say."""
         index, self._index = self._index, None
@@ -185,13 +192,13 @@ class EngineSession:
             async with asyncio.timeout(self._settings.engine_silence_s):
                 if self._index is not None:
                     self._index.interrupted(self.endpoint.incarnation)
-                pause_s = self._index.pause_s if self._index is not None else 0.0
+                self._asides = {}  # a stream begins with all that they would say
                 hello = engine_pb2.Hello(
                     router_id=self._settings.router_id,
                     expected=convert.identity_of(self.endpoint),
                     block_events=self._index is not None,
-                    block_events_pause_s=pause_s,
-                    load_pause_s=self.load_pause_s,
+                    block_events_pause_s=self._pauses.block_events_s,
+                    load_pause_s=self._pauses.load_s,
                 )
                 await call.write(engine_pb2.SessionRequest(hello=hello))
                 self._check_welcome(await call.read())
@@ -259,18 +266,23 @@ class EngineSession:
 
     def _relieve(self) -> None:
         """The engine is slow: sends some of its youngest sequences elsewhere, where that is worth a prefill."""
-        leaving = self._pulse.leaving(len(self._sequences))
-        if leaving and self._others_have_room(self):
+        going_on = [stream for stream, _ in self._sequences.values() if stream.going_on]
+        wanted = self._pulse.leaving(len(going_on))
+        leaving = self._places_elsewhere(self, wanted) if wanted else 0
+        if leaving:
             self._pulse.moved(leaving)
-            for stream, _ in islice(reversed(self._sequences.values()), leaving):
+            for stream in going_on[-leaving:]:
                 stream.fail(SequenceLost(LossReason.SLOW))
 
     def _hear_blocks(self, index: PrefixIndex, events: engine_pb2.BlockEvents) -> None:
         if not index.apply(self.endpoint.incarnation, events):
             self._log.warning("block_events_missed", sequence_number=events.sequence_number)
-            self._resync_due = True
-            self._outgoing.set()
+            self._send_aside("resync", engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks()))
         self._settings.index_changed(self.endpoint.model, index)
+
+    def _send_aside(self, kind: str, request: engine_pb2.SessionRequest) -> None:
+        self._asides[kind] = request
+        self._outgoing.set()
 
     def _judge(self, step_age_s: float) -> None:
         if step_age_s <= self._settings.engine_step_deadline_s:
@@ -288,12 +300,12 @@ class EngineSession:
             self._outgoing.clear()
             submits, self._submits = self._submits, {}
             cancels, self._cancels = self._cancels, []
+            asides, self._asides = self._asides, {}
             try:
                 for commands in batches(submits.values(), cancels):
                     await call.write(engine_pb2.SessionRequest(commands=commands))
-                if self._resync_due:
-                    self._resync_due = False
-                    await call.write(engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks()))
+                for request in asides.values():
+                    await call.write(request)
             except (grpc.RpcError, asyncio.InvalidStateError):
                 return  # the reader sees the same end and says so
 
@@ -345,7 +357,7 @@ class EngineSession:
 
     def _went_down(self, reason: LossReason) -> None:
         was_up, self.up = self.up, False
-        self._submits, self._cancels, self._resync_due = {}, [], False
+        self._submits, self._cancels = {}, []
         if was_up:
             self._pulse.went_down(reason, len(self._sequences))
         self._fail_sequences(reason)
@@ -356,26 +368,6 @@ class EngineSession:
     def _fail_sequences(self, reason: LossReason) -> None:
         for stream, _ in self._sequences.values():
             stream.fail(SequenceLost(reason))
-
-
-def batches(
-    submits: Iterable[engine_pb2.Submit], cancels: Iterable[int], bytes_max: int = COMMANDS_BYTES_MAX
-) -> Iterator[engine_pb2.Commands]:
-    """All of them in order, in as few messages as have at most ``bytes_max`` of submits each.
-
-    A single submit may be larger than that. ``cancels`` leave first: they free what the submits need.
-    """
-    commands = engine_pb2.Commands(cancels=[engine_pb2.Cancel(sequence_id=i) for i in cancels])
-    size = 0
-    for submit in submits:
-        submit_bytes = submit.ByteSize()
-        if commands.submits and size + submit_bytes > bytes_max:
-            yield commands
-            commands, size = engine_pb2.Commands(), 0
-        commands.submits.append(submit)
-        size += submit_bytes
-    if commands.submits or commands.cancels:
-        yield commands
 
 
 def _delivers(update: engine_pb2.SequenceUpdate) -> bool:

@@ -1,17 +1,23 @@
 """Which endpoints are much slower than their peers, from the pace of their step messages. Pure: time is an argument.
 
-An endpoint's pace is the median of its last steps' times. It is compared with the median of the other endpoints of the
-same model, so that load, model and machine explain nothing away: a replica alone is never slow.
+An endpoint's pace is the median of its last steps' times. It is compared with that of the other endpoints of the same
+model, so that model and machine explain nothing away: a replica alone is never slow. Nor does its load: a step of many
+sequences takes longer than one of few, but no more than in proportion. So every verdict rests on peers with at least
+half as many sequences in their steps; or, where there are none, on what the steps of those that come nearest would take
+with half as many if each took a time of its own.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TypeVar
 
 from cluster.domain.ids import Incarnation
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,7 @@ class SlownessRules:
 
     steps: int = 15  # over which the median is taken; eight slow ones turn it
     judged_steps: int = 4  # a verdict comes after so many
-    slow_factor: float = 3.0  # a larger batch or prompts beside the decodes explain less than this
+    slow_factor: float = 3.0  # twice the sequences or prompts beside the decodes explain less than this
     recovered_factor: float = 1.5
     much_factor: float = 5.0  # slower than this, a few steps are verdict enough, and the median moves its streams
     much_steps: int = 4  # in a row; every verdict is checked against the median of as many last ones of its peers, ...
@@ -72,13 +78,14 @@ class Pace:
     """
 
     __slots__ = (
-        "_last_s", "_last_step", "_much_s", "_peers", "_row", "_rules", "_seconds", "_unjudged", "_verdict",
+        "_counts", "_last_s", "_last_step", "_much_s", "_peers", "_row", "_rules", "_seconds", "_unjudged", "_verdict",
         "gathered_s", "heard_s", "median_s",
     )  # fmt: skip
 
     def __init__(self, peers: _Peers, rules: SlownessRules) -> None:
         self._peers, self._rules = peers, rules
         self._seconds: deque[float] = deque(maxlen=rules.steps)
+        self._counts: deque[int] = deque(maxlen=rules.steps)  # of sequences in these steps
         self._unjudged = 0
         self._last_s: float | None = None
         self._last_step = 0
@@ -89,16 +96,18 @@ class Pace:
         self._much_s = float("inf")  # much slower than the others, by the last verdict that was due
         self._row = 0  # so many last steps took longer
 
-    def stepped(self, now_s: float, step: int, *, busy: bool, prompts: bool = False) -> None:
-        """Step number ``step`` of the engine has come; ``busy``: the engine goes on to the next one at once.
+    def stepped(self, now_s: float, step: int, *, busy: bool, prompts: bool = False, sequences: int = 1) -> None:
+        """Step number ``step`` of the engine has come, of so many ``sequences``.
 
-        ``prompts``: it computed some, which takes long where nothing is slow: it neither makes nor breaks a row.
+        ``busy``: the engine goes on to the next one at once. ``prompts``: it computed some, which takes long where
+        nothing is slow: it neither makes nor breaks a row.
         Messages may skip steps, in which this router had no part or which were merged: then each takes its share.
         """
         steps = step - self._last_step
         if self._last_s is not None and steps > 0:
             seconds = (now_s - self._last_s) / steps
             self._seconds.append(seconds)
+            self._counts.append(sequences)
             self._unjudged += 1
             if not prompts:
                 self._row = self._row + 1 if seconds > self._much_s else 0
@@ -116,6 +125,10 @@ class Pace:
     def last_steps(self) -> list[float]:
         """The times of the last few steps, in seconds."""
         return list(self._seconds)[-self._rules.much_steps :]
+
+    def last_counts(self) -> list[int]:
+        """How many sequences were in each of them."""
+        return list(self._counts)[-self._rules.much_steps :]
 
     @property
     def slow(self) -> bool:
@@ -157,9 +170,9 @@ class Pace:
         return True
 
     def unpicked(self, now_s: float) -> None:
-        """The probe was not sent after all: the next request is."""
+        """The probe was not sent after all, or has got nothing: the next request is, unless steps have shown enough."""
         verdict = self._verdict
-        if verdict is not None:
+        if verdict is not None and self._row < self._rules.much_steps:
             verdict.probe_wait_s, verdict.probe_at_s = verdict.waited_s or verdict.probe_wait_s, now_s
 
     def acquit(self) -> None:
@@ -181,35 +194,50 @@ class Pace:
         others_s = self._others(now_s)
         if others_s is not None:
             self._much_s = max(rules.floor_s, rules.much_factor * others_s)
-        verdict = self._verdict
-        if verdict is not None:
-            verdict.others_s = others_s = verdict.others_s if others_s is None else others_s
-            verdict.much = pace_s > self._much_s
-            if pace_s <= max(rules.floor_s, rules.recovered_factor * others_s):
-                self.acquit()
+        if self._verdict is not None:
+            self._review(self._verdict, pace_s, now_s)
         elif others_s is not None and pace_s > max(rules.floor_s, rules.slow_factor * others_s):
-            self._convict(pace_s, rules.slow_factor, now_s)
+            self._convict(pace_s, _upper_median(self._counts), rules.slow_factor, now_s)
             if self._verdict is not None:
-                self._verdict.much = pace_s > self._much_s
+                self._verdict.much = pace_s > max(rules.floor_s, rules.much_factor * self._verdict.others_s)
+
+    def _review(self, verdict: _Verdict, pace_s: float, now_s: float) -> None:
+        """It may have recovered. Without peers that are as loaded, what it was compared with last still holds."""
+        rules, sequences = self._rules, _upper_median(self._counts)
+        alike = [p.median_s for p in self._some_peers(now_s) if p.median_s is not None and not p.lighter(sequences)]
+        if alike:
+            verdict.others_s = _upper_median(alike)
+        self._much_s = max(rules.floor_s, rules.much_factor * verdict.others_s)
+        verdict.much = pace_s > self._much_s
+        if pace_s <= max(rules.floor_s, rules.recovered_factor * verdict.others_s):
+            self.acquit()
 
     def _judge_row(self, now_s: float) -> None:
         """A few steps in a row were much slower than the others' median was: that may be verdict enough."""
         self._row = 0
-        own = self.last_steps()
-        self._convict(min(own), self._rules.much_factor, now_s)
+        own, counts = self.last_steps(), self.last_counts()
+        self._convict(min(own), _upper_median(counts), self._rules.much_factor, now_s)
         if self.slow:  # what was before says nothing any more: neither of its recovery, nor of what is better moved
             self._seconds.clear()
             self._seconds.extend(own)
+            self._counts.clear()
+            self._counts.extend(counts)
             self._unjudged = 0
 
-    def _convict(self, pace_s: float, factor: float, now_s: float) -> None:
-        """Unless too many are slow already, or what slows it down slows the others, too.
+    def _convict(self, pace_s: float, sequences: int, factor: float, now_s: float) -> None:
+        """Unless too many are slow already, or its load explains it, or what slows it down slows the others, too.
 
         A machine that stood still, for instance, shows in the last few steps of all, and only later in their medians.
         """
         rules, peers = self._rules, self._peers
-        fresh = (p for p in peers.paces if p is not self and now_s - p.heard_s <= rules.fresh_s)
-        last = [_upper_median(pace.last_steps()) for pace in islice(fresh, rules.much_peers)]
+        alike, other = [], []
+        for pace in self._some_peers(now_s):
+            seconds, lighter = _upper_median(pace.last_steps()), pace.lighter(sequences)
+            if lighter:
+                other.append((lighter, lighter * seconds))
+            else:
+                alike.append(seconds)
+        last = alike or [scaled_s for _, scaled_s in sorted(other)[: (len(other) + 1) // 2]]
         if not last or pace_s <= max(rules.floor_s, factor * (others_s := _upper_median(last))):
             return
         peers.slow.add(self)
@@ -217,6 +245,16 @@ class Pace:
             peers.slow.discard(self)
         else:
             self._verdict = _Verdict(others_s, now_s + rules.first_probe_s, rules.first_probe_s)
+
+    def _some_peers(self, now_s: float) -> Iterator[Pace]:
+        """Those that a verdict is checked against."""
+        fresh = (p for p in self._peers.paces if p is not self and now_s - p.heard_s <= self._rules.fresh_s)
+        return islice(fresh, self._rules.much_peers)
+
+    def lighter(self, sequences: int) -> float:
+        """How many times as many as in its last steps half of ``sequences`` are; 0 where they are no more."""
+        half, own = sequences / 2, max(1, _upper_median(self.last_counts()))
+        return half / own if half > own else 0.0
 
     def _others(self, now_s: float) -> float | None:
         """The upper median of the others' paces; None when there are none."""
@@ -280,7 +318,7 @@ class Slowness:
         return pace is not None and pace.avoided(now_s)
 
 
-def _upper_median(values: Collection[float]) -> float:
+def _upper_median(values: Collection[_Number]) -> _Number:
     return sorted(values)[len(values) // 2]
 
 

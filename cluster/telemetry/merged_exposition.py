@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import http.client
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric
@@ -13,29 +14,38 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from cluster.config.schema import LOOPBACK
+from cluster.domain.clock import Clock, MonotonicClock
 from cluster.telemetry.merging import Series
 
-ASK_DEADLINE_S = 1.0
+READY_DEADLINE_S = 1.0
+# /healthz is a few bytes, but a process that is busy gives the thread that answers its turns late.
+ALIVE_DEADLINE_S = 3.0
+# A page of metrics takes as long as it is large: seconds with ten thousand replicas. A scrape waits for some times what
+# the last one took, and then shows that; in the background there is nobody who waits.
+SCRAPE_FIRST_S, SCRAPE_LEAST_S, SCRAPE_MOST_S, SCRAPE_TIMES = 2.0, 1.0, 8.0, 4.0
+REFRESH_DEADLINE_S = 30.0
 ASKED_AT_ONCE = 16
 
 
 class MergedProcesses(Collector):
     """A collector of everything that ``own`` and the processes show.
 
-    A process is asked at every scrape; one that does not answer, or not with metrics, counts with its last answer. What
-    a process that has ended had counted stays in the sums, for series that some other process still shows. Any thread
-    may call.
+    A process is asked at every scrape; one that does not answer in time, or not with metrics, counts with its last
+    answer. What a process that has ended had counted stays in the sums, for series that some other process still
+    shows. Any thread may call.
     """
 
-    def __init__(self, own: CollectorRegistry, alike: frozenset[str]) -> None:
-        self._own, self._alike = own, alike
+    def __init__(self, own: CollectorRegistry, alike: frozenset[str], clock: Clock | None = None) -> None:
+        self._own, self._alike, self._clock = own, alike, clock or MonotonicClock()
         self.registry = CollectorRegistry()  # what a MetricsServer shows
         self.registry.register(self)
         self._lock = threading.Lock()
         self._ports: dict[object, int] = {}
-        self._last: dict[object, Series] = {}
+        self._last: dict[object, _Answer] = {}
         self._retired = Series()
+        # Two of them: whether a process lives is not to wait for pages of metrics.
         self._askers = ThreadPoolExecutor(ASKED_AT_ONCE, "metrics-merge")
+        self._callers = ThreadPoolExecutor(ASKED_AT_ONCE, "roll-call")
 
     def join(self, key: object, port: int) -> None:
         """The process ``key`` answers on ``port`` of the loopback interface."""
@@ -48,63 +58,87 @@ class MergedProcesses(Collector):
             self._ports.pop(key, None)
             last = self._last.pop(key, None)
             if last is not None:
-                self._retired.add(last.growing())
-                self._retired = self._retired.only_shown_by([last, *self._last.values()])
+                self._retired.add(last.series.growing())
+                self._retired = self._retired.only_shown_by([last.series, *(a.series for a in self._last.values())])
 
-    def refresh(self) -> frozenset[object]:
-        """Asks every process now: what it has counted until then survives its death. Those that did not answer."""
-        with self._lock:
-            ports = dict(self._ports)
-        answers = dict(zip(ports, self._askers.map(_ask, ports.values()), strict=True))
-        with self._lock:
-            self._last |= {
-                key: found.series for key, found in answers.items() if found.series is not None and key in self._ports
-            }
-        return frozenset(key for key, found in answers.items() if not found.answered)
+    def refresh(self) -> None:
+        """Asks every process now, with patience: what it has counted until then survives its death."""
+        self._ask_all(lambda _: REFRESH_DEADLINE_S)
+
+    def silent(self) -> frozenset[object]:
+        """Those that do not say in time that they are alive (/healthz)."""
+        ports = self._known()
+        answers = self._callers.map(partial(_is_ok, path="/healthz", limit_s=ALIVE_DEADLINE_S), ports.values())
+        return frozenset(key for key, alive in zip(ports, answers, strict=True) if not alive)
 
     def ready(self) -> bool:
         """Whether some process is."""
-        with self._lock:
-            ports = tuple(self._ports.values())
-        return any(self._askers.map(_is_ready, ports))
+        ports = self._known().values()
+        return any(self._callers.map(partial(_is_ok, path="/readyz", limit_s=READY_DEADLINE_S), ports))
 
     def collect(self) -> Iterable[Metric]:
-        self.refresh()
+        self._ask_all(_scrape_limit_s)
         together = Series(self._own.collect())
         with self._lock:
-            for series in self._last.values():
-                together.add(series, self._alike)
+            for answer in self._last.values():
+                together.add(answer.series, self._alike)
             together.add_where_shown(self._retired)
         return together.families()
 
     def close(self) -> None:
         self._askers.shutdown(wait=False, cancel_futures=True)
+        self._callers.shutdown(wait=False, cancel_futures=True)
+
+    def _known(self) -> dict[object, int]:
+        with self._lock:
+            return dict(self._ports)
+
+    def _ask_all(self, limit_s: Callable[[_Answer | None], float]) -> None:
+        ports = self._known()
+        with self._lock:
+            limits = [limit_s(self._last.get(key)) for key in ports]
+        for _ in self._askers.map(self._ask, ports, ports.values(), limits):
+            continue
+
+    def _ask(self, key: object, port: int, limit_s: float) -> None:
+        asked_s = self._clock.now()
+        page = _get(port, "/metrics", limit_s)
+        if page is None:
+            return
+        took_s = self._clock.now() - asked_s
+        try:
+            series = Series(text_string_to_metric_families(page[1]))
+        except Exception:  # boundary: whatever one process shows, the others' count; the parser names no errors
+            return
+        with self._lock:
+            last = self._last.get(key)
+            # Not what comes behind a younger answer, and not what the predecessor of a new process said.
+            if self._ports.get(key) == port and (last is None or last.asked_s <= asked_s):
+                self._last[key] = _Answer(series, asked_s, took_s)
 
 
 class _Answer(NamedTuple):
-    """``series`` is None where what came is no page of metrics."""
+    """What a process showed when it was asked at ``asked_s``, ``took_s`` later."""
 
-    answered: bool
-    series: Series | None = None
-
-
-def _ask(port: int) -> _Answer:
-    answer = _get(port, "/metrics")
-    if answer is None:
-        return _Answer(answered=False)
-    try:
-        return _Answer(answered=True, series=Series(text_string_to_metric_families(answer[1])))
-    except Exception:  # boundary: whatever one process shows, the others' count; the parser names no errors
-        return _Answer(answered=True)
+    series: Series
+    asked_s: float
+    took_s: float
 
 
-def _is_ready(port: int) -> bool:
-    answer = _get(port, "/readyz")
+def _scrape_limit_s(last: _Answer | None) -> float:
+    if last is None:
+        return SCRAPE_FIRST_S
+    return min(max(SCRAPE_LEAST_S, SCRAPE_TIMES * last.took_s), SCRAPE_MOST_S)
+
+
+def _is_ok(port: int, path: str, limit_s: float) -> bool:
+    answer = _get(port, path, limit_s)
     return answer is not None and answer[0] == http.client.OK
 
 
-def _get(port: int, path: str) -> tuple[int, str] | None:
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=ASK_DEADLINE_S)
+def _get(port: int, path: str, limit_s: float) -> tuple[int, str] | None:
+    """``limit_s``: for each step, that is for the first byte and for every further piece."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=limit_s)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

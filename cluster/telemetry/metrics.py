@@ -5,6 +5,7 @@ Labels come from closed sets (model, replica slot, outcome ...): never an id of 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -149,11 +150,26 @@ class RouterMetrics:
         )  # fmt: skip
         self.of_request = RequestSeries(self)
 
-    def forget(self, label: str, value: str) -> None:
-        """A model or a replica is gone, and so are its series."""
-        for metric in self.of_model if label == "model" else (self.endpoint_picks, self.endpoint_standing):
-            metric.remove_by_labels({label: value})
+    def forget(self, label: str, values: Collection[str]) -> None:
+        """Models or replicas are gone, and so are their series."""
+        gone = frozenset(values)
+        for metric in self._of(label):
+            place = metric._labelnames.index(label)  # noqa: SLF001 - remove_by_labels looks at all for each value
+            for labels in _labels_of(metric):
+                if labels[place] in gone:
+                    metric.remove(*labels)
         self.of_request = RequestSeries(self)
+
+    def shown(self, label: str) -> frozenset[str]:
+        """The models or replicas that have series."""
+        found: set[str] = set()
+        for metric in self._of(label):
+            place = metric._labelnames.index(label)  # noqa: SLF001
+            found.update(labels[place] for labels in _labels_of(metric))
+        return frozenset(found)
+
+    def _of(self, label: str) -> tuple[Counter | Gauge | Histogram, ...]:
+        return self.of_model if label == "model" else (self.endpoint_picks, self.endpoint_standing)
 
     @property
     def of_model(self) -> tuple[Counter | Gauge | Histogram, ...]:
@@ -165,6 +181,12 @@ class RouterMetrics:
             self.prefix_index_blocks, self.prefix_index_dropped, self.prefix_index_resyncs,
             self.expected_cached_tokens, self.cached_tokens,
         )  # fmt: skip
+
+
+def _labels_of(metric: Counter | Gauge | Histogram) -> list[Sequence[str]]:
+    """The values of the labels of its series. prometheus_client shows them to nobody but a scrape."""
+    with metric._lock:  # noqa: SLF001
+        return list(metric._metrics)  # noqa: SLF001
 
 
 class RequestSeries:

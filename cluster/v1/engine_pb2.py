@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import inference_pb2 as cluster_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/engine.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"q\n\x0fReplicaIdentity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x19\n\x11\x63heckpoint_digest\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\",\n\x0f\x44\x65scribeRequest\x12\x19\n\x11include_tokenizer\x18\x01 \x01(\x08\"\x9a\x01\n\x10\x44\x65scribeResponse\x12-\n\x08identity\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.ReplicaIdentity\x12#\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32\x15.cluster.v1.ModelCard\x12\x32\n\x0ftokenizer_files\x18\x03 \x03(\x0b\x32\x19.cluster.v1.TokenizerFile\"\xd6\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11\x63heckpoint_digest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12\x15\n\rend_token_ids\x18\x06 \x03(\r\x12.\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x14.cluster.v1.Sampling\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\".\n\rTokenizerFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"\x9c\x01\n\x0eSessionRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.cluster.v1.HelloH\x00\x12(\n\x08\x63ommands\x18\x02 \x01(\x0b\x32\x14.cluster.v1.CommandsH\x00\x12\x31\n\rresync_blocks\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ResyncBlocksH\x00\x42\t\n\x07message\"\xa9\x01\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12-\n\x08\x65xpected\x18\x02 \x01(\x0b\x32\x1b.cluster.v1.ReplicaIdentity\x12\x14\n\x0c\x62lock_events\x18\x03 \x01(\x08\x12\x1c\n\x14\x62lock_events_pause_s\x18\x04 \x01(\x01\x12\x19\n\x0cload_pause_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_load_pause_s\"T\n\x08\x43ommands\x12#\n\x07submits\x18\x01 \x03(\x0b\x32\x12.cluster.v1.Submit\x12#\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x12.cluster.v1.Cancel\"\x81\x02\n\x06Submit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x04 \x03(\r\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.cluster.v1.Sampling\x12\x10\n\x08logprobs\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\tB\r\n\x0b_deadline_s\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"\x0e\n\x0cResyncBlocks\"\xb9\x01\n\x0fSessionResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.cluster.v1.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.cluster.v1.StepUpdateH\x00\x12 \n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x10.cluster.v1.BeatH\x00\x12)\n\x06\x62locks\x18\x04 \x01(\x0b\x32\x17.cluster.v1.BlockEventsH\x00\x42\t\n\x07message\"8\n\x07Welcome\x12-\n\x08identity\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.ReplicaIdentity\"i\n\nStepUpdate\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.cluster.v1.SequenceUpdate\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.cluster.v1.Load\"\xca\x01\n\x0eSequenceUpdate\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.cluster.v1.TokenLogprobs\x12$\n\x03\x65nd\x18\x05 \x01(\x0e\x32\x17.cluster.v1.SequenceEnd\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\r\"H\n\x04\x42\x65\x61t\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nstep_age_s\x18\x02 \x01(\x01\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.cluster.v1.Load\"h\n\x0b\x42lockEvents\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\r\n\x05reset\x18\x02 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x0e\n\x06stored\x18\x04 \x03(\x06\x12\x0f\n\x07removed\x18\x05 \x03(\x06\"\x8b\x01\n\x04Load\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\x03 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\"\xa6\x02\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\r\n\x05slots\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x07 \x03(\r\x12\x14\n\x0ctoken_starts\x18\x08 \x03(\r\x12\x15\n\rnew_block_ids\x18\t \x03(\r\x12\x18\n\x10new_block_counts\x18\n \x03(\r\x12\x14\n\x0c\x66irst_blocks\x18\x0b \x03(\r\x12\x11\n\tunsampled\x18\x0c \x03(\r\x12\x15\n\rprompt_counts\x18\r \x03(\r\x12\x32\n\x0fsequence_starts\x18\x0e \x03(\x0b\x32\x19.cluster.v1.SequenceStartJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04\"\x8e\x01\n\rSequenceStart\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12&\n\x08sampling\x18\x02 \x01(\x0b\x32\x14.cluster.v1.Sampling\x12\x10\n\x08logprobs\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x05 \x03(\r\"s\n\rSampledTokens\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0clogprob_rows\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.cluster.v1.TokenLogprobs*\xa8\x02\n\x0bSequenceEnd\x12\x1c\n\x18SEQUENCE_END_UNSPECIFIED\x10\x00\x12\x15\n\x11SEQUENCE_END_STOP\x10\x01\x12\x17\n\x13SEQUENCE_END_LENGTH\x10\x02\x12\x1a\n\x16SEQUENCE_END_CANCELLED\x10\x03\x12\"\n\x1eSEQUENCE_END_REJECTED_CAPACITY\x10\x04\x12!\n\x1dSEQUENCE_END_REJECTED_INVALID\x10\x05\x12!\n\x1dSEQUENCE_END_EVICTED_DEADLINE\x10\x06\x12!\n\x1dSEQUENCE_END_ABORTED_DEADLINE\x10\x07\x12\"\n\x1eSEQUENCE_END_REJECTED_DRAINING\x10\x08\x32\x97\x01\n\x06\x45ngine\x12\x45\n\x08\x44\x65scribe\x12\x1b.cluster.v1.DescribeRequest\x1a\x1c.cluster.v1.DescribeResponse\x12\x46\n\x07Session\x12\x1a.cluster.v1.SessionRequest\x1a\x1b.cluster.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63luster/v1/engine.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"q\n\x0fReplicaIdentity\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x19\n\x11\x63heckpoint_digest\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\",\n\x0f\x44\x65scribeRequest\x12\x19\n\x11include_tokenizer\x18\x01 \x01(\x08\"\x9a\x01\n\x10\x44\x65scribeResponse\x12-\n\x08identity\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.ReplicaIdentity\x12#\n\x04\x63\x61rd\x18\x02 \x01(\x0b\x32\x15.cluster.v1.ModelCard\x12\x32\n\x0ftokenizer_files\x18\x03 \x03(\x0b\x32\x19.cluster.v1.TokenizerFile\"\xd6\x01\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11\x63heckpoint_digest\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\t\x12\x15\n\rend_token_ids\x18\x06 \x03(\r\x12.\n\x10\x64\x65\x66\x61ult_sampling\x18\x07 \x01(\x0b\x32\x14.cluster.v1.Sampling\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\".\n\rTokenizerFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\"\xc2\x01\n\x0eSessionRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.cluster.v1.HelloH\x00\x12(\n\x08\x63ommands\x18\x02 \x01(\x0b\x32\x14.cluster.v1.CommandsH\x00\x12\x31\n\rresync_blocks\x18\x03 \x01(\x0b\x32\x18.cluster.v1.ResyncBlocksH\x00\x12$\n\x06pauses\x18\x04 \x01(\x0b\x32\x12.cluster.v1.PausesH\x00\x42\t\n\x07message\"\xa9\x01\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12-\n\x08\x65xpected\x18\x02 \x01(\x0b\x32\x1b.cluster.v1.ReplicaIdentity\x12\x14\n\x0c\x62lock_events\x18\x03 \x01(\x08\x12\x1c\n\x14\x62lock_events_pause_s\x18\x04 \x01(\x01\x12\x19\n\x0cload_pause_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x0f\n\r_load_pause_s\"T\n\x08\x43ommands\x12#\n\x07submits\x18\x01 \x03(\x0b\x32\x12.cluster.v1.Submit\x12#\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x12.cluster.v1.Cancel\"\x81\x02\n\x06Submit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x04 \x03(\r\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.cluster.v1.Sampling\x12\x10\n\x08logprobs\x18\x06 \x01(\r\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\tB\r\n\x0b_deadline_s\"\x1d\n\x06\x43\x61ncel\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\"\x0e\n\x0cResyncBlocks\"0\n\x06Pauses\x12\x16\n\x0e\x62lock_events_s\x18\x01 \x01(\x01\x12\x0e\n\x06load_s\x18\x02 \x01(\x01\"\xb9\x01\n\x0fSessionResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.cluster.v1.WelcomeH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.cluster.v1.StepUpdateH\x00\x12 \n\x04\x62\x65\x61t\x18\x03 \x01(\x0b\x32\x10.cluster.v1.BeatH\x00\x12)\n\x06\x62locks\x18\x04 \x01(\x0b\x32\x17.cluster.v1.BlockEventsH\x00\x42\t\n\x07message\"8\n\x07Welcome\x12-\n\x08identity\x18\x01 \x01(\x0b\x32\x1b.cluster.v1.ReplicaIdentity\"i\n\nStepUpdate\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12-\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.cluster.v1.SequenceUpdate\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.cluster.v1.Load\"\xca\x01\n\x0eSequenceUpdate\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.cluster.v1.TokenLogprobs\x12$\n\x03\x65nd\x18\x05 \x01(\x0e\x32\x17.cluster.v1.SequenceEnd\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\r\"H\n\x04\x42\x65\x61t\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nstep_age_s\x18\x02 \x01(\x01\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.cluster.v1.Load\"h\n\x0b\x42lockEvents\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\r\n\x05reset\x18\x02 \x01(\x08\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x0e\n\x06stored\x18\x04 \x03(\x06\x12\x0f\n\x07removed\x18\x05 \x03(\x06\"\x8b\x01\n\x04Load\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x1c\n\x14queued_prompt_tokens\x18\x03 \x01(\x04\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\"\xa6\x02\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\r\n\x05slots\x18\x05 \x03(\r\x12\x11\n\ttoken_ids\x18\x06 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x07 \x03(\r\x12\x14\n\x0ctoken_starts\x18\x08 \x03(\r\x12\x15\n\rnew_block_ids\x18\t \x03(\r\x12\x18\n\x10new_block_counts\x18\n \x03(\r\x12\x14\n\x0c\x66irst_blocks\x18\x0b \x03(\r\x12\x11\n\tunsampled\x18\x0c \x03(\r\x12\x15\n\rprompt_counts\x18\r \x03(\r\x12\x32\n\x0fsequence_starts\x18\x0e \x03(\x0b\x32\x19.cluster.v1.SequenceStartJ\x04\x08\x02\x10\x03J\x04\x08\x03\x10\x04\"\x8e\x01\n\rSequenceStart\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12&\n\x08sampling\x18\x02 \x01(\x0b\x32\x14.cluster.v1.Sampling\x12\x10\n\x08logprobs\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x05 \x03(\r\"s\n\rSampledTokens\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x14\n\x0clogprob_rows\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.cluster.v1.TokenLogprobs*\xa8\x02\n\x0bSequenceEnd\x12\x1c\n\x18SEQUENCE_END_UNSPECIFIED\x10\x00\x12\x15\n\x11SEQUENCE_END_STOP\x10\x01\x12\x17\n\x13SEQUENCE_END_LENGTH\x10\x02\x12\x1a\n\x16SEQUENCE_END_CANCELLED\x10\x03\x12\"\n\x1eSEQUENCE_END_REJECTED_CAPACITY\x10\x04\x12!\n\x1dSEQUENCE_END_REJECTED_INVALID\x10\x05\x12!\n\x1dSEQUENCE_END_EVICTED_DEADLINE\x10\x06\x12!\n\x1dSEQUENCE_END_ABORTED_DEADLINE\x10\x07\x12\"\n\x1eSEQUENCE_END_REJECTED_DRAINING\x10\x08\x32\x97\x01\n\x06\x45ngine\x12\x45\n\x08\x44\x65scribe\x12\x1b.cluster.v1.DescribeRequest\x1a\x1c.cluster.v1.DescribeResponse\x12\x46\n\x07Session\x12\x1a.cluster.v1.SessionRequest\x1a\x1b.cluster.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEQUENCEEND']._serialized_start=2814
-  _globals['_SEQUENCEEND']._serialized_end=3110
+  _globals['_SEQUENCEEND']._serialized_start=2902
+  _globals['_SEQUENCEEND']._serialized_end=3198
   _globals['_REPLICAIDENTITY']._serialized_start=67
   _globals['_REPLICAIDENTITY']._serialized_end=180
   _globals['_DESCRIBEREQUEST']._serialized_start=182
@@ -45,37 +45,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZERFILE']._serialized_start=602
   _globals['_TOKENIZERFILE']._serialized_end=648
   _globals['_SESSIONREQUEST']._serialized_start=651
-  _globals['_SESSIONREQUEST']._serialized_end=807
-  _globals['_HELLO']._serialized_start=810
-  _globals['_HELLO']._serialized_end=979
-  _globals['_COMMANDS']._serialized_start=981
-  _globals['_COMMANDS']._serialized_end=1065
-  _globals['_SUBMIT']._serialized_start=1068
-  _globals['_SUBMIT']._serialized_end=1325
-  _globals['_CANCEL']._serialized_start=1327
-  _globals['_CANCEL']._serialized_end=1356
-  _globals['_RESYNCBLOCKS']._serialized_start=1358
-  _globals['_RESYNCBLOCKS']._serialized_end=1372
-  _globals['_SESSIONRESPONSE']._serialized_start=1375
-  _globals['_SESSIONRESPONSE']._serialized_end=1560
-  _globals['_WELCOME']._serialized_start=1562
-  _globals['_WELCOME']._serialized_end=1618
-  _globals['_STEPUPDATE']._serialized_start=1620
-  _globals['_STEPUPDATE']._serialized_end=1725
-  _globals['_SEQUENCEUPDATE']._serialized_start=1728
-  _globals['_SEQUENCEUPDATE']._serialized_end=1930
-  _globals['_BEAT']._serialized_start=1932
-  _globals['_BEAT']._serialized_end=2004
-  _globals['_BLOCKEVENTS']._serialized_start=2006
-  _globals['_BLOCKEVENTS']._serialized_end=2110
-  _globals['_LOAD']._serialized_start=2113
-  _globals['_LOAD']._serialized_end=2252
-  _globals['_STEPPLAN']._serialized_start=2255
-  _globals['_STEPPLAN']._serialized_end=2549
-  _globals['_SEQUENCESTART']._serialized_start=2552
-  _globals['_SEQUENCESTART']._serialized_end=2694
-  _globals['_SAMPLEDTOKENS']._serialized_start=2696
-  _globals['_SAMPLEDTOKENS']._serialized_end=2811
-  _globals['_ENGINE']._serialized_start=3113
-  _globals['_ENGINE']._serialized_end=3264
+  _globals['_SESSIONREQUEST']._serialized_end=845
+  _globals['_HELLO']._serialized_start=848
+  _globals['_HELLO']._serialized_end=1017
+  _globals['_COMMANDS']._serialized_start=1019
+  _globals['_COMMANDS']._serialized_end=1103
+  _globals['_SUBMIT']._serialized_start=1106
+  _globals['_SUBMIT']._serialized_end=1363
+  _globals['_CANCEL']._serialized_start=1365
+  _globals['_CANCEL']._serialized_end=1394
+  _globals['_RESYNCBLOCKS']._serialized_start=1396
+  _globals['_RESYNCBLOCKS']._serialized_end=1410
+  _globals['_PAUSES']._serialized_start=1412
+  _globals['_PAUSES']._serialized_end=1460
+  _globals['_SESSIONRESPONSE']._serialized_start=1463
+  _globals['_SESSIONRESPONSE']._serialized_end=1648
+  _globals['_WELCOME']._serialized_start=1650
+  _globals['_WELCOME']._serialized_end=1706
+  _globals['_STEPUPDATE']._serialized_start=1708
+  _globals['_STEPUPDATE']._serialized_end=1813
+  _globals['_SEQUENCEUPDATE']._serialized_start=1816
+  _globals['_SEQUENCEUPDATE']._serialized_end=2018
+  _globals['_BEAT']._serialized_start=2020
+  _globals['_BEAT']._serialized_end=2092
+  _globals['_BLOCKEVENTS']._serialized_start=2094
+  _globals['_BLOCKEVENTS']._serialized_end=2198
+  _globals['_LOAD']._serialized_start=2201
+  _globals['_LOAD']._serialized_end=2340
+  _globals['_STEPPLAN']._serialized_start=2343
+  _globals['_STEPPLAN']._serialized_end=2637
+  _globals['_SEQUENCESTART']._serialized_start=2640
+  _globals['_SEQUENCESTART']._serialized_end=2782
+  _globals['_SAMPLEDTOKENS']._serialized_start=2784
+  _globals['_SAMPLEDTOKENS']._serialized_end=2899
+  _globals['_ENGINE']._serialized_start=3201
+  _globals['_ENGINE']._serialized_end=3352
 # @@protoc_insertion_point(module_scope)

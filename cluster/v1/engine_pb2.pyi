@@ -88,14 +88,16 @@ class TokenizerFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., content: _Optional[bytes] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("hello", "commands", "resync_blocks")
+    __slots__ = ("hello", "commands", "resync_blocks", "pauses")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     COMMANDS_FIELD_NUMBER: _ClassVar[int]
     RESYNC_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PAUSES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     commands: Commands
     resync_blocks: ResyncBlocks
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Union[Commands, _Mapping]] = ..., resync_blocks: _Optional[_Union[ResyncBlocks, _Mapping]] = ...) -> None: ...
+    pauses: Pauses
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., commands: _Optional[_Union[Commands, _Mapping]] = ..., resync_blocks: _Optional[_Union[ResyncBlocks, _Mapping]] = ..., pauses: _Optional[_Union[Pauses, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "expected", "block_events", "block_events_pause_s", "load_pause_s")
@@ -152,6 +154,14 @@ class Cancel(_message.Message):
 class ResyncBlocks(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Pauses(_message.Message):
+    __slots__ = ("block_events_s", "load_s")
+    BLOCK_EVENTS_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    block_events_s: float
+    load_s: float
+    def __init__(self, block_events_s: _Optional[float] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("welcome", "step", "beat", "blocks")

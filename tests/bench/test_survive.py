@@ -51,6 +51,26 @@ def test_goals_are_judged_by_part_and_a_part_that_did_not_run_is_left_out() -> N
     assert report.verdicts({"silence": silence}, GOALS) == {"silence_moved": False, "silence_exact": True}
 
 
+def test_a_slow_replica_must_change_no_token_and_fail_nobody() -> None:
+    slow: dict[str, Any] = {
+        "sent": 3, "ends": {"OK": 3}, "exact": True, "p99_factor": 1.5, "noticed_after_s": 1.4,
+    }  # fmt: skip
+    assert report.verdicts({"slow": slow}, GOALS) == dict.fromkeys(("slow_p99", "slow_noticed", "slow_exact"), True)
+    for worse in ({"exact": False}, {"ends": {"OK": 2, "UNAVAILABLE REPLICA_FAILED": 1}}):
+        assert not report.verdicts({"slow": slow | worse}, GOALS)["slow_exact"]
+
+
+def test_an_unknown_part_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.parts("death,slow") == {"death", "slow"}
+    monkeypatch.setattr("sys.argv", ["measure", "--only", "slow,typo"])
+    with pytest.raises(SystemExit) as caught:
+        bench.main()
+    assert caught.value.code == 2
+    assert "no part is called 'typo'; parts are slow,death,silence,storm" in capsys.readouterr().err
+
+
 def test_arrivals_are_the_same_for_the_same_seed_and_in_their_time() -> None:
     sent = arrivals(3, 50.0, 2.0, 4.0, 20)
     assert sent == arrivals(3, 50.0, 2.0, 4.0, 20)

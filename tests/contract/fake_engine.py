@@ -97,6 +97,7 @@ class FakeEngine:
     tell_blocks: bool = False
     lose_block_message: bool = False
     resyncs: int = 0
+    pauses: list[tuple[float, float]] = field(default_factory=list)  # of news of blocks and loads, as it was asked for
     blocks: BlockLog = field(default_factory=BlockLog)
     _work: asyncio.Event = field(default_factory=asyncio.Event)
     submits: list[engine_pb2.Submit] = field(default_factory=list)
@@ -206,6 +207,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         await context.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=engine.identity)))
         engine.sessions += 1
         session = engine.sessions
+        engine.pauses = [(first.hello.block_events_pause_s, first.hello.load_pause_s)]
         blocks = engine.blocks.open() if engine.tell_blocks and first.hello.block_events else None
         reader = asyncio.create_task(self._read(session, context, blocks))
         try:
@@ -229,6 +231,8 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
                 engine.resyncs += 1
                 assert blocks is not None, "a router that never asked for blocks misses some"
                 blocks.restart()
+            if message.HasField("pauses"):
+                engine.pauses.append((message.pauses.block_events_s, message.pauses.load_s))
             engine.commands += message.HasField("commands")
             for submit in message.commands.submits:
                 engine.submits.append(submit)

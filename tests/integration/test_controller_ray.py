@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,10 +17,23 @@ import psutil
 import pytest
 from controller_site import Site, running_site
 
+import cluster
 from cluster.controller import ray_start
 from cluster.v1 import control_pb2
 
 pytestmark = pytest.mark.integration
+ASKS_A_WORKER = """
+import importlib, sys
+from pathlib import Path
+from cluster.controller import ray_start
+address, token_file, folder = sys.argv[1:]
+sys.path.append(folder)
+ray_start.connect(address, token_file=Path(token_file))
+import ray
+found = ray.remote(num_cpus=0)(lambda: importlib.import_module("cluster").__file__)
+print(ray.get(found.remote(), timeout=30))
+ray_start.disconnect()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +50,16 @@ def test_ray_listens_on_loopback_only_and_its_token_is_private(site: Site):
         for connection in psutil.Process(pid).net_connections(kind="tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 assert connection.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1"), connection
+
+
+def test_workers_run_this_package_whatever_the_folder_of_the_command_holds(site: Site, tmp_path: Path):
+    (tmp_path / "cluster.py").write_text("raise RuntimeError('not this one')")
+    node = ray_start.load_node(site.run_dir)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ASKS_A_WORKER, node.address, node.token_file, str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [cluster.__file__]
 
 
 def test_a_wrong_model_changes_nothing(site: Site):

@@ -169,3 +169,22 @@ async def test_streams_leave_a_replica_that_is_much_slower(start: StartCluster) 
     assert retries(cluster) == there
     assert f'cluster_router_failovers_total{{reason="slow"}} {there}.0' in await cluster.metrics()
     assert await cluster.outcomes() == {"completed": 12}
+
+
+async def test_streams_that_find_no_place_elsewhere_stay_where_they_are_or_come_back(start: StartCluster) -> None:
+    """Two replicas of four become slow at once, while the others have places for a few of their streams only."""
+    fleet = [engine(slot, step_s=0.01, max_num_seqs=4) for slot in range(4)]
+    cluster = await start(*fleet, failover_wait_s=0.3)
+    running = [asyncio.create_task(ending(cluster, request(120, seed=seed))) for seed in range(14)]
+    await eventually(lambda: sum(len(e.running) for e in fleet) == 14, "all run")
+    await eventually(lambda: all(s.sent > 20 for e in fleet for s in e.running.values()), "their pace is known")
+    for slot, one in enumerate(fleet):
+        one.step_s = 0.02 if slot < 2 else 0.2
+    await eventually(lambda: retries(cluster) > 0, "some have left")
+    # Three steps take longer than failover_wait_s.
+    stayed = [(e, key, s, s.sent + 3) for e in fleet[2:] for key, s in e.running.items()]
+    await eventually(lambda: all(s.sent >= due or key not in e.running for e, key, s, due in stayed), "they go on")
+    for one in fleet:
+        one.step_s = 0.01
+    assert {await answer for answer in running} == {("OK", None)}
+    assert await cluster.outcomes() == {"completed": 14}

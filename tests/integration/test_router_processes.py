@@ -16,7 +16,7 @@ from cluster.config.listening import can_listen
 from cluster.config.schema import RouterConfig
 from cluster.domain.errors import PortTakenError, ReplicaError
 from cluster.router import process_group
-from cluster.router.process_group import serve_processes
+from cluster.router.process_group import RunningProcesses, serve_processes
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from cluster.wire.status import from_rpc_error
 from tests.contract.fake_control import FakeControl
@@ -208,6 +208,34 @@ async def test_a_process_that_does_not_start_ends_all(control: FakeControl, monk
     monkeypatch.setattr(process_group, "CHILD", (process_group.CHILD[0], "-c", "import sys; sys.stdin.readline()"))
     with pytest.raises(ReplicaError, match="did not start: it ended without a word"):
         await serve_processes(RouterConfig(port=0, metrics_port=0, processes=2), control.address)
+
+
+HANGS = """
+import asyncio, sys, threading
+from cluster.router import loop_beat, one_process
+loop_beat.LATE_S, plain = 0.5, one_process._answer
+def answer(said):
+    plain(said)
+    asyncio.get_running_loop().call_soon(threading.Event().wait)
+one_process._answer = answer
+sys.exit(one_process.main())
+"""
+
+
+async def test_a_process_whose_event_loop_hangs_is_killed(
+    control: FakeControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threads go on to show metrics."""
+    monkeypatch.setattr(process_group, "CHILD", (process_group.CHILD[0], "-c", HANGS))
+    monkeypatch.setattr(process_group, "ROLL_CALL_S", 0.05)
+    groups: list[RunningProcesses] = []
+    config = RouterConfig(port=0, metrics_port=0, processes=2, drain_deadline_s=0.0)
+    serving = asyncio.create_task(serve_processes(config, control.address, started=groups.append))
+    await eventually(lambda: bool(groups), "both listen", 30.0)
+    first = groups[0].children()
+    await eventually(lambda: all(map(is_gone, first)), "both were killed", 20.0)
+    groups[0].stop()
+    assert await asyncio.wait_for(serving, 30) == 0
 
 
 @pytest.mark.long

@@ -312,6 +312,9 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001
 
 
+_PROVEN_WITH_MORE: set[tuple[object, ...]] = set()
+
+
 def _proven(layer: Any, library: kernels.Kernels, qkv: products.Product) -> _LeanLayer | None:
     """Ours, where all that it computes agrees: queries, keys and values, what is kept of them, and the result."""
     proof = LayerProof(layer.self_attn, qkv.in_features, layer.input_layernorm.forward.dtype)
@@ -329,11 +332,22 @@ def _proven(layer: Any, library: kernels.Kernels, qkv: products.Product) -> _Lea
     right = right and agreement.agree(pool.keys, seen.pool.keys) and agreement.agree(pool.values, seen.pool.values)
     if not right or not agreement.agree_at_all_scales(got, expected):
         return None
-    lean.as_a_whole(_parts_of(layer, qkv))
-    whole, whole_pool = proof.mine(lean.forward, seen)
-    pools = ((whole_pool.keys, pool.keys), (whole_pool.values, pool.values))
-    if not agreement.agree_at_all_scales(whole, got) or not all(agreement.agree(*pair) for pair in pools):
-        lean.as_a_whole(None)
+    whole = _parts_of(layer, qkv)
+    if whole is None:
+        return lean
+    # What more tokens change does not lie in the weights: one layer of each shape is tried with them.
+    shape = (type(layer), rotated, whole.shapes)
+    by_parts = [(False, got, pool)]
+    if shape not in _PROVEN_WITH_MORE:
+        by_parts.append((True, *proof.mine(lean.forward, seen, more=True)))
+    lean.as_a_whole(whole)
+    for more, expected, kept in by_parts:
+        got, pool = proof.mine(lean.forward, seen, more=more)
+        right = agreement.agree(pool.keys, kept.keys) and agreement.agree(pool.values, kept.values)
+        if not right or not agreement.agree_at_all_scales(got, expected):
+            lean.as_a_whole(None)
+            return lean
+    _PROVEN_WITH_MORE.add(shape)
     return lean
 
 
@@ -342,7 +356,11 @@ def _parts_of(layer: Any, qkv: products.Product) -> LayerParts | None:
     o, mlp = layer.self_attn.o_proj, getattr(layer.mlp, "fused", None)
     if not isinstance(o, products.Product) or not isinstance(mlp, FusedMLP) or not mlp.is_silu:
         return None
-    if not isinstance(mlp.down, products.Product) or getattr(layer, "residual_multiplier", 1.0) != 1.0:
+    if (
+        qkv.whole_few_rows is None
+        or not isinstance(mlp.down, products.Product)
+        or getattr(layer, "residual_multiplier", 1.0) != 1.0
+    ):
         return None
     first, second = (
         NormWeights(norm.forward.weight, norm.forward.eps, norm.forward.offset)

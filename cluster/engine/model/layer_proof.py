@@ -33,26 +33,35 @@ class AttentionCall:
 
 
 class LayerProof:
-    """One pass over a prompt of a few tokens, of all sizes and at positions near and far."""
+    """Passes over a prompt of a few tokens, of all sizes and at positions near and far.
+
+    On demand, over some more of them: enough for what products of ours do with many (``products.MANY_ROWS``).
+    """
 
     def __init__(self, attention: Any, width: int, dtype: torch.dtype) -> None:
         self._attention, self._kernel = attention, choose_kernel(dtype, CPU)
         self.hidden = agreement.at_all_scales(width, dtype)
-        self._tokens = tokens = self.hidden.shape[1]
+        self._more = torch.cat([self.hidden, self.hidden[:, : agreement.ROWS]], dim=1)
+        self._tokens = tokens = self._more.shape[1]
         cos, sin = agreement.random(2, 1, tokens, attention.head_dim, dtype=dtype).unbind(0)
-        self.angles = (cos, sin)
-        far = (_POSITIONS * tokens)[:tokens]
-        self._arguments = {
-            "position_embeddings": self.angles, "attention_mask": None, "position_ids": torch.tensor([far]),
-            "past_key_values": None, "use_cache": False,
-        }  # fmt: skip
+        few = self.hidden.shape[1]
+        self._angles, self.angles = (cos, sin), (cos[:, :few], sin[:, :few])
+        self._positions = torch.tensor([(_POSITIONS * tokens)[:tokens]])
+        self._cache = PagedKVCache({}, 0, tokens, dtype, CPU)
+
+    def _arguments(self, tokens: int) -> dict[str, Any]:
+        """Of a layer's forward over the first ``tokens``, for which the cache is made ready."""
         tables, entry = (
             BlockTables(1, 1, CPU),
             StepEntry(SequenceKey(0, 0), 0, (0,) * tokens, 0, 0, (0,), True, tokens),
         )
         tables.apply([entry])
-        self._cache = PagedKVCache({}, 0, tokens, dtype, CPU)
-        self._cache.layout = layout_step([entry], tables, tokens)
+        self._cache.layout = layout_step([entry], tables, self._tokens)
+        cos, sin = self._angles
+        return {
+            "position_embeddings": (cos[:, :tokens], sin[:, :tokens]), "attention_mask": None,
+            "position_ids": self._positions[:, :tokens], "past_key_values": None, "use_cache": False,
+        }  # fmt: skip
 
     def original(self, forward: Forward) -> tuple[torch.Tensor, AttentionCall]:
         """The result of the layer's own forward, and its one call of the attention."""
@@ -72,17 +81,18 @@ class LayerProof:
 
         nothing = self.hidden.new_empty(0, 0, 0, 0)
         self._attention.paged = Bound(self._cache, LayerPool(nothing, nothing), record)
-        expected = forward(self.hidden.clone(), **self._arguments)
+        expected = forward(self.hidden.clone(), **self._arguments(self.hidden.shape[1]))
         (call,) = seen
         return expected, call
 
-    def mine(self, forward: Forward, seen: AttentionCall) -> tuple[torch.Tensor, LayerPool]:
-        """The result of ``forward``, and what it kept."""
+    def mine(self, forward: Forward, seen: AttentionCall, *, more: bool = False) -> tuple[torch.Tensor, LayerPool]:
+        """The result of ``forward``, and what it kept; ``more``: over more tokens than the original was asked for."""
+        given = self._more if more else self.hidden
         pool = self._pool(seen.key, seen.value)
         self._attention.paged = Bound(self._cache, pool, self._kernel)
-        hidden = self.hidden.clone()
-        got = forward(hidden, **self._arguments)
-        assert torch.equal(hidden, self.hidden), "a layer's input is the residual of others"
+        hidden = given.clone()
+        got = forward(hidden, **self._arguments(given.shape[1]))
+        assert torch.equal(hidden, given), "a layer's input is the residual of others"
         return got, pool
 
     def _pool(self, key: torch.Tensor, value: torch.Tensor) -> LayerPool:

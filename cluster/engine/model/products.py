@@ -20,8 +20,10 @@ from cluster.engine.model import agreement, kernels
 _ROWS = 64
 _PANEL = 64  # columns that lie side by side in a weight of float32, where the processor has AVX-512
 MOST_ROWS = 64  # up to here our own product is used
+MANY_ROWS = 24  # enough for its other branch: from 19 on it fetches what comes next meanwhile
 # A weight that other code reads is kept in plain order, too, if it is no larger: routers of experts are small.
 _KEPT_BYTES = 64 << 20
+_PROVEN_WITH_MANY: set[tuple[object, ...]] = set()
 Reduce = Callable[[torch.Tensor], object]  # sums in place
 
 
@@ -121,7 +123,10 @@ class FewRows:
 
 
 def _few_rows(packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> FewRows | None:
-    """Where ``packed`` is laid out as our kernel reads it, which is tried out."""
+    """Where ``packed`` is laid out as our kernel reads it, which is tried out.
+
+    Where a weight's numbers lie shows with any rows; many are tried once for each shape.
+    """
     library, ops = kernels.load(), torch.ops.mkldnn
     if library is None or weight.dtype != torch.float32 or not hasattr(ops, "data_ptr") or not hasattr(ops, "_nbytes"):
         return None
@@ -130,9 +135,14 @@ def _few_rows(packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     if rest or packed_in < width:
         return None
     few = FewRows(library.packed_product, bias, ops.data_ptr(packed), packed_in, MOST_ROWS * width)
-    x = agreement.random(agreement.ROWS, width, dtype=weight.dtype)
-    mine = few.multiply(x, few.address, packed_in, bias, columns)
-    return few if agreement.agree(mine, ops._linear_pointwise(x, packed, bias, "none", [], "")) else None  # noqa: SLF001
+    shape = (few.multiply, columns, width, packed_in, bias is None)
+    for rows in (agreement.ROWS,) if shape in _PROVEN_WITH_MANY else (agreement.ROWS, MANY_ROWS):
+        x = agreement.random(rows, width, dtype=weight.dtype)
+        mine = few.multiply(x, few.address, packed_in, bias, columns)
+        if not agreement.agree(mine, ops._linear_pointwise(x, packed, bias, "none", [], "")):  # noqa: SLF001
+            return None
+    _PROVEN_WITH_MANY.add(shape)
+    return few
 
 
 class _Shared:

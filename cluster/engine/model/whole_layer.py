@@ -39,6 +39,12 @@ class LayerParts:
     gate_up: products.Product
     down: products.Product
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, bool], ...]:
+        """Inputs and outputs of each product, and whether it has a bias."""
+        linears = (self.qkv, self.o, self.gate_up, self.down)
+        return tuple((linear.in_features, linear.out_features, linear.bias is not None) for linear in linears)
+
 
 class WholeLayer:
     """Steps of up to ``MOST_ROWS`` tokens; float32."""

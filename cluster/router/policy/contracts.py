@@ -22,9 +22,10 @@ class Demand:
 
     ``checkpoint_digest``: the weights it was tokenized for, empty for any; a continuation must find the same.
     ``refused``: incarnations that said no; ``failed``: incarnations that broke under this request. With
-    ``needs_room`` an endpoint that would only queue it does not qualify. ``prompt_tokens``: those to be computed where
-    nothing is cached. ``blocks``: the prompt as prefix caches know it, one object for all attempts of a request; None
-    where nobody cares. ``session_key``: requests with one key belong to one conversation.
+    ``needs_room`` an endpoint that would only queue it does not qualify; then one that is slow or ejected does not
+    either, as long as a sound one is full for now; who ``settles`` takes a slow one. ``prompt_tokens``: those to be
+    computed where nothing is cached. ``blocks``: the prompt as prefix caches know it, one object for all attempts of a
+    request; None where nobody cares. ``session_key``: requests with one key belong to one conversation.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Demand:
     refused: frozenset[Incarnation] = frozenset()
     failed: frozenset[Incarnation] = frozenset()
     needs_room: bool = False
+    settles: bool = False
     prompt_tokens: int = 0
     blocks: PromptBlocks | None = None
     session_key: str = ""

@@ -11,7 +11,7 @@ from cluster.domain.block_hash import LeadingNames
 from cluster.domain.ids import Incarnation
 from cluster.router.endpoint_table import Candidate
 from cluster.router.policy.contracts import Choice, Demand, Filter, Profile, Turn
-from cluster.router.policy.filters import NOT_FAILED, NOT_FULL
+from cluster.router.policy.filters import NOT_EJECTED, NOT_FAILED, NOT_FULL
 from cluster.router.policy.group import Group, Member
 from cluster.router.prefix_index import Holders
 
@@ -118,7 +118,7 @@ class Selector:
 
         Where there is none: one that broke under this request and is sound again; or else who is left when filters that
         are not required step aside one by one. Not for want of room: a request that could soon have a sound member
-        waits for it, rather than go to a slow one now.
+        waits for it, rather than go to a slow one now, unless it settles for that.
         """
         found: list[tuple[Candidate, int]] = []
         spare: list[tuple[Candidate, int]] = []
@@ -149,7 +149,7 @@ class Selector:
             return found
         sound = [one for one in spare if _passes(one[0], demand, self._sound)]
         if not sound and demand.needs_room and self._sound_but_full(group, demand):
-            return []
+            spare = [one for one in spare if demand.settles and NOT_EJECTED.keep(one[0], demand)]
         left = _filtered([candidate for candidate, _ in sound or spare], demand, self._optional)
         kept = {id(candidate) for candidate in left}
         return [(candidate, position) for candidate, position in spare if id(candidate) in kept]

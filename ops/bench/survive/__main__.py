@@ -26,6 +26,7 @@ from ops.bench.survive.fleet import Fleet
 from ops.bench.survive.streams import Stream
 
 HERE = Path(__file__).parent
+PARTS = ("slow", "death", "silence", "storm")
 LOOK_S = 0.1  # between two looks at the router's metrics
 SLOW_GAPS = 3.0  # a gap of so many healthy steps is a slow one
 
@@ -191,10 +192,18 @@ async def measure(workload: dict[str, Any], only: set[str], picture: Path) -> di
     return result
 
 
+def parts(named: str) -> set[str]:
+    """Of a list by comma."""
+    unknown = sorted(set(named.split(",")) - set(PARTS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no part is called {unknown[0]!r}; parts are {','.join(PARTS)}")
+    return set(named.split(","))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the slow replica for 25 s instead of 70")
-    parser.add_argument("--only", default="slow,death,silence,storm", help="parts, by comma")
+    parser.add_argument("--only", type=parts, default=set(PARTS), help=f"of {','.join(PARTS)}, by comma")
     parser.add_argument("--name", default="latest", help="of the result files")
     given = parser.parse_args()
     workload = yaml.safe_load((HERE / "workload.yaml").read_text())
@@ -204,7 +213,7 @@ def main() -> int:
     path = HERE / "results" / f"{given.name}.json"
     path.parent.mkdir(exist_ok=True)
     result = provenance.facts() | {"workload": workload}
-    result |= uvloop.run(measure(workload, set(given.only.split(",")), path.with_suffix(".png")))
+    result |= uvloop.run(measure(workload, given.only, path.with_suffix(".png")))
     result["held"] = report.verdicts(result, workload["goals"])
     provenance.write(path, result)
     print(report.table(result))

@@ -54,7 +54,7 @@ def verdicts(result: dict[str, Any], goals: dict[str, float]) -> dict[str, bool]
         slow = result["slow"]
         found["slow_p99"] = slow["p99_factor"] <= goals["p99_factor"]
         found["slow_noticed"] = slow["noticed_after_s"] is not None
-        found["slow_nothing_failed"] = slow["ends"] == {"OK": slow["sent"]}
+        found["slow_exact"] = slow["ends"] == {"OK": slow["sent"]} and slow["exact"]
     if "death" in result:
         gone, back = result["death"]["gone"], result["death"]["back"]
         found["death_answers"] = all(gone[who]["p99_ms"] <= goals["answer_ms"] for who in ("running", "new"))

@@ -1,6 +1,7 @@
 """A client that is closed while a stream pauses between two calls makes no further call."""
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -87,3 +88,84 @@ async def test_nor_does_one_that_was_closed_on_an_event_loop() -> None:
         with pytest.raises(RequestAborted, match="was closed"):
             await begin()
     assert not client._channels
+
+
+BEGIN = {"generate": lambda client: list(client.generate([1])), "ask": lambda client: client.list_models()}
+
+
+@pytest.mark.parametrize("begin", BEGIN.values(), ids=BEGIN)
+def test_closing_in_another_thread_just_before_a_call_is_the_typed_error(
+    monkeypatch: pytest.MonkeyPatch, begin: Callable[[Client], object]
+) -> None:
+    client = Client("127.0.0.1:1")
+    stub = client._stub
+
+    def stub_then_close(address: str) -> Any:
+        found = stub(address)
+        client.close()
+        return found
+
+    monkeypatch.setattr(client, "_stub", stub_then_close)
+    with pytest.raises(RequestAborted, match="was closed"):
+        begin(client)
+
+
+def test_other_value_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client("127.0.0.1:1")
+
+    def refuse(_address: str) -> Any:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(client, "_stub", refuse)
+    with pytest.raises(ValueError, match="no such thing"):
+        client.list_models()
+    client.close()
+
+
+@pytest.fixture
+async def mute() -> AsyncIterator[str]:
+    """The address of a server that says nothing."""
+    gone = asyncio.Event()
+
+    async def hold(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    server = await asyncio.start_server(hold, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    gone.set()
+    server.close()
+
+
+ASYNC_BEGIN = {"generate": lambda client: anext(client.generate([1])), "ask": lambda client: client.list_models()}
+
+
+@pytest.mark.parametrize("begin", ASYNC_BEGIN.values(), ids=ASYNC_BEGIN)
+async def test_closing_under_a_call_on_an_event_loop_is_the_typed_error(
+    mute: str, begin: Callable[[AsyncClient], Awaitable[object]]
+) -> None:
+    client = AsyncClient(mute)
+    calling = asyncio.ensure_future(begin(client))
+    async with asyncio.timeout(5):
+        while not client._channels:
+            await asyncio.sleep(0)
+    await client.close()
+    with pytest.raises(RequestAborted, match="closed"):
+        await asyncio.wait_for(calling, 5)
+    assert not calling.cancelled()
+
+
+@pytest.mark.parametrize("begin", ASYNC_BEGIN.values(), ids=ASYNC_BEGIN)
+async def test_a_task_that_is_cancelled_stays_cancelled(
+    mute: str, begin: Callable[[AsyncClient], Awaitable[object]]
+) -> None:
+    client = AsyncClient(mute)
+    calling = asyncio.ensure_future(begin(client))
+    async with asyncio.timeout(5):
+        while not client._channels:
+            await asyncio.sleep(0)
+    calling.cancel()
+    await client.close()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(calling, 5)
+    assert calling.cancelled()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -154,11 +155,29 @@ def test_ray_s_workers_do_not_look_for_modules_where_the_command_was_given(tmp_p
     import cluster
 
     seen = []
+
+    def init(*, job_config, **_):
+        seen.append((Path.cwd(), job_config._py_driver_sys_path, job_config._runtime_env_has_working_dir()))
+
     monkeypatch.setattr(ray_start, "_require_listener", lambda _: None)
-    monkeypatch.setattr(ray, "init", lambda **_: seen.append(Path.cwd()))
+    monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.chdir(tmp_path)
     ray_start.connect("127.0.0.1:1")
-    assert seen == [Path(cluster.__file__).parents[1]]
-    assert Path.cwd() == tmp_path
+    # The folder of the process is all its threads': it stays what it is.
+    assert seen == [(tmp_path, [str(Path(cluster.__file__).parents[1])], True)]
+
+
+def test_the_environment_s_token_is_named_from_any_folder(tmp_path, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray_start, "_require_listener", lambda _: None)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "secret/token")
+    monkeypatch.chdir(tmp_path)
+    ray_start.connect("127.0.0.1:1")
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "secret/token")

@@ -1,6 +1,7 @@
 """Lean decoder layers give what the family's own layers give; a layer that is not known keeps its own forward."""
 
 import contextlib
+import ctypes
 
 import pytest
 import torch
@@ -110,12 +111,26 @@ def test_any_number_of_rows(rows, monkeypatch):
     assert rows > products.MOST_ROWS or torch.equal(got, by_parts)
 
 
-def test_a_whole_that_differs_is_not_used(monkeypatch):
-    """The parts were right, so they stay."""
+@pytest.mark.parametrize("is_wrong", [lambda rows: rows <= 18, lambda rows: rows > 18], ids=["few", "many"])
+def test_a_whole_that_differs_with_few_rows_or_with_many_is_not_used(is_wrong, monkeypatch):
+    """From 19 rows on its products go another way. The parts were right, so they stay."""
     before = kernels.Kernels(cpu_kernels.best_file())
-    monkeypatch.setattr(kernels.load(), "layer", lambda where, x, out, rows, threads: before.layer(where, x, out, 1, 1))
+
+    def layer(where, x, out, rows, threads):
+        before.layer(where, x, out, rows, threads)
+        if is_wrong(rows):
+            ctypes.memset(out, 0, 4 * SMALL["hidden_size"])  # a row of float32
+
     model, cache = build(LEAN["llama"])
     expected = hidden(model, cache)
+    cpu.prepare(model, ALONE)
+    if model.layers[0].self_attn.o_proj._few is None:
+        pytest.skip("there is no whole layer on this processor")
+    hidden(model, cache)
+    assert wholes(model) == [True] * 2
+    monkeypatch.setattr(kernels.load(), "layer", layer)
+    monkeypatch.setattr(cpu_layers, "_PROVEN_WITH_MORE", set())
+    model, cache = build(LEAN["llama"])
     assert cpu.prepare(model, ALONE).layers == 2
     torch.testing.assert_close(hidden(model, cache), expected, atol=2e-5, rtol=2e-5)
     assert wholes(model) == [False] * 2

@@ -306,6 +306,23 @@ def test_few_rows_are_multiplied_by_a_kernel_of_ours(columns, width):
 
 @needs_kernels
 @torch.inference_mode()
+@pytest.mark.parametrize("is_wrong", [lambda rows: rows <= 18, lambda rows: rows > 18], ids=["few", "many"])
+def test_a_product_that_is_wrong_with_few_rows_or_with_many_is_not_used(is_wrong, monkeypatch):
+    weight, multiply, seen = torch.randn(96, 40), kernels.load().packed_product, []
+    if products.Product(weight, None)._few is None:
+        pytest.skip("our product is not for this processor")
+
+    def packed_product(x, *given):
+        seen.append(len(x))
+        return multiply(x, *given) * (1.01 if is_wrong(len(x)) else 1.0)
+
+    monkeypatch.setattr(kernels.load(), "packed_product", packed_product, raising=False)
+    assert products.Product(weight, None)._few is None
+    assert min(seen) <= 18
+
+
+@needs_kernels
+@torch.inference_mode()
 def test_a_weight_in_another_order_is_left_to_onednn(monkeypatch):
     monkeypatch.setattr(products, "_PANEL", 32)
     weight, x = torch.randn(96, 40), torch.randn(3, 40)

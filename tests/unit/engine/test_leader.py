@@ -295,3 +295,36 @@ def test_what_the_communication_libraries_read(collective, local_rank, local_siz
     assert os.environ["MASTER_PORT"] == "1234"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ.get("DS_ACCELERATOR") == (None if collective == "nccl" else "cpu")
+
+
+async def test_a_router_whose_fleet_has_grown_changes_the_pauses(engine):
+    """Of both kinds of news, in the middle of a session; what waited for the old pause waits for the new one."""
+    servicer, _, _ = engine
+    log = BlockLog()
+    log.append({bytes([1]) * 32: True})
+    sessions = servicer._sessions = Sessions(log)
+    asking = engine_pb2.Hello(expected=IDENTITY, block_events=True, block_events_pause_s=9.0, load_pause_s=9.0)
+    context, commands = FakeContext(reads=100), asyncio.Queue()
+
+    async def from_router():
+        while True:
+            yield await commands.get()
+
+    await commands.put(engine_pb2.SessionRequest(hello=asking))
+    call = asyncio.create_task(servicer.Session(from_router(), context))
+    await until(lambda: sessions._outboxes)
+    (outbox,) = sessions._outboxes.values()
+    await until(lambda: blocks_of(context))
+    log.append({bytes([2]) * 32: True})
+    told_s = asyncio.get_running_loop().time()
+    assert not outbox.tell_blocks(told_s + 1.0), "too early by nine seconds' pause"
+    load = LoadSnapshot(running_sequences=1)
+    while outbox.load_changed(1, load, told_s):
+        pass
+    assert not outbox.load_changed(1, load, told_s + 2.0)
+    await commands.put(engine_pb2.SessionRequest(pauses=engine_pb2.Pauses(block_events_s=0.5, load_s=0.5)))
+    await until(lambda: outbox.tell_blocks(told_s + 1.0))
+    assert not outbox.load_changed(1, load, told_s + 2.0), "a burst of the new pause counts as told"
+    assert outbox.load_changed(1, load, told_s + 2.5)
+    call.cancel()
+    await asyncio.wait([call])

@@ -24,3 +24,23 @@ def test_who_did_not_ask_is_never_late():
 def test_a_pause_that_means_nothing_is_a_short_one(pause_s):
     news = LoadNews(pause_s)
     assert sum(news.changed(n * 1e-5) for n in range(100)) <= BURST + 1
+
+
+def test_another_pause_holds_at_once_for_what_was_told_with_the_old_one_too():
+    news = LoadNews(10.0)
+    while news.changed(0.0):
+        pass
+    news.pace(0.1)
+    assert not news.changed(0.0)
+    assert news.late
+    told = [now_s for now_s in (0.01 * n for n in range(1, 101)) if news.changed(now_s)]
+    assert told[0] == pytest.approx(0.1, abs=0.011)
+    assert len(told) == pytest.approx(10, abs=1)
+    news.pace(10.0)
+    assert sum(news.changed(1.0 + 0.01 * n) for n in range(1000)) <= BURST + 1
+
+
+def test_another_pause_does_not_make_anybody_ask():
+    news = LoadNews(None)
+    news.pace(0.1)
+    assert not news.changed(0.0)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import threading
 from collections import deque
 
 import pytest
@@ -338,6 +339,66 @@ def test_what_comes_while_a_step_runs_counts_as_waiting(engine):
     loop.turn(loop._receive())
     assert loop.load == engine.progress.load
     engine.finish()
+
+
+class Watched:
+    """A progress whose load, when it is read and when it has been written, lets another thread go first if it can."""
+
+    def __init__(self, progress):
+        self.inner, self.meanwhile, self.threads = progress, None, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    @property
+    def load(self):
+        load = self.inner.load
+        self.let_go()
+        return load
+
+    @load.setter
+    def load(self, load):
+        self.inner.load = load
+        self.let_go()
+
+    def let_go(self):
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            self.threads.append(threading.Thread(target=meanwhile))
+            self.threads[-1].start()
+            self.threads[-1].join(0.1)  # whoever waits for this thread goes on behind it
+
+
+@pytest.mark.parametrize("first", ["reader", "writer"])
+def test_an_arrival_is_counted_once_whoever_is_between(engine, first):
+    loop, seen = engine.loop, []
+    loop.post(Submit(sequence(1)))
+    commands = loop._receive()
+    watched = loop._progress = Watched(engine.progress)
+    if first == "reader":
+        watched.meanwhile = lambda: loop.turn(commands)
+        seen.append(loop.load)
+    else:
+        watched.meanwhile = lambda: seen.append(loop.load)
+        loop.turn(commands)
+    for thread in watched.threads:
+        thread.join(10)
+    assert [load.running_sequences + load.waiting_sequences for load in (*seen, loop.load)] == [1, 1]
+    engine.finish()
+
+
+async def test_tokens_that_wait_keep_the_number_of_their_step():
+    """News of a later step's load go with them: with its number the engine would seem quicker than it is."""
+    outbox = Outbox(load_pause_s=1.0)
+    outbox.put(10, [progress(1, 5)], LOAD)
+    outbox.load_changed(11, LoadSnapshot(running_sequences=2), now_s=0.0)
+    outbox.refuse(11, progress(2, end=SequenceEnd.REJECTED_CAPACITY), LoadSnapshot(running_sequences=2))
+    message = await taken(outbox)
+    assert (message.step, message.load.running_sequences, len(message.sequences)) == (10, 2, 2)
+    outbox.load_changed(12, LOAD, now_s=0.0)
+    assert (await taken(outbox)).step == 12
+    outbox.refuse(13, progress(3, end=SequenceEnd.REJECTED_CAPACITY), LOAD)
+    assert (await taken(outbox)).step == 13
 
 
 async def test_a_session_that_never_reads_overflows(monkeypatch):

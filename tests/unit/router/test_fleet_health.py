@@ -95,6 +95,19 @@ def test_a_slow_one_is_shown_and_counted_once() -> None:
     assert (site.shown(0), site.ejections()) == (["slow"], {"slow": 1})
 
 
+@pytest.mark.parametrize("counts", [(64, 1), (64, 64)])
+def test_a_step_has_as_many_sequences_as_the_load_says(counts: tuple[int, int]) -> None:
+    """Four times as long: with 64 times as many sequences that is no wonder."""
+    site = Site()
+    loads = [LoadSnapshot(running_sequences=count) for count in counts]
+    for step in range(1, 201):
+        site.clock.advance(0.03)
+        site.pulses[1].stepped(step, loads[1])
+        if step % 4 == 0:
+            site.pulses[0].stepped(step // 4, loads[0])
+    assert site.pulses[0].slow is (counts[0] == counts[1])
+
+
 def test_requests_and_losses_reach_the_budget() -> None:
     site = Site()
     assert site.health.retry(at(0)) is None

@@ -6,7 +6,7 @@ from cluster.config.schema import RouterConfig
 from cluster.domain.request import Outcome
 from cluster.router.endpoint_table import Standing
 from cluster.router.fleet_health import EJECTION_CAUSES
-from cluster.router.fleet_series import FleetSeries
+from cluster.router.fleet_series import GONE_MODELS_MAX, FleetSeries
 from cluster.router.retry_budget import RetryRefused
 from cluster.router.sequence_stream import LossReason
 from cluster.telemetry.metrics import LATENCY_BUCKETS_S, RouterMetrics
@@ -99,3 +99,35 @@ def test_series_are_bounded_by_models_and_replicas_whatever_comes_and_goes() -> 
         for name in names:
             page.metrics.time_to_first_token.labels(model=name).observe(0.1)
     assert len(page.samples()) == PER_ROUTER + models * (PER_MODEL + PER_REPLICA * replicas)
+
+
+def test_only_what_leaves_is_looked_for_and_what_requests_have_at_hand_stays() -> None:
+    page = Page()
+    page.series.follow({"a": 1, "b": 1}, frozenset({"a/0", "b/0", "b/1"}))
+    page.series.follow({"b": 1}, frozenset({"b/0", "b/1"}))
+    at_hand = page.metrics.of_request
+    for ready in (0, 1, 2):
+        page.series.follow({"b": ready}, frozenset({"b/0", "b/1"}))
+    assert page.metrics.of_request is at_hand, "nothing has left"
+    page.series.follow({"b": 0}, frozenset())
+    assert page.metrics.of_request is not at_hand
+    assert (page.of("replica", "b/0"), page.of("replica", "b/1")) == ([], [])
+
+
+def test_models_that_come_and_go_leave_no_names_behind() -> None:
+    page = Page()
+    for index in range(5 * GONE_MODELS_MAX):
+        page.series.follow({f"m{index}": 1}, frozenset())
+    page.series.follow({}, frozenset())
+    assert len(page.series._gone) == GONE_MODELS_MAX
+    assert page.metrics.shown("model") == frozenset()
+    page.series.follow({f"m{5 * GONE_MODELS_MAX - 1}": 1}, frozenset())
+    assert len(page.series._gone) == GONE_MODELS_MAX - 1, "one that is back is not gone"
+    assert page.metrics.shown("model") == {f"m{5 * GONE_MODELS_MAX - 1}"}
+
+
+def test_all_models_that_leave_at_once_are_forgotten() -> None:
+    page = Page()
+    page.series.follow({f"m{index}": 1 for index in range(2 * GONE_MODELS_MAX)}, frozenset())
+    page.series.follow({}, frozenset())
+    assert page.metrics.shown("model") == frozenset()

@@ -30,6 +30,7 @@ from cluster.v1 import engine_pb2, inference_pb2
 from tests.contract import small_tokenizers
 
 LENGTH, FULL = engine_pb2.SEQUENCE_END_LENGTH, engine_pb2.SEQUENCE_END_REJECTED_CAPACITY
+INVALID = engine_pb2.SEQUENCE_END_REJECTED_INVALID
 
 
 @dataclass
@@ -98,8 +99,10 @@ class Sessions:
         self.sessions = sessions
         self.health = FleetHealth()
         self.models = ("demo",)
+        self.demands: list[Demand] = []
 
     def choose(self, demand: Demand) -> tuple[Session, Choice] | None:
+        self.demands.append(demand)
         for session in self.sessions:
             if not (session.endpoint.incarnation in demand.refused | demand.failed or session.load.refuses):
                 candidate = Candidate(session.endpoint, session_up=True)
@@ -276,6 +279,50 @@ async def test_others_get_their_turn_while_the_text_of_earlier_calls_is_made(mon
     running.cancel()
     assert [length for _, length in pushed] == [REPLAYED_TOGETHER_MAX, REPLAYED_TOGETHER_MAX, 5]
     assert len({turn for turn, _ in pushed}) == 3
+
+
+async def test_who_left_a_slow_endpoint_may_come_back_to_it_and_is_not_counted_out() -> None:
+    slow = Session(0, [Says([10])], loss=LossReason.SLOW)
+    request = Request(slow, max_failovers=0)
+    assert (await request.ended()).usage.failovers == 5
+    assert [len(submit.generated_token_ids) for submit in slow.submits] == [0, 1, 2, 3, 4, 5]
+    assert slow.taken_back == 0, "each time it got a token"
+    demands = cast("Any", request.around.fleet).demands
+    assert [(demand.settles, demand.failed) for demand in demands] == [(False, frozenset()), *[(True, frozenset())] * 5]
+
+
+async def test_who_lost_a_broken_endpoint_after_a_slow_one_waits_for_a_sound_one() -> None:
+    slow, broken = Session(0, [Says([10])], loss=LossReason.SLOW), Session(1, [Says([11])])
+    request = Request(slow, broken, Session(2, [Says([12, 13, 14, 15], LENGTH)]))
+    fleet = cast("Any", request.around.fleet)
+    fleet.sessions = (broken, *request.sessions[2:])
+    first = fleet.choose
+    fleet.choose = lambda demand: first(demand) if demand.settles or demand.failed else (slow, first(demand)[1])
+    await request.ended()
+    assert request.losses() == {"slow": 1.0, "broken": 1.0}
+    assert (fleet.demands[-1].settles, fleet.demands[-1].failed) == (False, frozenset({broken.endpoint.incarnation}))
+
+
+class LeftAtOnce(Session):
+    """The first sequence there is moved before it has got a token; the next one gets all."""
+
+    def submit(self, *args: Any) -> tuple[int, SequenceStream]:
+        self.script, self.loss = ([], LossReason.SLOW) if not self.submits else ([Says(range(6), LENGTH)], None)
+        return super().submit(*args)
+
+
+async def test_an_endpoint_that_is_left_before_the_first_token_was_not_used() -> None:
+    slow = LeftAtOnce(0, [])
+    await Request(slow).ended()
+    assert (len(slow.submits), slow.taken_back) == (2, 1)
+
+
+async def test_an_endpoint_that_says_nobody_could_serve_it_was_not_used() -> None:
+    session = Session(0, [Says(end=INVALID)], loss=None)
+    with pytest.raises(RequestRejected) as caught:
+        await Request(session).ended()
+    assert caught.value.reject_reason is RejectReason.INVALID
+    assert session.taken_back == 1
 
 
 async def test_losses_are_bounded() -> None:

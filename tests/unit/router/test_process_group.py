@@ -15,6 +15,7 @@ from cluster.router import process_group
 from cluster.router.process_group import ProcessGroup
 from cluster.router.process_order import ProcessOrder
 from cluster.router.respawn import SILENT_ROUNDS
+from cluster.telemetry import merged_exposition
 from cluster.telemetry.logs import get_logger
 
 SERVES = 'import sys; print(\'{"pid": 1, "ports": {"metrics": 1}}\', flush=True); sys.stdin.read()'
@@ -22,14 +23,31 @@ MUMBLES = "import sys; print({line!r}, flush=True); sys.stdin.read()"
 
 STOPS = SERVES.replace("sys.stdin.read()", "import os; os.kill(os.getpid(), 19)")
 ANSWERS = """
-import json, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import json, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Page(BaseHTTPRequestHandler):
-    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"<html>")
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        if self.path == "/metrics": {metrics}
     def log_message(self, *_): ...
-server = HTTPServer(("127.0.0.1", 0), Page)
-print(json.dumps({"pid": 1, "ports": {"metrics": server.server_address[1]}}), flush=True)
+server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+server.daemon_threads = True
+print(json.dumps({{"pid": 1, "ports": {{"metrics": server.server_address[1]}}}}), flush=True)
 server.serve_forever()
+"""
+# Its metrics come, and its event loop hangs.
+HANGS = """
+import asyncio, json, threading
+from cluster.domain.clock import MonotonicClock
+from cluster.router import loop_beat
+from cluster.telemetry.exposition import MetricsServer, new_registry
+loop_beat.LATE_S = 0.3
+async def main():
+    routes = {"/healthz": loop_beat.LoopBeat(MonotonicClock()).page}
+    server = MetricsServer(new_registry(), "127.0.0.1", 0, routes=routes)
+    print(json.dumps({"pid": 1, "ports": {"metrics": server.port}}), flush=True)
+    threading.Event().wait()
+asyncio.run(main())
 """
 
 
@@ -120,13 +138,16 @@ async def test_refreshing_goes_on_after_a_refresh_that_failed(
     await asyncio.wait_for(refreshing, 5)
 
 
-async def test_a_child_that_stands_still_is_replaced(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_group, "REFRESH_S", 0.001)
-    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-S", "-c", STOPS))
+@pytest.mark.parametrize("program", [STOPS, HANGS])
+async def test_a_child_that_stands_still_is_replaced(
+    group: ProcessGroup, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    monkeypatch.setattr(process_group, "ROLL_CALL_S", 0.001)
+    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-c", program))
     running = asyncio.create_task(group.run())
     await until_started(group)
     (stopped,) = group.pids
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while group.pids in ((), (stopped,)):
             await asyncio.sleep(0.005)
     with pytest.raises(ProcessLookupError):
@@ -136,26 +157,52 @@ async def test_a_child_that_stands_still_is_replaced(group: ProcessGroup, monkey
     await asyncio.wait_for(running, 10)
 
 
-async def test_a_child_that_answers_anything_lives(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-c", ANSWERS))
+@pytest.mark.parametrize("metrics", ['self.wfile.write(b"<html>")', "threading.Event().wait()"])
+async def test_a_child_that_says_that_it_lives_does_whatever_its_metrics_are(
+    group: ProcessGroup, monkeypatch: pytest.MonkeyPatch, metrics: str
+) -> None:
+    monkeypatch.setattr(process_group, "CHILD", (sys.executable, "-c", ANSWERS.format(metrics=metrics)))
     monkeypatch.setattr(process_group, "REFRESH_S", 0.001)
-    rounds, plain = 0, group.merged.refresh
+    monkeypatch.setattr(process_group, "ROLL_CALL_S", 0.001)
+    monkeypatch.setattr(merged_exposition, "REFRESH_DEADLINE_S", 0.05)
+    rounds, plain, merge, merges = 0, group.merged.silent, group.merged.refresh, 0
 
-    def refresh() -> frozenset[object]:
+    def silent() -> frozenset[object]:
         nonlocal rounds
         rounds += bool(group.merged._ports)
         return plain()
 
+    def refresh() -> None:
+        nonlocal merges
+        merge()
+        merges += bool(group.merged._ports)
+
+    monkeypatch.setattr(group.merged, "silent", silent)
     monkeypatch.setattr(group.merged, "refresh", refresh)
     running = asyncio.create_task(group.run())
     await until_started(group)
     before = group.pids
     async with asyncio.timeout(10):
-        while rounds <= 3 * SILENT_ROUNDS:
+        while min(rounds, merges) <= 2 * SILENT_ROUNDS:
             await asyncio.sleep(0.005)
     assert group.pids == before
     group.stop()
     await asyncio.wait_for(running, 10)
+
+
+async def test_rounds_of_metrics_that_take_long_come_seldom(
+    group: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took_s, pauses = [0.001, 1.8, 60.0], []
+
+    async def stopped_within(limit_s: float) -> bool:
+        pauses.append(limit_s)
+        return not took_s
+
+    monkeypatch.setattr(group, "_stopped_within", stopped_within)
+    monkeypatch.setattr(group.merged, "refresh", lambda: group._clock.advance(took_s.pop(0)))
+    await asyncio.wait_for(group._refresh(), 5)
+    assert pauses == [2.0, 2.0, pytest.approx(16.2), 30.0]
 
 
 async def test_a_child_is_this_package_whatever_the_folder_holds(tmp_path: Path) -> None:

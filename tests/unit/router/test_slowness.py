@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +28,8 @@ class Replicas:
         self.slowness, self.step_s, self.now_s = Slowness(rules), dict(enumerate(step_s)), 0.0
         self.paces = {slot: self.slowness.came_up(at(slot)) for slot in self.step_s}
         self.next_s, self.steps = dict.fromkeys(self.step_s, 0.0), dict.fromkeys(self.step_s, 0)
+        self.sequences = dict.fromkeys(self.step_s, 1)
+        self.begun = dict(self.sequences)  # how many the step that runs has
 
     def run(self, seconds: float, idle: Sequence[int] = ()) -> list[int]:
         """Who is slow after so long."""
@@ -35,7 +39,9 @@ class Replicas:
             self.next_s[slot] += self.step_s[slot]
             if slot not in idle:
                 self.steps[slot] += 1
-                self.paces[slot].stepped(self.now_s, self.steps[slot], busy=True)
+                running = self.begun[slot]
+                self.paces[slot].stepped(self.now_s, self.steps[slot], busy=True, sequences=running)
+            self.begun[slot] = self.sequences[slot]
         self.now_s = end_s
         return self.slow()
 
@@ -217,6 +223,117 @@ def test_models_are_compared_with_their_own_kind() -> None:
     assert not replicas.slowness.slow(at(0, "large"), replicas.now_s)
 
 
+def loaded(*sequences: int, step_s: float = 0.004, each_s: float = 0.002, rules: SlownessRules = RULES) -> Replicas:
+    """Equal machines, whose steps take so long and so much for each of their sequences."""
+    replicas = Replicas([step_s + each_s * count for count in sequences], rules)
+    replicas.sequences = dict(enumerate(sequences))
+    replicas.begun = dict(replicas.sequences)
+    return replicas
+
+
+@pytest.mark.parametrize("full", [32, 64, 100, 256])
+@pytest.mark.parametrize("peers", [1, 3])
+def test_a_full_replica_beside_empty_ones_is_not_slow_and_moves_nothing(full: int, peers: int) -> None:
+    """The times of a real engine: 7.4 ms with one sequence, 16 ms with 32, 0.32 ms for each further one."""
+    for rules in (RULES, SlownessRules()):
+        replicas = Replicas([0.0083 + 0.000323 * (full - 8), *[0.00742] * peers], rules)
+        replicas.sequences[0] = replicas.begun[0] = full
+        for _ in range(60):
+            assert replicas.run(0.1) == []
+            assert replicas.paces[0].leaving(full) == 0
+
+
+def test_load_that_comes_and_goes_again_is_no_slowness() -> None:
+    replicas = loaded(4, 4, 4, rules=SlownessRules())
+    replicas.run(2.0)
+    for sequences in (100, 8, 200, 1, 60):
+        replicas.step_s[0], replicas.sequences[0] = 0.004 + 0.002 * sequences, sequences
+        for _ in range(30):
+            assert replicas.run(0.1) == []
+
+
+def test_a_slow_one_on_which_sequences_have_piled_up_is_noticed() -> None:
+    replicas = loaded(8, 2, 2, step_s=0.03, each_s=0.0)
+    replicas.step_s[0] = 0.3
+    assert replicas.run(3.0) == [0]
+    replicas.step_s[0], replicas.sequences[0] = 0.03, 2
+    replicas.run(2.0)
+    assert not replicas.paces[0].slow
+
+
+def test_those_that_come_nearest_in_load_are_the_measure_where_none_is_as_loaded() -> None:
+    replicas = loaded(9, 4, 1, step_s=0.02, each_s=0.0005)
+    replicas.step_s[0] *= 10
+    assert replicas.run(4.0) == [0]
+
+
+def test_those_as_loaded_are_a_closer_measure_than_the_idle_ones() -> None:
+    replicas = loaded(20, 20, 1, 1, 1, 1, step_s=0.02, each_s=0.0005)
+    replicas.step_s[0] *= 4
+    assert replicas.run(3.0) == [0], "ten times the time of a single sequence would not be enough"
+
+
+def test_streams_stay_where_their_load_explains_most_of_it() -> None:
+    """Four times slower than its one peer that is as loaded, and much slower than those that are not."""
+    replicas = loaded(20, 20, 1, 1, 1, 1, step_s=0.01, each_s=0.002)
+    replicas.step_s[0] *= 4
+    for _ in range(50):
+        replicas.run(0.1)
+        assert replicas.paces[0].leaving(20) == 0
+    assert replicas.slow() == [0]
+
+
+def test_recovery_is_measured_by_those_as_loaded() -> None:
+    replicas = loaded(20, 20, 1, 1, 1, 1, step_s=0.01, each_s=0.002)
+    quick_s = replicas.step_s[0]
+    replicas.step_s[0] *= 10
+    assert replicas.run(5.0) == [0]
+    replicas.step_s[0] = quick_s
+    replicas.run(2.0)
+    assert not replicas.paces[0].slow
+
+
+def test_a_probe_that_got_nothing_is_repeated_unless_steps_have_shown_enough() -> None:
+    replicas = Replicas([0.03, 0.03, 0.3], SlownessRules())
+    pace = replicas.paces[2]
+    replicas.run(8.0)
+    assert replicas.slowness.picked(at(2), replicas.now_s)
+    replicas.slowness.unpicked(at(2), replicas.now_s)
+    assert replicas.slowness.picked(at(2), replicas.now_s), "at once"
+    replicas.run(2.0)
+    assert pace.leaving(1) == 1
+    replicas.slowness.unpicked(at(2), replicas.now_s)
+    assert not replicas.slowness.picked(at(2), replicas.now_s), "it is as slow as it was"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 256), min_size=2, max_size=4),
+    st.floats(0.0, 0.05),
+    st.floats(0.0005, 0.01),
+    st.booleans(),
+)
+def test_nothing_that_load_explains_is_slowness(
+    sequences: list[int], step_s: float, each_s: float, often: bool
+) -> None:
+    replicas = loaded(*sequences, step_s=step_s, each_s=each_s, rules=RULES if often else SlownessRules())
+    slowest_s = max(replicas.step_s.values())
+    for _ in range(5):
+        replicas.run(8 * slowest_s)
+        assert not any(pace.slow for pace in replicas.paces.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 64), st.lists(st.integers(1, 64), min_size=1, max_size=5), st.floats(0.5, 2.0))
+def test_ten_times_as_slow_beside_as_many_is_noticed_whatever_the_others_have(
+    count: int, others: list[int], share: float
+) -> None:
+    replicas = loaded(count, math.ceil(share * count), *others, step_s=0.02, each_s=0.0005)
+    replicas.step_s[0] *= 10
+    replicas.run(30 * replicas.step_s[0])
+    assert [slot for slot, pace in replicas.paces.items() if pace.slow] == [0]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([0.03, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.randoms(use_true_random=False))
 def test_never_more_than_half_whatever_happens(step_s: list[float], rng: random.Random) -> None:
@@ -262,10 +379,12 @@ class Streams:
             replicas.next_s[slot] += replicas.step_s[slot]
             if self.streams[slot]:
                 replicas.steps[slot] += 1
+                running = len(self.streams[slot])
                 self.gaps += [replicas.step_s[slot]] * len(self.streams[slot])
                 self.streams[slot] = [left - 1 for left in self.streams[slot] if left > 1]
                 pace = replicas.paces[slot]
-                pace.stepped(replicas.now_s, replicas.steps[slot], busy=bool(self.streams[slot]))
+                busy = bool(self.streams[slot])
+                pace.stepped(replicas.now_s, replicas.steps[slot], busy=busy, sequences=running)
                 leaving = pace.leaving(len(self.streams[slot]))
                 pace.moved(leaving)
                 for _ in range(leaving):
