@@ -49,6 +49,7 @@ LOSSES = {
     LossReason.REMOVED: "the controller took the replica out of the table",
     LossReason.DROPPED: "the engine ended the sequence without being asked",
     LossReason.OVERFLOW: "more updates than a request can have",
+    LossReason.SLOW: "the replica was much slower than its peers, and one of them had room",
 }
 STANDINGS = {
     Standing.HEALTHY.value: "gets new requests, also while a probe of it is due",
