@@ -71,7 +71,7 @@ def _needs_change(error: BaseException) -> bool:
 def _no_collections() -> Iterator[None]:
     """No looking for garbage among what stays for the life of the process, then or later.
 
-    Imports and a model on meta are a million objects: searching them again and again was a fifth of a rank's start.
+    Imports and a model on meta are very many objects, and a start would search them again and again.
     """
     gc.disable()
     try:

@@ -28,7 +28,7 @@ from cluster.telemetry.logs import Logger
 from cluster.v1 import engine_pb2
 
 BLOCK_MESSAGES_PER_S = 500  # from all replicas together: so news of blocks take a small part of a core
-LOAD_MESSAGES_PER_S = 200  # from all replicas together, beside those that bring tokens: a few percent of a core at most
+LOAD_MESSAGES_PER_S = 200  # from all replicas together, beside those that bring tokens
 REGROUPED_MAX = 16  # endpoints that change with one table, for which groups are changed rather than made anew
 EXPECTED_BLOCKS_MAX = 2048  # of one prompt: what a longer one holds beyond is known when its replica tells it
 NAME_CHARACTERS = 128  # of an unknown name, in an answer: a status has to fit into headers

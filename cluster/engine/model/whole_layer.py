@@ -1,7 +1,7 @@
 """A decoder layer of few rows as one call of the compiled kernels, without the Python between its parts.
 
-At a few rows that Python is a tenth of a step, and it wants the interpreter back seven times a layer, for which
-the thread that publishes tokens has to make room each time.
+At a few rows that Python is worth seeing beside the arithmetic, and it wants the interpreter back several times a
+layer, for which the thread that publishes tokens has to make room each time.
 """
 
 from __future__ import annotations

@@ -140,15 +140,23 @@ async def mute() -> AsyncIterator[str]:
 ASYNC_BEGIN = {"generate": lambda client: anext(client.generate([1])), "ask": lambda client: client.list_models()}
 
 
-@pytest.mark.parametrize("begin", ASYNC_BEGIN.values(), ids=ASYNC_BEGIN)
-async def test_closing_under_a_call_on_an_event_loop_is_the_typed_error(
-    mute: str, begin: Callable[[AsyncClient], Awaitable[object]]
-) -> None:
-    client = AsyncClient(mute)
+async def called(
+    address: str, begin: Callable[[AsyncClient], Awaitable[object]]
+) -> tuple[AsyncClient, asyncio.Future[object]]:
+    """A client whose call is under way."""
+    client = AsyncClient(address)
     calling = asyncio.ensure_future(begin(client))
     async with asyncio.timeout(5):
         while not client._channels:
             await asyncio.sleep(0)
+    return client, calling
+
+
+@pytest.mark.parametrize("begin", ASYNC_BEGIN.values(), ids=ASYNC_BEGIN)
+async def test_closing_under_a_call_on_an_event_loop_is_the_typed_error(
+    mute: str, begin: Callable[[AsyncClient], Awaitable[object]]
+) -> None:
+    client, calling = await called(mute, begin)
     await client.close()
     with pytest.raises(RequestAborted, match="closed"):
         await asyncio.wait_for(calling, 5)
@@ -159,11 +167,7 @@ async def test_closing_under_a_call_on_an_event_loop_is_the_typed_error(
 async def test_a_task_that_is_cancelled_stays_cancelled(
     mute: str, begin: Callable[[AsyncClient], Awaitable[object]]
 ) -> None:
-    client = AsyncClient(mute)
-    calling = asyncio.ensure_future(begin(client))
-    async with asyncio.timeout(5):
-        while not client._channels:
-            await asyncio.sleep(0)
+    client, calling = await called(mute, begin)
     calling.cancel()
     await client.close()
     with pytest.raises(asyncio.CancelledError):
