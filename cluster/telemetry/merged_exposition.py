@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from cluster.config.schema import LOOPBACK
 from cluster.domain.clock import Clock, MonotonicClock
+from cluster.telemetry.logs import get_logger
 from cluster.telemetry.merging import Series
 
 READY_DEADLINE_S = 1.0
@@ -39,6 +40,7 @@ class MergedProcesses(Collector):
         self._own, self._alike, self._clock = own, alike, clock or MonotonicClock()
         self.registry = CollectorRegistry()  # what a MetricsServer shows
         self.registry.register(self)
+        self._log = get_logger(component="merged_metrics")
         self._lock = threading.Lock()
         self._ports: dict[object, int] = {}
         self._last: dict[object, _Answer] = {}
@@ -108,7 +110,8 @@ class MergedProcesses(Collector):
         took_s = self._clock.now() - asked_s
         try:
             series = Series(text_string_to_metric_families(page[1]))
-        except Exception:  # boundary: whatever one process shows, the others' count; the parser names no errors
+        except Exception as error:  # boundary: whatever one shows, the others count; the parser names no errors
+            self._log.warning("process_metrics_unreadable", port=port, caused_by=f"{type(error).__name__}: {error}")
             return
         with self._lock:
             last = self._last.get(key)

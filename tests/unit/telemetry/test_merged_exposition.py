@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from prometheus_client import Counter
+from structlog.testing import capture_logs
 
 from cluster.telemetry import merged_exposition
 from cluster.telemetry.exposition import new_registry
@@ -80,7 +81,9 @@ def test_one_that_shows_no_metrics_counts_with_what_it_showed_last(
         merged.join(key, port)
     assert done(merged) == 7
     first[1]["content"], second[1]["content"] = odd, PAGE.format(value=9).encode()
-    merged.refresh()
+    with capture_logs() as logs:
+        merged.refresh()
+    assert [(log["event"], log["port"]) for log in logs] == [("process_metrics_unreadable", first[0])]
     assert done(merged) == 12
 
 
