@@ -12,6 +12,7 @@ import grpc.aio
 
 from cluster.domain.errors import PortTakenError
 from cluster.wire import channel
+from cluster.wire.http2.server import Http2Server
 
 
 class Listener:
@@ -20,7 +21,7 @@ class Listener:
     def __init__(self, *, shared: bool = False) -> None:
         """``shared``: the port that ``bind`` is given is held for several processes (``reserve_port``)."""
         self._shared = shared
-        self._server: grpc.aio.Server | None = channel.new_server(shared=shared)
+        self._server: grpc.aio.Server | None = Http2Server(shared=shared)
         self._leaving: asyncio.Task[None] | None = None
 
     @property

@@ -1,0 +1,321 @@
+"""One call on a connection: what its handler asks of it, as grpcio's asyncio server would answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, NoReturn, Protocol
+
+import grpc
+import grpc.aio
+from h2.errors import ErrorCodes
+
+from cluster.wire.http2 import headers
+from cluster.wire.http2.headers import CallHead, Headers, Metadata
+from cluster.wire.http2.messages import CallRefused, MessageReader, framed
+
+_LOG = logging.getLogger(__name__)
+REQUESTS_AHEAD_MAX = 64  # messages of a streaming client that its handler has not taken
+_EXPIRED = "Deadline Exceeded"
+_ONE_MESSAGE = "This method takes exactly one message; send one."
+
+
+class Wire(Protocol):
+    """The connection, as a call uses it. Streams that are gone are its business: nothing here fails for them."""
+
+    largest_message: int
+
+    def send_headers(self, stream_id: int, block: Headers, *, last: bool) -> None: ...
+
+    def send(self, call: ServerCall, data: bytes) -> memoryview | None:
+        """Sends ``data`` on the call's stream; what there is no room for now is returned.
+
+        ``call.unsent`` is taken up by itself when there is room.
+        """
+        ...
+
+    def forget_unsent(self, call: ServerCall) -> None: ...
+
+    def reset(self, stream_id: int, code: ErrorCodes) -> None: ...
+
+    def drop(self, call: ServerCall) -> None:
+        """A call without a handler has ended."""
+        ...
+
+    @property
+    def peer(self) -> str: ...
+
+
+class ServerCall(grpc.aio.ServicerContext[Any, Any]):
+    """The context of one call's handler, and its state.
+
+    ``write`` returns when the transport has taken the message, which is at once while the client keeps up. A handler
+    that is cancelled without the call having ended resets the stream.
+    """
+
+    __slots__ = (
+        "_arrivals", "_began", "_code", "_deadline_s", "_details", "_done", "_drained", "_ended", "_expired",
+        "_handler", "_head", "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed",
+        "stream_id", "task", "unsent", "unsent_began",
+    )  # fmt: skip
+
+    def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
+        """CallRefused where its messages could not be read."""
+        self._loop = asyncio.get_running_loop()
+        self._wire, self.stream_id, self._head, self._handler = wire, stream_id, head, handler
+        self._reader = MessageReader(head.encoding, wire.largest_message)
+        self._arrivals: deque[bytes] = deque()
+        self._more: asyncio.Event | None = None  # a handler waits for messages or the end of them
+        self._began = self._ended = self._expired = False
+        self.gone = False  # the client has left, or its connection
+        self.half_closed = False  # the client sends nothing more
+        self.unsent: memoryview | None = None  # of the message that is being written
+        self.unsent_began = False  # a part of that message is out
+        self._drained: asyncio.Future[None] | None = None
+        self._code, self._details, self._trailing = grpc.StatusCode.OK, "", ()
+        self._done: list[Callable[[Any], None]] = []
+        self.task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline_s: float | None = None
+        if head.timeout_s is not None:
+            self._deadline_s = self._loop.time() + head.timeout_s
+            self._timer = self._loop.call_at(self._deadline_s, self._expire)
+
+    # ------------------------------------------------------------------------------------------ from the connection
+
+    @property
+    def unfinished(self) -> int:
+        """Bytes received that no handler has."""
+        return self._reader.unfinished + sum(map(len, self._arrivals))
+
+    def receive(self, data: bytes) -> None:
+        """Takes a part of the client's messages; CallRefused."""
+        self._arrivals.extend(self._reader.feed(data))
+        if self._handler.request_streaming:
+            if len(self._arrivals) > REQUESTS_AHEAD_MAX:
+                text = f"More than {REQUESTS_AHEAD_MAX} messages wait to be answered; wait for answers now and then."
+                raise CallRefused(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            if self._more is not None:
+                self._more.set()
+        elif len(self._arrivals) > 1:
+            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
+
+    def receive_end(self) -> None:
+        """The client has sent all; CallRefused."""
+        self.half_closed = True
+        if self._more is not None:
+            self._more.set()
+        if self._reader.unfinished or (not self._handler.request_streaming and not self._arrivals):
+            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
+
+    @property
+    def can_start(self) -> bool:
+        return self.task is None and not self._ended and (self._handler.request_streaming or self.half_closed)
+
+    def start(self) -> asyncio.Task[None]:
+        """Runs the handler."""
+        self.task = self._loop.create_task(self._run())
+        return self.task
+
+    def leave(self) -> None:
+        """The client or its connection is gone: nothing is sent any more."""
+        self.gone = self._ended = True
+        self.cancel()
+
+    def cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+
+    def refuse(self, code: grpc.StatusCode, message: str) -> None:
+        """Ends the call with a status, before its handler runs or while it does."""
+        self._end(code, message)
+        if self.task is None:
+            self._wire.drop(self)
+        else:
+            self.task.cancel()
+
+    def drained(self) -> None:
+        """All that was unsent is out."""
+        self.unsent, self.unsent_began = None, False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def close(self) -> None:
+        """Nobody works on it any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self._ended:  # cancelled without a word
+            self._ended = True
+            self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
+        for callback in self._done:
+            callback(self)
+
+    # --------------------------------------------------------------------------------------------------- the handler
+
+    async def _run(self) -> None:
+        handler: Any = self._handler
+        try:
+            request: Any = self._requests() if handler.request_streaming else self._request(self._arrivals.popleft())
+            if handler.response_streaming:
+                behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+                answered = behaviour(request, self)
+                if hasattr(answered, "__aiter__"):
+                    async for response in answered:
+                        await self.write(response)
+                else:
+                    await answered
+            else:
+                behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+                await self.write(await behaviour(request, self))
+            self._end(self._code, self._details, self._trailing)
+        except grpc.aio.AbortError:
+            pass  # its status is out
+        except CallRefused as refused:
+            self._end(refused.code, str(refused))
+        except asyncio.CancelledError:
+            if self._expired and not self._ended and not self.unsent_began:
+                self._end(grpc.StatusCode.DEADLINE_EXCEEDED, _EXPIRED)
+            raise
+        except Exception as error:  # boundary: a bug must cost one call only, and be told
+            if not self.gone:
+                _LOG.exception("the handler of %s failed", self._head.path)
+                self._end(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error).__name__}: {error}")
+
+    def _request(self, message: bytes) -> Any:
+        deserialize = self._handler.request_deserializer
+        if deserialize is None:
+            return message
+        try:
+            return deserialize(message)
+        except Exception:  # boundary: any library's decoder, on what a stranger sent
+            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "The message cannot be decoded.") from None
+
+    async def _requests(self) -> AsyncIterator[Any]:
+        self._more = asyncio.Event()
+        while True:
+            while self._arrivals:
+                yield self._request(self._arrivals.popleft())
+            if self.half_closed:
+                return
+            self._more.clear()
+            await self._more.wait()
+
+    async def read(self) -> Any:
+        """The next message of a streaming client; grpc.aio.EOF after the last one."""
+        async for request in self._requests():
+            return request
+        return grpc.aio.EOF
+
+    async def write(self, message: Any) -> None:
+        if self._ended:
+            raise asyncio.InvalidStateError("The call has ended.")
+        if not self._began:
+            self._begin(())
+        if self.unsent is not None:  # of a write that was cancelled
+            await self._drain()
+        serialize = self._handler.response_serializer
+        self.unsent = self._wire.send(self, framed(serialize(message) if serialize else message))
+        if self.unsent is not None:
+            await self._drain()
+
+    async def send_initial_metadata(self, initial_metadata: Any) -> None:
+        assert not self._began, "it is out"
+        if not self._ended:
+            self._begin(tuple(initial_metadata))
+
+    def _begin(self, metadata: Metadata) -> None:
+        self._began = True
+        self._wire.send_headers(self.stream_id, headers.beginning(metadata), last=False)
+
+    async def _drain(self) -> None:
+        self._drained = self._loop.create_future()
+        try:
+            await self._drained
+        finally:
+            self._drained = None
+
+    def _end(self, code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> None:
+        """The status goes out, nothing after it. Behind half a message none can: then the stream is reset."""
+        if self._ended:
+            return
+        self._ended = True
+        if self.unsent is not None:
+            self._wire.forget_unsent(self)
+        if self.unsent_began:
+            self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
+            return
+        block = headers.ending(code, message, metadata)
+        self._wire.send_headers(self.stream_id, block if self._began else [*headers.beginning(), *block], last=True)
+        if not self.half_closed:
+            self._wire.reset(self.stream_id, ErrorCodes.NO_ERROR)
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self.task is None:
+            self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, _EXPIRED)
+        else:
+            self.task.cancel()
+
+    async def abort(self, code: Any, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
+        """Waits for a message that is half out, so that the status can follow it."""
+        if self.unsent_began and not self._ended:
+            await self._drain()
+        self._end(code, details, (*self._trailing, *trailing_metadata))
+        raise grpc.aio.AbortError(f"{code.name}: {details}")
+
+    async def abort_with_status(self, status: Any) -> NoReturn:
+        self._trailing = ()
+        await self.abort(status.code, status.details, status.trailing_metadata or ())
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self._trailing = tuple(trailing_metadata)
+
+    def invocation_metadata(self) -> Any:
+        return self._head.metadata
+
+    def time_remaining(self) -> Any:
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - self._loop.time())
+
+    def set_code(self, code: Any) -> None:
+        self._code = code
+
+    def set_details(self, details: str) -> None:
+        self._details = details
+
+    def code(self) -> Any:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> Any:
+        return self._trailing
+
+    def cancelled(self) -> bool:
+        return self.gone or self._expired
+
+    def done(self) -> bool:
+        return self._ended
+
+    def add_done_callback(self, callback: Any) -> None:
+        self._done.append(callback)
+
+    def peer(self) -> str:
+        return self._wire.peer
+
+    def set_compression(self, compression: Any) -> None:
+        """Answers are never compressed, which is every server's right."""
+
+    def disable_next_message_compression(self) -> None:
+        """They are not compressed anyway."""
+
+    def peer_identities(self) -> Iterable[bytes] | None:
+        return None
+
+    def peer_identity_key(self) -> str | None:
+        return None
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        return {}

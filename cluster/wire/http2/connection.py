@@ -1,0 +1,392 @@
+"""One client's HTTP/2 connection: h2 keeps the protocol's state, this moves bytes, and calls hang on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import grpc
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    PingReceived,
+    PriorityUpdated,
+    RemoteSettingsChanged,
+    RequestReceived,
+    StreamEnded,
+    StreamReset,
+    WindowUpdated,
+)
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes
+from hyperframe.frame import GoAwayFrame
+
+from cluster.wire.http2 import headers
+from cluster.wire.http2.call import ServerCall
+from cluster.wire.http2.headers import Headers
+from cluster.wire.http2.messages import CallRefused
+from cluster.wire.http2.protocol import ServerProtocol
+
+_LOG = logging.getLogger(__name__)
+UNFINISHED_BYTES_MAX = 2**28  # of messages of one connection whose end has not come
+IDLE_FRAMES_MAX = 1000  # frames between two messages, of clients or ours: more than any honest client sends
+FLUSH_BYTES = 2**16  # of messages that wait for the end of the event loop's turn
+OUT_BYTES_MAX = 2**20  # of what is no message, to a client that does not read
+FIRST_BYTES_S = 20.0  # to begin as HTTP/2 does
+_NO_CALL = frozenset({PingReceived, PriorityUpdated, RemoteSettingsChanged, StreamReset, WindowUpdated})
+
+
+class Front(Protocol):
+    """The server, as a connection uses it."""
+
+    largest_message: int
+    keepalive_s: float
+    keepalive_timeout_s: float
+
+    @property
+    def leaving(self) -> bool:
+        """Whether new calls are for somebody else."""
+        ...
+
+    def handler(self, path: str) -> grpc.RpcMethodHandler[Any, Any]:
+        """Of the method ``path``; CallRefused when there is none."""
+        ...
+
+    def opened(self, connection: Connection) -> None: ...
+
+    def closed(self, connection: Connection) -> None: ...
+
+    def call_ended(self) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """Whatever a client sends ends nothing but its own calls or, where HTTP/2 was broken, its own connection."""
+
+    def __init__(self, front: Front) -> None:
+        self._front, self.largest_message = front, front.largest_message
+        self._loop = asyncio.get_running_loop()
+        self._h2 = ServerProtocol()
+        self._calls: dict[int, ServerCall] = {}
+        self._blocked: dict[int, ServerCall] = {}  # with something unsent, in the order of their turns
+        self._transport: asyncio.Transport | None = None
+        self._peer = ""
+        self._flushing = False
+        self._unflushed = 0
+        self._paused = False
+        self._unfinished = 0  # at most: an upper bound of the calls' unfinished bytes
+        self._idle_frames = 0
+        self._last_stream = 0
+        self._gone_away = False
+        self._heard_s = self._loop.time()
+        self._pinged = False
+        self._watch = self._loop.call_later(min(FIRST_BYTES_S, front.keepalive_s), self._look)
+        self._began = False
+        self._on: dict[type[Event], Callable[[Any], None]] = {
+            RequestReceived: self._request, DataReceived: self._data, StreamEnded: self._stream_ended,
+            StreamReset: self._stream_reset, WindowUpdated: self._window, RemoteSettingsChanged: self._settings,
+            ConnectionTerminated: self._terminated,
+        }  # fmt: skip
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    @property
+    def calls(self) -> int:
+        return len(self._calls)
+
+    # ------------------------------------------------------------------------------------------------ asyncio's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        self._transport = transport  # type: ignore[assignment]
+        name = transport.get_extra_info("peername")
+        self._peer = "" if not name else f"{'ipv6' if ':' in name[0] else 'ipv4'}:{name[0]}:{name[1]}"
+        self._front.opened(self)
+        self._h2.initiate_connection()
+        self._flush()
+        if self._front.leaving:
+            self.go_away()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._transport = None
+        self._watch.cancel()
+        self._blocked.clear()
+        for call in tuple(self._calls.values()):
+            call.leave()
+            if call.task is None:
+                self.drop(call)
+        self._front.closed(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s, self._pinged = self._loop.time(), False
+        try:
+            events = self._h2.receive_data(data)
+            self._began = True
+            for event in events:
+                take = self._on.get(type(event))
+                if take is not None:
+                    take(event)
+                if type(event) in _NO_CALL:
+                    self._idle_frames += 1
+        except ProtocolError as error:
+            self._break(str(error))
+        except Exception:  # boundary: what a stranger sends must not be able to do more than this
+            _LOG.exception("a client's bytes could not be read")
+            self._break("")
+        else:
+            if self._idle_frames > IDLE_FRAMES_MAX:
+                self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM, b"too many frames that belong to no call")
+                self._break("too many frames that belong to no call")
+        self._flush()
+        transport = self._transport
+        if self._paused and transport is not None and transport.get_write_buffer_size() > OUT_BYTES_MAX:
+            _LOG.debug("%s reads nothing", self._peer)
+            transport.abort()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._resume()
+
+    # --------------------------------------------------------------------------------------------------- h2's events
+
+    def _request(self, event: RequestReceived) -> None:
+        stream_id = event.stream_id
+        if self._front.leaving:
+            self.reset(stream_id, ErrorCodes.REFUSED_STREAM)  # which says that nothing was done: another may do it
+            return
+        self._last_stream = stream_id
+        try:
+            head = headers.call_head(event.headers)
+            call = ServerCall(self, stream_id, head, self._front.handler(head.path))
+        except headers.NotGrpc as refused:
+            self._answer(event, headers.refusal(refused.status))
+            return
+        except CallRefused as refused:
+            self._answer(event, [*headers.beginning(), *headers.ending(refused.code, str(refused))])
+            return
+        self._calls[stream_id] = call
+        if call.can_start:
+            self._start(call)
+
+    def _answer(self, event: RequestReceived, block: Headers) -> None:
+        self.send_headers(event.stream_id, block, last=True)
+        if event.stream_ended is None:
+            self.reset(event.stream_id, ErrorCodes.NO_ERROR)
+
+    def _start(self, call: ServerCall) -> None:
+        self._idle_frames = 0
+        call.start().add_done_callback(lambda _: self.drop(call))
+
+    def _data(self, event: DataReceived) -> None:
+        length, stream_id = event.flow_controlled_length, event.stream_id
+        if length:
+            self._h2.acknowledge_received_data(length, stream_id)
+        if not event.data and event.stream_ended is None:
+            self._idle_frames += 1
+        call = self._calls.get(stream_id)
+        if call is None:
+            return
+        self._unfinished += len(event.data)
+        if self._unfinished > UNFINISHED_BYTES_MAX:
+            self._unfinished = sum(each.unfinished for each in self._calls.values()) + len(event.data)
+        if self._unfinished > UNFINISHED_BYTES_MAX:
+            text = "Too much that is unfinished came on this connection; send fewer long messages at once."
+            call.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            return
+        try:
+            call.receive(event.data)
+        except CallRefused as refused:
+            call.refuse(refused.code, str(refused))
+
+    def _stream_ended(self, event: StreamEnded) -> None:
+        call = self._calls.get(event.stream_id)
+        if call is None:
+            return
+        try:
+            call.receive_end()
+        except CallRefused as refused:
+            call.refuse(refused.code, str(refused))
+        else:
+            if call.can_start:
+                self._start(call)
+
+    def _stream_reset(self, event: StreamReset) -> None:
+        call = self._calls.get(event.stream_id)
+        if call is None:
+            return
+        self._blocked.pop(event.stream_id, None)
+        call.leave()
+        if call.task is None:
+            self.drop(call)
+
+    def _window(self, event: WindowUpdated) -> None:
+        if not self._blocked:
+            return
+        if not event.stream_id:
+            self._resume()
+        elif event.stream_id in self._blocked:
+            self._send_rest(self._blocked[event.stream_id])
+
+    def _settings(self, event: RemoteSettingsChanged) -> None:
+        if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
+            self._resume()
+
+    def _terminated(self, _event: ConnectionTerminated) -> None:
+        """The client has said goodbye; h2 sends nothing more."""
+        self._close()
+
+    # ---------------------------------------------------------------------------------------------------- for calls
+
+    def send_headers(self, stream_id: int, block: Headers, *, last: bool) -> None:
+        try:
+            self._h2.send_headers(stream_id, block, end_stream=last)
+        except ProtocolError as error:  # the stream or the connection is over; whoever works for it is told as well
+            _LOG.debug("stream %d of %s: %s", stream_id, self._peer, error)
+        self._flush_soon()
+
+    def send(self, call: ServerCall, data: bytes) -> memoryview | None:
+        rest = self._push(call.stream_id, memoryview(data))
+        call.unsent_began = rest is not None and len(rest) < len(data)
+        if rest is not None:
+            self._blocked[call.stream_id] = call
+        return rest
+
+    def forget_unsent(self, call: ServerCall) -> None:
+        self._blocked.pop(call.stream_id, None)
+
+    def reset(self, stream_id: int, code: ErrorCodes) -> None:
+        try:
+            self._h2.reset_stream(stream_id, code)
+        except ProtocolError as error:
+            _LOG.debug("stream %d of %s: %s", stream_id, self._peer, error)
+        self._flush_soon()
+
+    def drop(self, call: ServerCall) -> None:
+        """Nobody works on ``call`` any more."""
+        if self._calls.pop(call.stream_id, None) is None:
+            return
+        self._blocked.pop(call.stream_id, None)
+        call.close()
+        self._front.call_ended()
+        if self._gone_away and not self._calls:
+            self._close()
+
+    def _push(self, stream_id: int, data: memoryview) -> memoryview | None:
+        """Sends what there is room for; returns the rest."""
+        h2 = self._h2
+        try:
+            while not self._paused:
+                room = min(h2.local_flow_control_window(stream_id), h2.max_outbound_frame_size)
+                if len(data) <= room:
+                    h2.send_data(stream_id, data.tobytes())
+                    self._sent(len(data))
+                    return None
+                if room <= 0:
+                    break
+                h2.send_data(stream_id, data[:room].tobytes())
+                self._sent(room)
+                data = data[room:]
+        except ProtocolError as error:  # as in send_headers
+            _LOG.debug("stream %d of %s: %s", stream_id, self._peer, error)
+            return None
+        return data
+
+    def _resume(self) -> None:
+        for call in tuple(self._blocked.values()):
+            if self._paused:
+                return
+            self._send_rest(call)
+
+    def _send_rest(self, call: ServerCall) -> None:
+        unsent = call.unsent
+        assert unsent is not None, "it is blocked"
+        rest = self._push(call.stream_id, unsent)
+        del self._blocked[call.stream_id]
+        if rest is None:
+            call.drained()
+            return
+        if len(rest) < len(unsent):
+            call.unsent, call.unsent_began = rest, True
+        self._blocked[call.stream_id] = call  # behind the others
+
+    # -------------------------------------------------------------------------------------------------- for the server
+
+    def go_away(self) -> None:
+        """No new calls; those that run go on, and with the last one the connection ends."""
+        if self._gone_away or self._transport is None:
+            return
+        self._gone_away = True
+        self._flush()
+        # Not by h2, which would take the connection for closed.
+        self._transport.write(GoAwayFrame(0, last_stream_id=self._last_stream, error_code=0).serialize())
+        if not self._calls:
+            self._close()
+
+    def cancel_calls(self) -> None:
+        """Ends those that run; each stream is reset when its handler has ended."""
+        for call in tuple(self._calls.values()):
+            if call.task is None:
+                call.refuse(grpc.StatusCode.UNAVAILABLE, "The server is shutting down.")
+            else:
+                call.cancel()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --------------------------------------------------------------------------------------------------------- bytes
+
+    def _flush_soon(self) -> None:
+        """What is sent in one turn of the event loop goes out in one system call."""
+        self._idle_frames = 0  # clients answer what they get with frames of their own
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _sent(self, size: int) -> None:
+        """Much at once goes out at once, so that the transport can say when it is too much."""
+        self._unflushed += size
+        if self._unflushed > FLUSH_BYTES:
+            self._flush()
+        else:
+            self._flush_soon()
+
+    def _flush(self) -> None:
+        self._flushing, self._unflushed = False, 0
+        data = self._h2.data_to_send()
+        if data and self._transport is not None:
+            self._transport.write(data)
+
+    def _close(self) -> None:
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _break(self, why: str) -> None:
+        """The client has broken the protocol: it is told, and its connection ends."""
+        _LOG.debug("the connection of %s ends: %s", self._peer, why)
+        self._close()
+
+    def _look(self) -> None:
+        """Whether the client is still there: a ping after a silence, the end after a longer one."""
+        front = self._front
+        patience_s = front.keepalive_s if self._began else FIRST_BYTES_S
+        if self._loop.time() - self._heard_s < patience_s:
+            self._watch = self._loop.call_at(self._heard_s + patience_s, self._look)
+            return
+        if self._pinged or not self._began:
+            self.abort()
+            return
+        self._pinged = True
+        self._h2.ping(bytes(8))
+        self._flush()
+        self._watch = self._loop.call_later(front.keepalive_timeout_s, self._look)

@@ -1,0 +1,120 @@
+"""What gRPC writes into HTTP/2 header blocks: of a request, of an answer, of its end.
+
+The protocol: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+from urllib.parse import quote
+
+import grpc
+
+from cluster.wire.http2.messages import ENCODINGS, CallRefused
+
+Headers: TypeAlias = "list[tuple[bytes, bytes]]"
+Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
+_CONTENT_TYPE = b"application/grpc"
+_TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
+_UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_OF_HTTP = frozenset({b"content-type", b"te", b"host", b"content-length"})
+_PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # what a grpc-message has as it is
+_BEGINNING: Headers = [
+    (b":status", b"200"),
+    (b"content-type", _CONTENT_TYPE),
+    (b"grpc-accept-encoding", ",".join(ENCODINGS).encode()),
+]
+
+
+class NotGrpc(Exception):  # noqa: N818 - an answer
+    """An HTTP request that is no gRPC call; ``status`` is HTTP's for it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class CallHead:
+    """What a call's header block says. ``timeout_s``: from its arrival; ``metadata``: of the caller, keys in order."""
+
+    path: str
+    timeout_s: float | None
+    encoding: str
+    metadata: Metadata
+
+
+def call_head(headers: Iterable[tuple[bytes, bytes]]) -> CallHead:
+    """Reads a request's header block; NotGrpc, or CallRefused for what gRPC does not allow in one."""
+    of_http: dict[bytes, bytes] = {}
+    metadata: Metadata = ()
+    for name, value in headers:
+        if name.startswith((b":", b"grpc-")) or name in _OF_HTTP:
+            of_http[name] = value
+        else:
+            metadata += _received(name, value)
+    if of_http.get(b":method") != b"POST":
+        raise NotGrpc(405)
+    content_type = of_http.get(b"content-type", b"")
+    if not content_type.startswith(_CONTENT_TYPE) or content_type[len(_CONTENT_TYPE) :][:1] not in (b"", b"+", b";"):
+        raise NotGrpc(415)
+    timeout = of_http.get(b"grpc-timeout")
+    return CallHead(
+        of_http.get(b":path", b"").decode("latin-1"),
+        None if timeout is None else _timeout_s(timeout),
+        of_http.get(b"grpc-encoding", b"identity").decode("latin-1"),
+        metadata,
+    )
+
+
+def beginning(metadata: Metadata = ()) -> Headers:
+    """The header block before a call's first message."""
+    return [*_BEGINNING, *map(_sent, metadata)] if metadata else _BEGINNING
+
+
+def ending(code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> Headers:
+    """The header block after a call's last message."""
+    block = [(b"grpc-status", b"%d" % code.value[0])]
+    if message:
+        block.append((b"grpc-message", quote(message, safe=_PLAIN).encode()))
+    block.extend(map(_sent, metadata))
+    return block
+
+
+def refusal(status: int) -> Headers:
+    """The whole answer to a request that is no gRPC call."""
+    return [(b":status", b"%d" % status), (b"content-length", b"0")]
+
+
+def _timeout_s(value: bytes) -> float:
+    found = _TIMEOUT.fullmatch(value)
+    if found is None:
+        text = "grpc-timeout is no such thing; send up to 8 digits and one of H, M, S, m, u, n."
+        raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text)
+    return int(found[1]) * _UNITS_S[found[2]]
+
+
+def _received(name: bytes, value: bytes) -> Metadata:
+    """Values in base64 may be joined by commas, and have padding or not."""
+    key = name.decode("latin-1")
+    if not name.endswith(b"-bin"):
+        return ((key, value.decode("latin-1")),)
+    try:
+        return tuple(
+            (key, base64.b64decode(part + b"=" * (-len(part) % 4), validate=True)) for part in value.split(b",")
+        )
+    except binascii.Error:
+        text = f"The metadata {key[:40]!r} is no base64; metadata ending in -bin has to be."
+        raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text) from None
+
+
+def _sent(pair: tuple[str, str | bytes]) -> tuple[bytes, bytes]:
+    name, value = pair
+    if isinstance(value, bytes):
+        return name.encode(), base64.b64encode(value).rstrip(b"=")
+    return name.encode(), value.encode("latin-1")

@@ -1,0 +1,95 @@
+"""gRPC's messages on a stream: five bytes of prefix each, perhaps compressed.
+
+The protocol: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+
+import grpc
+
+_PREFIX = struct.Struct(">BI")  # whether it is compressed, and its length
+# By grpc-encoding; both bounded by whoever calls ``decompress`` with a length.
+_DECOMPRESSORS: dict[str, Callable[[], zlib._Decompress]] = {
+    "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    "deflate": zlib.decompressobj,
+}
+ENCODINGS = ("identity", *_DECOMPRESSORS)
+
+
+class CallRefused(Exception):  # noqa: N818 - an answer
+    """What came is no call that can be served; ``code`` and the sentence are for its sender."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def framed(message: bytes) -> bytes:
+    """``message``, uncompressed, as it goes over a stream."""
+    return _PREFIX.pack(0, len(message)) + message
+
+
+class MessageReader:
+    """Cuts what comes on a stream into messages of at most ``largest`` bytes, decompressed."""
+
+    __slots__ = ("_encoding", "_largest", "_rest")
+
+    def __init__(self, encoding: str, largest: int) -> None:
+        """CallRefused for an ``encoding`` (grpc-encoding) that is none of ``ENCODINGS``."""
+        if encoding not in ENCODINGS:
+            known = ", ".join(ENCODINGS)
+            raise CallRefused(
+                grpc.StatusCode.UNIMPLEMENTED, f"Messages cannot be decompressed from {encoding[:40]!r}; use {known}."
+            )
+        self._encoding, self._largest = encoding, largest
+        self._rest = b""
+
+    @property
+    def unfinished(self) -> int:
+        """Bytes of a message whose end has not come."""
+        return len(self._rest)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that ``data`` completes; CallRefused for one that is too long or not what its prefix says."""
+        rest = self._rest + data if self._rest else data
+        messages, start = [], 0
+        while len(rest) - start >= _PREFIX.size:
+            compressed, length = _PREFIX.unpack_from(rest, start)
+            if length > self._largest:
+                raise self._too_long()
+            if compressed > 1:
+                raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "What was sent is no gRPC message.")
+            end = start + _PREFIX.size + length
+            if len(rest) < end:
+                break
+            message = rest[start + _PREFIX.size : end]
+            messages.append(self._decompressed(message) if compressed else message)
+            start = end
+        self._rest = rest[start:] if start else rest
+        return messages
+
+    def _too_long(self) -> CallRefused:
+        text = f"The message is longer than {self._largest} bytes, which is the limit; send less at once."
+        return CallRefused(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
+    def _decompressed(self, message: bytes) -> bytes:
+        try:
+            make = _DECOMPRESSORS[self._encoding]
+        except KeyError:
+            text = "The message is compressed and its grpc-encoding does not say how; name it."
+            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text) from None
+        decompressor = make()
+        try:
+            plain = decompressor.decompress(message, self._largest + 1)
+        except zlib.error:
+            plain = b""
+        if len(plain) > self._largest:
+            raise self._too_long()
+        if not decompressor.eof:
+            text = f"The message cannot be decompressed as {self._encoding}, which its grpc-encoding says."
+            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text)
+        return plain
