@@ -52,7 +52,7 @@ class Front(Protocol):
         """Whether new calls are for somebody else."""
         ...
 
-    def handler(self, path: str) -> grpc.RpcMethodHandler[Any, Any]:
+    def method_at(self, path: str) -> grpc.RpcMethodHandler[Any, Any]:
         """Of the method ``path``; CallRefused when there is none."""
         ...
 
@@ -166,7 +166,7 @@ class Connection(asyncio.Protocol):
         self._last_stream = stream_id
         try:
             head = headers.call_head(event.headers)
-            call = ServerCall(self, stream_id, head, self._front.handler(head.path))
+            call = ServerCall(self, stream_id, head, self._front.method_at(head.path))
         except headers.NotGrpc as refused:
             self._answer(event, headers.refusal(refused.status))
             return

@@ -85,7 +85,7 @@ class Http2Server(grpc.aio.Server):
         return bound
 
     def add_secure_port(self, address: str, server_credentials: Any) -> int:
-        raise NotImplementedError("There is no TLS here; put a proxy in front.")
+        raise grpc.aio.UsageError("There is no TLS here; put a proxy that has it in front.")
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -121,7 +121,7 @@ class Http2Server(grpc.aio.Server):
 
     # ------------------------------------------------------------------------------------------------ for connections
 
-    def handler(self, path: str) -> grpc.RpcMethodHandler[Any, Any]:
+    def method_at(self, path: str) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of the method ``path``; CallRefused when there is none."""
         known = self._handlers.get(path)
         if known is not None:
