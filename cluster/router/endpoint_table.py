@@ -59,11 +59,22 @@ class LiveLoad:
         self._held_sequences = 0
         self._held_tokens = 0
         self._refused = False
-        self.max_num_seqs = 0
+        self._max_num_seqs = 0
         self.snapshot = LoadSnapshot()
+        self._room: bool | None = None  # ``has_room`` until something changes: picks ask far more often
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self._max_num_seqs
+
+    @max_num_seqs.setter
+    def max_num_seqs(self, number: int) -> None:
+        self._room = None
+        self._max_num_seqs = number
 
     def sent(self, tokens: int, cached_tokens: int = 0) -> None:
         """A sequence is on its way, of whose tokens so many need not be computed."""
+        self._room = None
         self._outstanding_tokens += tokens
         self._sent_since_report += tokens
         self._queued_since_report += tokens - cached_tokens
@@ -72,11 +83,13 @@ class LiveLoad:
 
     def hold(self, tokens: int) -> None:
         """Keeps a place for a sequence that is about to be sent."""
+        self._room = None
         self._held_sequences += 1
         self._held_tokens += tokens
 
     def let_go(self, tokens: int) -> None:
         """The other end of ``hold``."""
+        self._room = None
         self._held_sequences -= 1
         self._held_tokens -= tokens
         assert self._held_sequences >= 0, "a place was given back twice"
@@ -88,14 +101,17 @@ class LiveLoad:
 
     def refused(self) -> None:
         """The endpoint took no further sequence: it has no room before it reports again."""
+        self._room = None
         self._refused = True
 
     def ended(self, tokens: int) -> None:
+        self._room = None
         self._sequences -= 1
         self._outstanding_tokens -= tokens
         assert self._outstanding_tokens >= 0, "a sequence ended twice"
 
     def reported(self, load: LoadSnapshot) -> None:
+        self._room = None
         self.snapshot = load
         self._sent_since_report = 0
         self._queued_before_report, self._queued_since_report = self._queued_since_report, 0
@@ -127,6 +143,11 @@ class LiveLoad:
         An endpoint without sequences has room for any. What was sent since the report counts for no more than what is
         still ours there: sequences end, and some are cancelled, before the next report.
         """
+        if self._room is None:
+            self._room = self._has_room()
+        return self._room
+
+    def _has_room(self) -> bool:
         if self._refused:
             return False
         load = self.snapshot
@@ -135,7 +156,7 @@ class LiveLoad:
         sequences = max(self._sequences, reported) + self._held_sequences
         if not sequences:
             return True
-        slots = self.max_num_seqs
+        slots = self._max_num_seqs
         if slots and sequences >= slots + max(1, slots // BACKLOG_SHARE):
             return False
         newer = min(self._queued_since_report, self._outstanding_tokens) + self._held_tokens

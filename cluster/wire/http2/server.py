@@ -85,6 +85,7 @@ class Http2Server(grpc.aio.Server):
         return bound
 
     def add_secure_port(self, address: str, server_credentials: Any) -> int:
+        del address, server_credentials
         raise grpc.aio.UsageError("There is no TLS here; put a proxy that has it in front.")
 
     async def start(self) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 from cluster.domain.ids import Incarnation, ReplicaId
@@ -144,3 +146,24 @@ class TestRoom:
             load.sent(1000)
             load.ended(1000)
         assert load.has_room
+
+    @given(steps=st.lists(st.sampled_from(["sent", "ended", "hold", "let_go", "refused", "reported", "slots"])))
+    def test_who_asks_all_the_time_hears_what_who_asks_late_hears(self, steps: list[str]) -> None:
+        often, late = self.load(slots=2), self.load(slots=2)
+        sent = held = 0
+        for number, step in enumerate(steps):
+            if (step == "ended" and not sent) or (step == "let_go" and not held):
+                continue
+            sent += {"sent": 1, "ended": -1}.get(step, 0)
+            held += {"hold": 1, "let_go": -1}.get(step, 0)
+            for load in (often, late):
+                if step == "reported":
+                    load.reported(LoadSnapshot(running_sequences=number % 4))
+                elif step == "refused":
+                    load.refused()
+                elif step == "slots":
+                    load.max_num_seqs = 1 + number % 3
+                else:
+                    getattr(load, step)(10)
+            assert often.has_room in (True, False)
+        assert often.has_room is late.has_room
