@@ -248,7 +248,7 @@ def _supervise(
         cluster = load_local(run_dir)
         if cluster is None:
             return  # somebody else said 'stop'
-        if router_is_alive(cluster):
+        if cluster.stopping or router_is_alive(cluster):
             continue
         deaths = 1 if clock.now() - born_s > ROUTER_STABLE_S else deaths + 1
         if deaths > ROUTER_DEATHS_TOLERATED:

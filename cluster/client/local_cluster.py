@@ -15,6 +15,7 @@ class LocalCluster:
 
     ``router_started_s``: as ``process_identity`` has it. ``router_drain_s``: what the router gives its streams once it
     is told to end. ``owns_ray``: Ray is ours to stop; then ``rank_ports`` (first and last) say whose segments are ours.
+    ``stopping``: somebody is ending it, so nothing that dies is started again.
     """
 
     cluster_name: str
@@ -26,6 +27,7 @@ class LocalCluster:
     ray_address: str
     owns_ray: bool
     router_drain_s: float = 30.0
+    stopping: bool = False
 
 
 def load_local(run_dir: Path) -> LocalCluster | None:

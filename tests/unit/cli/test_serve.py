@@ -143,7 +143,7 @@ def test_pauses_before_another_router_double_and_are_bounded():
 def routers(monkeypatch):
     """A cluster whose router is always dead; the starts that were tried."""
     starts: list[float] = []
-    monkeypatch.setattr(serve, "load_local", lambda _: SimpleNamespace())
+    monkeypatch.setattr(serve, "load_local", lambda _: SimpleNamespace(stopping=False))
     monkeypatch.setattr(serve, "router_is_alive", lambda _: False)
     return starts
 
@@ -168,6 +168,15 @@ def test_a_router_that_cannot_be_started_is_tried_again(routers, monkeypatch, tm
     serve._supervise(ClusterConfig(), tmp_path, Interrupt(clock, 20.0), said, clock)
     assert routers == [1, 3, 6, 11]
     assert "port taken" in said.file.getvalue()
+
+
+def test_a_router_that_somebody_is_ending_is_not_started_again(routers, monkeypatch, tmp_path):
+    clock = ManualClock()
+    monkeypatch.setattr(serve, "load_local", lambda _: SimpleNamespace(stopping=True) if clock.now() < 5.5 else None)
+    monkeypatch.setattr(serve, "restart_router", lambda *_: routers.append(clock.now()))
+    serve._supervise(ClusterConfig(), tmp_path, Interrupt(clock), console(), clock)
+    assert not routers
+    assert clock.now() == 6.0, "it waits until whoever stops it has done so"
 
 
 def test_somebody_else_may_stop_it(monkeypatch, tmp_path):
