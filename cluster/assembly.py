@@ -12,15 +12,12 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from cluster import router_process
-from cluster.checkpoint.layout import read_checkpoint
-from cluster.checkpoint.resolve import DEMO, resolve
-from cluster.checkpoint.servable import check_servable
 from cluster.client.control import ControlClient, ControllerUnreachable
 from cluster.client.local_cluster import LocalCluster, forget, load_local, remember
 from cluster.config.listening import require_free
@@ -28,11 +25,12 @@ from cluster.config.process_identity import find_process, started_s
 from cluster.config.run_dir import hold_run_dir
 from cluster.config.schema import ClusterConfig, ControllerConfig, ModelConfig, RouterConfig
 from cluster.controller import ray_start
+from cluster.controller.early_checks import check_models, this_machine
 from cluster.controller.node_options import NodeOptions
 from cluster.controller.node_outlook import OutlookEntry
 from cluster.controller.rank_marker import SweepOrder
 from cluster.domain.clock import MonotonicClock
-from cluster.domain.errors import ClusterError, ConfigError
+from cluster.domain.errors import ClusterError, ConfigError, ReplicaError
 
 WORKER_PODS_ENTRY = "cluster.kube.worker_pods:watch_worker_pods"
 
@@ -40,23 +38,6 @@ Say = Callable[[str], None]
 
 
 # ---- serve ----
-
-
-def check_models(models: tuple[ModelConfig, ...]) -> tuple[ModelConfig, ...]:
-    """The models with absolute paths, their files checked; raises what is wrong before anything is started."""
-    return tuple(_checked(model) for model in models)
-
-
-def _checked(config: ModelConfig) -> ModelConfig:
-    if config.model == DEMO:
-        return config
-    resolved = resolve(config.model, config.revision)
-    if resolved.path is None:
-        return config.model_copy(update={"revision": resolved.commit})
-    checkpoint = read_checkpoint(resolved.path)
-    check_servable(checkpoint)
-    name = config.served_model_name or resolved.path.name
-    return config.model_copy(update={"model": str(resolved.path), "served_model_name": name})
 
 
 def start_cluster(
@@ -68,7 +49,8 @@ def start_cluster(
     """
     require_unused(run_dir)
     require_free(config.router.host, config.router.port, "router port (--port)")
-    models = check_models(config.models)
+    machine = this_machine(cpu_slots(config), config.controller.host) if ray_address is None else None
+    models = check_models(config.models, machine)
     with ExitStack() as undo:
         if ray_address is None:
             say("Starting Ray on this machine.")
@@ -91,9 +73,18 @@ def start_cluster(
 
 
 def start_router(
-    config: ClusterConfig, run_dir: Path, control_address: str, ray_address: str, *, owns_ray: bool
+    config: ClusterConfig,
+    run_dir: Path,
+    control_address: str,
+    ray_address: str,
+    *,
+    owns_ray: bool,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> LocalCluster:
-    """A router process for the controller at ``control_address``; remembered with the cluster."""
+    """A router process for the controller at ``control_address``; remembered with the cluster.
+
+    ReplicaError when it is not ``wanted`` any more once it runs.
+    """
     process, ports = router_process.spawn(config.router, run_dir, control_address)
     try:
         cluster = LocalCluster(
@@ -107,7 +98,7 @@ def start_router(
             owns_ray=owns_ray,
             router_drain_s=config.router.drain_deadline_s,
         )
-        remember(run_dir, cluster)
+        _remember_if(wanted, run_dir, cluster)
     except BaseException:
         process.kill()
         process.wait()
@@ -115,11 +106,27 @@ def start_router(
     return cluster
 
 
+def _remember_if(wanted: Callable[[], bool], run_dir: Path, cluster: LocalCluster) -> None:
+    if not wanted():
+        raise ReplicaError("The cluster is being stopped; its router is not started again.")
+    remember(run_dir, cluster)
+
+
 def restart_router(config: ClusterConfig, run_dir: Path, cluster: LocalCluster) -> LocalCluster:
-    """Another router in place of one that died, where clients know it: on the same port."""
+    """Another router in place of one that died, where clients know it: on the same port.
+
+    ReplicaError when the cluster is being stopped by the time it runs; then it has ended again.
+    """
     port = int(cluster.router_address.rpartition(":")[2])
     same = config.model_copy(update={"router": config.router.model_copy(update={"port": port})})
-    return start_router(same, run_dir, cluster.control_address, cluster.ray_address, owns_ray=cluster.owns_ray)
+
+    def wanted() -> bool:
+        found = load_local(run_dir)
+        return found is not None and not found.stopping
+
+    return start_router(
+        same, run_dir, cluster.control_address, cluster.ray_address, owns_ray=cluster.owns_ray, wanted=wanted
+    )
 
 
 def router_is_alive(cluster: LocalCluster) -> bool:
@@ -203,7 +210,10 @@ def cpu_slots(config: ClusterConfig) -> int:
     """CPU ranks that this machine offers: as configured, or its cores, or as many more as the models ask for."""
     if config.controller.cpu_slots is not None:
         return config.controller.cpu_slots
-    wanted = sum(model.replicas * (model.tensor_parallel_size or 1) for model in config.models)
+    wanted = sum(
+        model.replicas * (model.tensor_parallel_size or 1) * (model.pipeline_parallel_size or 1)
+        for model in config.models
+    )
     return max(os.cpu_count() or 1, wanted)
 
 
@@ -224,6 +234,7 @@ def stop_cluster(run_dir: Path, drain_s: float | None, say: Say) -> None:
     if cluster is None:
         _stop_remains(run_dir, say)
         return
+    remember(run_dir, replace(cluster, stopping=True))
     given_s = cluster.router_drain_s if drain_s is None else drain_s
     say("Draining the router.")
     if given_s > cluster.router_drain_s:
@@ -289,7 +300,7 @@ def start_head(
     pods that will join, which are watched to say why they do not.
     """
     require_unused(run_dir)
-    check_models(config.models)
+    check_models(config.models, None)
     with ExitStack() as undo:
         say("Starting Ray's head.")
         cpus = (os.cpu_count() or 1) if num_cpus is None else num_cpus
@@ -302,7 +313,7 @@ def start_head(
 
 def apply_models(head: Head, models: tuple[ModelConfig, ...]) -> None:
     """Replaces the desired models; NoFeasiblePlan while the nodes they need have not joined."""
-    checked = check_models(models)
+    checked = check_models(models, None)
     with ControlClient(head.control_address) as control:
         control.apply(checked)
 

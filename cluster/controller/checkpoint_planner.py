@@ -31,7 +31,7 @@ class CheckpointPlanner:
         self._inventory = inventory
 
     async def plan(self, config: ModelConfig, kept: Desired) -> DesiredModel:
-        return await asyncio.to_thread(self._plan, config, kept)
+        return await asyncio.to_thread(self.plan_now, config, kept)
 
     async def explain(self, config: ModelConfig, kept: Desired) -> Explanation:
         """Of a hub model it fetches the configuration only."""
@@ -44,9 +44,10 @@ class CheckpointPlanner:
             return Explanation(feasible=False, text=str(error), json=json.dumps({"reason": str(error)}))
         return Explanation(feasible=True, text=_text(config.name, found), json=_json(config.name, found))
 
-    def _plan(self, config: ModelConfig, kept: Desired) -> DesiredModel:
+    def plan_now(self, config: ModelConfig, kept: Desired) -> DesiredModel:
+        """As ``plan``; blocks on the model's files."""
         resolved = resolve(config.model, config.revision)
-        checkpoint = stretched(_read(resolved, config), config.rope_scaling)
+        checkpoint = stretched(read_model(resolved, config), config.rope_scaling)
         found = self._fit(check_servable(checkpoint), config, kept, checkpoint.nbytes_by_name)
         return DesiredModel(
             config=config,
@@ -67,7 +68,7 @@ class CheckpointPlanner:
     def _outline(self, config: ModelConfig, kept: Desired) -> Plan:
         resolved = resolve(config.model, config.revision)
         if resolved.path is not None or config.load_format == "dummy":
-            checkpoint = stretched(_read(resolved, config), config.rope_scaling)
+            checkpoint = stretched(read_model(resolved, config), config.rope_scaling)
             return self._fit(check_servable(checkpoint), config, kept, checkpoint.nbytes_by_name)
         folder = fetch_config(resolved)
         spec = model_spec(stretched_config(read_config(folder), config.rope_scaling), read_generation_config(folder))
@@ -78,7 +79,7 @@ class CheckpointPlanner:
         return plan(spec, config, inventory, replicas=config.replicas, weights_nbytes_by_name=stored)
 
 
-def _read(resolved: ResolvedModel, config: ModelConfig) -> Checkpoint:
+def read_model(resolved: ResolvedModel, config: ModelConfig) -> Checkpoint:
     """The checkpoint as every rank will see it."""
     if config.load_format == "dummy":
         return dummy_checkpoint(fetch_config(resolved), config.seed)

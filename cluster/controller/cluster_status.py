@@ -56,7 +56,9 @@ def blocked_reason(model: DesiredModel, observed: Observed, now_s: float) -> str
             return f"{view.replica}: {view.life.reason}"
     for replica, history in observed.slots.items():
         if replica.model == model.name and history.failures and history.pauses(model.fingerprint, now_s):
-            return f"{replica} failed {history.failures} time(s), starts again in {history.start_after_s - now_s:.1f} s"
+            last = f"; the last time: {history.cause}" if history.cause else ""
+            pause_s = history.start_after_s - now_s
+            return f"{replica} failed {history.failures} time(s), starts again in {pause_s:.1f} s{last}"
     return "replicas are starting"
 
 

@@ -195,8 +195,9 @@ class Fleet:
         ready_for_s = None if view.ready_at_s is None else now_s - view.ready_at_s
         history = self._history.get(view.replica, SlotHistory(view.incarnation.generation))
         self._history[view.replica] = after_failure(
-            history, ready_for_s, self._settings, now_s, fingerprint=view.fingerprint, needs_change=view.needs_change
-        )
+            history, ready_for_s, self._settings, now_s,
+            fingerprint=view.fingerprint, needs_change=view.needs_change, cause=view.life.reason,
+        )  # fmt: skip
 
     def end_pauses(self, models: Collection[str]) -> None:
         """Somebody says what is wanted, perhaps once more: files may be mended, so nothing waits out a failure."""

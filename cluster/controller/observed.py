@@ -130,13 +130,15 @@ class ReplicaView:
 class SlotHistory:
     """What a slot remembers of its incarnations: the last generation and how often in a row they failed.
 
-    ``fingerprint``: what those were built of; the pause until ``start_after_s`` is for the like of them.
+    ``fingerprint``: what those were built of; the pause until ``start_after_s`` is for the like of them. ``cause``: of
+    the last failure, for people: the failed incarnation itself leaves as soon as nothing is left of it.
     """
 
     generation: int = 0
     failures: int = 0
     start_after_s: float = 0.0
     fingerprint: str = ""
+    cause: str = ""
 
     def pauses(self, fingerprint: str, now_s: float) -> bool:
         """Whether nothing that is built of the same may start yet; mended options wait for nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,18 @@ from cluster.domain.parallel_layout import Placement
 
 NAMESPACE = "llm-cluster"
 ROOM_POLL_S = 2.0
+LOOK_KEPT_S = 0.5  # hundreds that wait for room share one look at the nodes
 GROUP_DEADLINE_S = 10.0
 ACTOR_DEADLINE_S = 120.0
 SWEEP_DEADLINE_S = 20.0
+
+
+@dataclass(slots=True)
+class _Start:
+    """One that is going on. ``asked``: whether Ray was asked for anything that would have to be removed."""
+
+    asked: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class RayActuator:
@@ -54,15 +64,16 @@ class RayActuator:
         self._entry = entry
         self._placing = asyncio.Lock()
         self._abandoned: set[Incarnation] = set()
-        self._starting: dict[Incarnation, asyncio.Event] = {}
+        self._starting: dict[Incarnation, _Start] = {}
         self._crowd: dict[Incarnation, Placement] = {}
+        self._looks: dict[DeviceKind, Inventory] = {}  # another one whenever we have changed what is free
         self._holds: dict[Incarnation, list[Any]] = {}
         self._own_node = ray.get_runtime_context().get_node_id()
 
     # ---- start ----
 
     async def start(self, order: StartOrder, talk: Talk) -> None:
-        done = self._starting[order.incarnation] = asyncio.Event()
+        start = self._starting[order.incarnation] = _Start()
         try:
             placement, inventory, group = await self._reserve(order, talk)
             await self._launch(order, placement, inventory, group)
@@ -70,19 +81,21 @@ class RayActuator:
             raise ReplicaError(f"{order.incarnation} could not be started: {_first_line(error)}") from error
         finally:
             del self._starting[order.incarnation]
-            done.set()
+            start.ended.set()
 
     async def _reserve(self, order: StartOrder, talk: Talk) -> tuple[Placement, Inventory, PlacementGroup]:
         """Waits until there is room and Ray has given it."""
         while True:
-            self._check_wanted(order.incarnation)
             async with self._placing:
-                inventory = await asyncio.to_thread(self._observer.inventory, order.model.device)
+                self._check_wanted(order.incarnation)
+                inventory = await self._look(order.model.device)
                 crowded = self._crowded(order.incarnation)
                 placement = place_replica(order.model.layout, inventory, crowded, talk.draining())
                 if isinstance(placement, Placement):
                     talk.placed(frozenset(placement.node_ids))  # nobody else ran since ``draining`` was asked
+                    self._starting[order.incarnation].asked = True
                     group = await asyncio.to_thread(self._make_group, order, placement)
+                    self._looks = {}
                     if group is not None:
                         talk.blocked("")
                         self._crowd[order.incarnation] = placement
@@ -91,6 +104,14 @@ class RayActuator:
                     placement = f"Ray did not grant the reservation within {GROUP_DEADLINE_S:.0f} s"
             talk.blocked(placement)
             await asyncio.sleep(ROOM_POLL_S)
+
+    async def _look(self, kind: DeviceKind) -> Inventory:
+        looks = self._looks
+        found = looks.get(kind)
+        if found is None:
+            found = looks[kind] = await asyncio.to_thread(self._observer.inventory, kind)
+            asyncio.get_running_loop().call_later(LOOK_KEPT_S, looks.pop, kind, None)
+        return found
 
     def _crowded(self, incarnation: Incarnation) -> dict[str, int]:
         counts: dict[str, int] = {}
@@ -189,6 +210,8 @@ class RayActuator:
     async def destroy(self, incarnation: Incarnation, world_size: int) -> None:
         self._abandoned.add(incarnation)
         try:
+            if await self._found_no_room(incarnation):
+                return
             shared = self._shared
             order = SweepOrder(
                 shared.cluster_name, shared.run_dir, shared.settings.rank_ports, frozenset(), incarnation
@@ -197,9 +220,10 @@ class RayActuator:
             await asyncio.to_thread(self._release, incarnation, world_size)
             starting = self._starting.get(incarnation)
             if starting is not None:
-                await asyncio.wait_for(starting.wait(), ACTOR_DEADLINE_S + GROUP_DEADLINE_S)
+                await asyncio.wait_for(starting.ended.wait(), ACTOR_DEADLINE_S + GROUP_DEADLINE_S)
                 await asyncio.to_thread(self._release, incarnation, world_size)
             await self._group_gone(incarnation)
+            self._looks = {}
             others = await self._sweep_nodes(order)
             left = [pid for node in (swept, *others) for pid in node.left]
             if left:
@@ -212,6 +236,17 @@ class RayActuator:
             self._abandoned.discard(incarnation)
         self._holds.pop(incarnation, None)
         self._crowd.pop(incarnation, None)
+
+    async def _found_no_room(self, incarnation: Incarnation) -> bool:
+        """Whether its start has ended now without a reservation: nothing of it is anywhere.
+
+        The nodes need not be searched then, which hundreds that waited in vain would do at once.
+        """
+        start = self._starting.get(incarnation)
+        if start is None or start.asked:
+            return False
+        await asyncio.wait_for(start.ended.wait(), ACTOR_DEADLINE_S + GROUP_DEADLINE_S)
+        return not start.asked
 
     def _release(self, incarnation: Incarnation, world_size: int) -> None:
         """Kills the actors and gives the reservation back; neither need exist."""

@@ -56,6 +56,7 @@ def after_failure(
     *,
     fingerprint: str,
     needs_change: bool = False,
+    cause: str = "",
 ) -> SlotHistory:
     """The slot's memory once an incarnation failed that had been ready for ``ready_for_s`` (None: never).
 
@@ -65,7 +66,7 @@ def after_failure(
     stable = ready_for_s is not None and ready_for_s >= STABLE_AFTER_S
     failures = 1 if stable or fingerprint != history.fingerprint else history.failures + 1
     pause_s = settings.restart_backoff_max_s if needs_change else backoff_s(failures, settings)
-    return SlotHistory(history.generation, failures, now_s + pause_s, fingerprint)
+    return SlotHistory(history.generation, failures, now_s + pause_s, fingerprint, cause)
 
 
 def _one(replica: ReplicaView, settings: ControllerConfig, now_s: float) -> Action | None:
@@ -151,6 +152,7 @@ def _grow(model: DesiredModel, observed: Observed, now_s: float) -> list[Action]
         history = observed.slots.get(replica, SlotHistory())
         if replica in fenced or history.pauses(model.fingerprint, now_s):
             continue
-        reason = "wanted" if history.failures == 0 else f"rebuilt after {history.failures} failure(s)"
+        reason = f"rebuilt after {history.failures} failure(s)" if history.failures else "wanted"
+        reason += f", the last: {history.cause}" if history.cause else ""
         starts.append(Start(Incarnation(replica, history.generation + 1), reason))
     return starts

@@ -12,7 +12,7 @@ from cluster.domain.model_spec import Dtype, ModelSpec
 from cluster.domain.parallel_layout import ParallelLayout, Placement, StageLayers
 from cluster.planner.cost import CostEstimate
 from cluster.planner.evaluate import ACCELERATOR_STEP_TOKENS, Fit, check_length, evaluate, pools
-from cluster.planner.layouts import candidate_layouts
+from cluster.planner.layouts import candidate_layouts, shape_objection
 from cluster.planner.memory import RankLedger
 from cluster.planner.weights import stored_bytes
 
@@ -110,6 +110,16 @@ def plan(
         ),
         reason=_reason(model_config, best, fits),
     )
+
+
+def refuse_impossible(spec: ModelSpec, config: ModelConfig) -> None:
+    """NoFeasiblePlan for sizes that the model's shape rules out on any machines, ConfigError as ``plan``."""
+    check_length(spec, config)
+    layout = ParallelLayout(config.tensor_parallel_size or 1, config.pipeline_parallel_size or 1)
+    objection = shape_objection(spec, layout, devices_per_node=layout.tensor_parallel_size)
+    if objection is not None:
+        msg = f"No layout of {config.name} fits on any devices: {objection}."
+        raise NoFeasiblePlan(msg, ((str(layout), objection),))
 
 
 def _preference(fit: Fit) -> tuple[bool, int, float]:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from operator import attrgetter
-from typing import Protocol, cast
 
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.endpoint import Endpoint, EndpointTable
 from cluster.domain.errors import ModelNotFound, RejectReason, RequestRejected
 from cluster.domain.ids import Incarnation
-from cluster.router.endpoint_table import Candidate, Standing, TableChange, supersedes, table_change
+from cluster.router.endpoint_table import Standing, TableChange, supersedes, table_change
+from cluster.router.fleet_groups import FleetGroups, Standings
 from cluster.router.fleet_health import FleetHealth
+from cluster.router.holders import Holders
 from cluster.router.policy.contracts import Choice, Demand, Profile
 from cluster.router.policy.group import Group
 from cluster.router.policy.profiles import DEFAULT
 from cluster.router.policy.selector import Selector, Verdict
-from cluster.router.prefix_index import Holders, PrefixIndex
+from cluster.router.prefix_index import PrefixIndex
 from cluster.router.sequence_stream import LossReason
 from cluster.router.session import EngineSession, ServedModel, SessionSettings
 from cluster.telemetry.logs import Logger
@@ -33,44 +32,6 @@ REGROUPED_MAX = 16  # endpoints that change with one table, for which groups are
 EXPECTED_BLOCKS_MAX = 2048  # of one prompt: what a longer one holds beyond is known when its replica tells it
 NAME_CHARACTERS = 128  # of an unknown name, in an answer: a status has to fit into headers
 NO_HOLDERS = Holders((), (), {})
-
-
-class Standings(Protocol):
-    """Who judges how endpoints behave."""
-
-    def standing(self, incarnation: Incarnation) -> Standing: ...
-
-    def picked(self, incarnation: Incarnation) -> Callable[[], None] | None:
-        """A request is on its way there. What takes that back, if there is anything to be taken back."""
-
-
-class Seat:
-    """One session as a policy asks for it."""
-
-    __slots__ = ("_standings", "incarnation", "number", "session")
-
-    def __init__(self, session: EngineSession, standings: Standings, number: int) -> None:
-        self.session = session
-        self.number = number  # in the order of coming
-        self.incarnation = session.endpoint.incarnation
-        self._standings = standings
-
-    @property
-    def has_room(self) -> bool:
-        return self.session.load.has_room
-
-    def candidate(self, cached_tokens: int = 0, *, has_room: bool, at_home: bool = False) -> Candidate:
-        session, load = self.session, self.session.load
-        return Candidate(
-            endpoint=session.endpoint,
-            session_up=session.up,
-            tokens=load.tokens,
-            cached_tokens=cached_tokens,
-            has_room=has_room,
-            standing=self._standings.standing(self.incarnation),
-            queued_tokens=load.queued_tokens,
-            at_home=at_home,
-        )
 
 
 class Fleet:
@@ -100,14 +61,11 @@ class Fleet:
         self._table: EndpointTable | None = None
         self._models: tuple[str, ...] = ()
         self._sessions: dict[Incarnation, EngineSession] = {}
-        self._seats: dict[Incarnation, Seat] = {}
-        self._seated = 0  # that ever were
         self._paced_for = 0  # endpoints, when their sessions were last told how often to send news
         self._replicas: frozenset[str] = frozenset()
         self._taking: dict[str, set[Incarnation]] = {}  # endpoints that take new work, by model
         self._speaking: dict[str, EngineSession] = {}  # who was found to tell what a model is
-        self._rules = tuple(rule.keep for rule in profile.filters if rule.static)
-        self._groups: dict[tuple[str, str], Group] = {}
+        self._groups = FleetGroups(profile, self._standings)
         self._indexes: dict[tuple[str, str, int], PrefixIndex] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._waiters: set[asyncio.Future[None]] = set()
@@ -124,7 +82,7 @@ class Fleet:
         self._models = tuple(sorted({*table.models, *(endpoint.model for endpoint in table.endpoints)}))
         for endpoint in change.closed:
             session = self._sessions.pop(endpoint.incarnation)
-            del self._seats[endpoint.incarnation]
+            self._groups.leave(endpoint.incarnation)
             session.forget_blocks()
             self._close(session)
         for endpoint in change.updated:
@@ -137,8 +95,7 @@ class Fleet:
                 endpoint, self._settings, changed, self._log, index, self._room_at, self._places_elsewhere, pauses
             )
             self._sessions[endpoint.incarnation] = session
-            self._seats[endpoint.incarnation] = Seat(session, self._standings, self._seated)
-            self._seated += 1
+            self._groups.seat(session)
         self._replicas = frozenset(session.replica_name for session in self._sessions.values())
         keys = {_index_key(session.endpoint) for session in self._sessions.values()}
         self._indexes = {key: index for key, index in self._indexes.items() if key in keys}
@@ -228,7 +185,7 @@ class Fleet:
 
         The choice is to be told when it is ``not_used``.
         """
-        group = self._group(demand)
+        group = self._groups.of(demand)
         choice = self._selector.choose(group, demand, self._holders(group, demand))
         if choice is None:
             return None
@@ -249,44 +206,9 @@ class Fleet:
 
     def explain(self, demand: Demand) -> list[Verdict]:
         """What the policy thinks of every endpoint now, and which one ``choose`` would take; changes nothing."""
-        group = self._group(demand)
-        inside = group.positions
-        seats = [seat for incarnation, seat in self._seats.items() if incarnation not in inside]
-        others = [seat.candidate(has_room=seat.has_room) for seat in seats]
+        group = self._groups.of(demand)
+        others = self._groups.others(group)
         return self._selector.explain(group, others, demand, self._holders(group, demand))
-
-    def _group(self, demand: Demand) -> Group:
-        key = demand.model, demand.checkpoint_digest
-        group = self._groups.get(key)
-        if group is None:
-            asked = Demand(*key)
-            group = self._groups[key] = _group_of([seat for seat in self._seats.values() if self._joins(seat, asked)])
-        return group
-
-    def _joins(self, seat: Seat, asked: Demand) -> bool:
-        """Whether the static filters let it into the group that is ``asked`` for."""
-        candidate = Candidate(seat.session.endpoint, seat.session.up)
-        for keep in self._rules:  # noqa: SIM110 - quicker than all(), for thousands of endpoints
-            if not keep(candidate, asked):
-                return False
-        return True
-
-    def _regroup(self, incarnation: Incarnation) -> None:
-        """One endpoint has come, gone or changed: the groups that it joins or leaves are made anew from what they were.
-
-        O(members) for each of them, without asking the others anything.
-        """
-        seat = self._seats.get(incarnation)
-        for key, group in tuple(self._groups.items()):
-            if key[0] != incarnation.replica.model:
-                continue
-            others = [cast("Seat", one) for one in group.members if one.incarnation != incarnation]
-            if seat is not None and self._joins(seat, Demand(*key)):
-                insort(others, seat, key=attrgetter("number"))
-            if others:
-                self._groups[key] = _group_of(others)
-            else:
-                del self._groups[key]
 
     def _holders(self, group: Group, demand: Demand) -> Holders:
         """Of the demand's prompt. Nobody where endpoints cannot be compared: other weights or sizes of blocks."""
@@ -300,7 +222,7 @@ class Fleet:
 
     def serves(self, demand: Demand) -> bool:
         """Whether some endpoint would take ``demand`` if it had room; changes nothing."""
-        members = self._group(demand).members
+        members = self._groups.of(demand).members
         return any(m.incarnation not in demand.refused for m in members) if demand.refused else bool(members)
 
     def watch_room(self, at: Callable[[EngineSession], None], anywhere: Callable[[], None]) -> None:
@@ -341,13 +263,13 @@ class Fleet:
             self._groups.clear()
         for endpoint in changed:
             self._note_readiness(endpoint.incarnation)
-            self._regroup(endpoint.incarnation)
+            self._groups.changed(endpoint.incarnation)
         self._taking = {model: taking for model, taking in self._taking.items() if taking}
 
     def _session_changed(self, incarnation: Incarnation) -> None:
         """Its session has gone up or down."""
         self._note_readiness(incarnation)
-        self._regroup(incarnation)
+        self._groups.changed(incarnation)
         self._changed()
 
     def _note_readiness(self, incarnation: Incarnation) -> None:
@@ -389,11 +311,6 @@ class Fleet:
                 if places >= wanted:
                     return wanted
         return places
-
-
-def _group_of(seats: Sequence[Seat]) -> Group:
-    sizes = {seat.session.endpoint.block_size for seat in seats}
-    return Group(seats, sizes.pop() if len(sizes) == 1 else 0)
 
 
 def _index_key(endpoint: Endpoint) -> tuple[str, str, int]:

@@ -24,6 +24,7 @@ from cluster.config.listening import reserve_port
 from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.errors import ReplicaError
+from cluster.router.loop_beat import LoopBeat
 from cluster.router.process_order import ProcessAnswer, ProcessOrder
 from cluster.router.respawn import Respawn, Silence
 from cluster.router.service import node_of
@@ -110,7 +111,7 @@ class ProcessGroup:
             child = self._children.get(index)
             if child is not None:
                 code = await child.wait()
-                self._left(index)
+                await self._left(index)
                 if self._stopping.is_set():
                     return
                 self._log.error("router_process_died", index=index, pid=child.pid, code=code)
@@ -153,10 +154,10 @@ class ProcessGroup:
             said = answer.error if answer else "it ended without a word"
             raise ReplicaError(f"A router process did not start: {said}")
 
-    def _left(self, index: int) -> None:
+    async def _left(self, index: int) -> None:
         del self._children[index]
         self._silences.pop(index, None)
-        self.merged.leave(index)
+        await asyncio.to_thread(self.merged.leave, index)
 
     async def _stopped_within(self, limit_s: float) -> bool:
         with suppress(TimeoutError):
@@ -234,7 +235,10 @@ async def serve_processes(
         )  # fmt: skip
         group = ProcessGroup(order, log, clock or MonotonicClock())
         exits.callback(group.merged.close)
-        metrics_server = MetricsServer(group.merged.registry, config.host, config.metrics_port, group.ready)
+        beat = LoopBeat(clock or MonotonicClock())
+        exits.callback(beat.close)
+        routes = {"/healthz": beat.page}
+        metrics_server = MetricsServer(group.merged.page, config.host, config.metrics_port, group.ready, routes)
         exits.push_async_callback(asyncio.to_thread, metrics_server.close)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, group.stop)

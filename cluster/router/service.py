@@ -45,8 +45,7 @@ class OneOfSeveral:
     """A router process that shares its port, which somebody holds by ``reserve_port``.
 
     It listens as soon as it has a ready endpoint, at the latest after ``ready_wait_s``: the kernel gives it
-    connections from then on, while others could serve them. Its metrics are for whoever merges them, on loopback;
-    its /healthz says whether its event loop runs.
+    connections from then on, while others could serve them. Its metrics are for whoever merges them, on loopback.
     """
 
     ready_wait_s: float
@@ -85,8 +84,8 @@ async def serve_router(
 ) -> int:
     """Serves until SIGTERM, SIGINT or ``stop``; then drains and returns the exit code, 0.
 
-    ``started`` is called when it listens. PortTakenError when a port is not to be had. ``one_of``: it shares
-    ``config.port`` with other processes.
+    ``started`` is called when it listens; /healthz says whether the event loop runs. PortTakenError when a port is not
+    to be had. ``one_of``: it shares ``config.port`` with other processes.
     """
     log = log or get_logger()
     router_id = str(uuid.uuid4())
@@ -100,7 +99,7 @@ async def serve_router(
         fleet, server, health = parts.fleet, parts.server, parts.health
         port = config.port if one_of else listener.bind(config.host, config.port)
         metrics_host = LOOPBACK if one_of else config.host
-        routes = {"/healthz": _beat_of_loop(exits, clock or MonotonicClock())} if one_of else None
+        routes = {"/healthz": _beat_of_loop(exits, clock or MonotonicClock())}
         metrics_server = MetricsServer(registry, metrics_host, config.metrics_port, lambda: health.ready, routes)
         exits.push_async_callback(asyncio.to_thread, metrics_server.close)
         if one_of is None:

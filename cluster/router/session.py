@@ -20,6 +20,7 @@ from cluster.router.cancellation import being_cancelled
 from cluster.router.command_batches import batches
 from cluster.router.endpoint_table import Candidate, LiveLoad
 from cluster.router.fleet_health import FleetHealth
+from cluster.router.handshake import HandshakeRefused, check_welcome, describe
 from cluster.router.prefix_index import MAX_BLOCKS, PrefixIndex
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
 from cluster.router.tokenization import Tokenizer, TokenizerCache
@@ -33,10 +34,6 @@ OUTBOX_MAX = 16384
 SILENCE_CHECKS = 8  # per engine_silence_s
 DESCRIBE_TIMEOUT_S = 30.0
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]"
-
-
-class HandshakeRefused(Exception):  # noqa: N818 - stays inside the session
-    """Somebody else than expected answers at the endpoint's address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +198,10 @@ class EngineSession:
                     load_pause_s=self._pauses.load_s,
                 )
                 await call.write(engine_pb2.SessionRequest(hello=hello))
-                self._check_welcome(await call.read())
+                check_welcome(await call.read(), self.endpoint)
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                self.served = await self._describe(stub)
-                self.load.max_num_seqs = self.served.card.max_num_seqs
+                card, tokenizer = await describe(stub, self.endpoint, self._settings.tokenizers)
+                self.served, self.load.max_num_seqs = ServedModel(card, tokenizer), card.max_num_seqs
             silent = asyncio.Event()
             spawn = asyncio.get_running_loop().create_task
             tasks = [spawn(self._watch_silence(call, silent)), spawn(self._write(call))]
@@ -309,30 +306,6 @@ class EngineSession:
             except (grpc.RpcError, asyncio.InvalidStateError):
                 return  # the reader sees the same end and says so
 
-    def _check_welcome(self, message: engine_pb2.SessionResponse | object) -> None:
-        if not isinstance(message, engine_pb2.SessionResponse) or not message.HasField("welcome"):
-            raise HandshakeRefused("the engine ended the session without a welcome")
-        self._check_identity(message.welcome.identity)
-
-    def _check_identity(self, met: engine_pb2.ReplicaIdentity) -> None:
-        expected = convert.identity_of(self.endpoint)
-        if met != expected:
-            raise HandshakeRefused(f"expected {_one_line(expected)}, met {_one_line(met)}")
-
-    async def _describe(self, stub: engine_pb2_grpc.EngineStub) -> ServedModel:
-        """The card, and the tokenizer by its digest: its files travel once per checkpoint."""
-        answer = await stub.Describe(engine_pb2.DescribeRequest())
-        self._check_identity(answer.identity)
-        digest = answer.card.tokenizer_digest
-        if not digest:
-            return ServedModel(answer.card, None)
-        known = self._settings.tokenizers.get(digest)
-        if known is None:
-            full = await stub.Describe(engine_pb2.DescribeRequest(include_tokenizer=True))
-            files = {file.name: file.content for file in full.tokenizer_files}
-            known = await self._settings.tokenizers.build(digest, files)
-        return ServedModel(answer.card, known)
-
     async def _watch_silence(self, call: _Call, silent: asyncio.Event) -> None:
         """Cancels the call at most ``engine_silence_s`` after the last message, and not much earlier.
 
@@ -379,10 +352,3 @@ def _brief(error: BaseException) -> str:
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
     return f"{type(error).__name__}: {error}"
-
-
-def _one_line(identity: engine_pb2.ReplicaIdentity) -> str:
-    return (
-        f"{identity.model}/{identity.slot}#{identity.generation} digest {identity.checkpoint_digest} "
-        f"block size {identity.block_size}"
-    )

@@ -43,23 +43,24 @@ def new_registry() -> CollectorRegistry:
 
 
 class MetricsServer:
-    """Serves ``registry`` on the first free port from ``first_port`` on (0: any), in a thread of its own.
+    """Serves ``metrics`` on the first free port from ``first_port`` on (0: any), in a thread of its own.
 
-    ``ready`` answers /readyz; /healthz says only that the process lives. ``routes``: further paths, whose functions
-    are called in a thread of the request's own. PortTakenError when the 64 ports from ``first_port`` on are all
-    taken, another ConfigError when ``host`` is no address of ours.
+    ``metrics``: a registry, or what makes the page. ``ready`` answers /readyz; /healthz says only that the process
+    lives. ``routes``: further paths, or other answers for these two. All of these functions are called in a thread of
+    the request's own. PortTakenError when the 64 ports from ``first_port`` on are all taken, another ConfigError when
+    ``host`` is no address of ours.
     """
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        metrics: CollectorRegistry | Callable[[], Page],
         host: str,
         first_port: int,
         ready: Callable[[], bool] | None = None,
         routes: Routes | None = None,
     ) -> None:
         pages = {"/healthz": _alive, "/readyz": _readiness(ready or (lambda: True)), **(routes or {})}
-        self._server = _bind(_request_class(registry, pages), host, first_port)
+        self._server = _bind(_request_class(_metrics_page(metrics), pages), host, first_port)
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="metrics", daemon=True
@@ -104,7 +105,19 @@ def _readiness(ready: Callable[[], bool]) -> Callable[[], Page]:
     return lambda: Page(200, b"ready\n") if ready() else Page(503, b"not ready\n")
 
 
-def _request_class(registry: CollectorRegistry, pages: Routes) -> type[BaseHTTPRequestHandler]:
+def _metrics_page(metrics: CollectorRegistry | Callable[[], Page]) -> Callable[[str], Page]:
+    """From the Accept header to the page."""
+    if not isinstance(metrics, CollectorRegistry):
+        return lambda _: metrics()
+
+    def page(accept: str) -> Page:
+        encode, content_type = choose_encoder(accept)
+        return Page(200, encode(metrics), content_type)
+
+    return page
+
+
+def _request_class(metrics: Callable[[str], Page], pages: Routes) -> type[BaseHTTPRequestHandler]:
     known = f"try {', '.join(['/metrics', *pages])}\n".encode()
 
     class Request(BaseHTTPRequestHandler):
@@ -113,8 +126,7 @@ def _request_class(registry: CollectorRegistry, pages: Routes) -> type[BaseHTTPR
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
-                encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-                self._answer(Page(200, encode(registry), content_type))
+                self._answer(metrics(self.headers.get("Accept", "")))
             elif path in pages:
                 self._answer(pages[path]())
             else:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import http.client
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from cluster.config.schema import LOOPBACK
 from cluster.domain.clock import Clock, MonotonicClock
+from cluster.telemetry.exposition import Page
 from cluster.telemetry.logs import get_logger
 from cluster.telemetry.merging import Series
 
@@ -28,8 +28,8 @@ REFRESH_DEADLINE_S = 30.0
 ASKED_AT_ONCE = 16
 
 
-class MergedProcesses(Collector):
-    """A collector of everything that ``own`` and the processes show.
+class MergedProcesses:
+    """Everything that ``own`` and the processes show, on one page.
 
     A process is asked at every scrape; one that does not answer in time, or not with metrics, counts with its last
     answer. What a process that has ended had counted stays in the sums, for series that some other process still
@@ -38,10 +38,9 @@ class MergedProcesses(Collector):
 
     def __init__(self, own: CollectorRegistry, alike: frozenset[str], clock: Clock | None = None) -> None:
         self._own, self._alike, self._clock = own, alike, clock or MonotonicClock()
-        self.registry = CollectorRegistry()  # what a MetricsServer shows
-        self.registry.register(self)
         self._log = get_logger(component="merged_metrics")
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held for moments only: pages are merged outside
+        self._leaving = threading.Lock()
         self._ports: dict[object, int] = {}
         self._last: dict[object, _Answer] = {}
         self._retired = Series()
@@ -55,13 +54,19 @@ class MergedProcesses(Collector):
             self._ports[key] = port
 
     def leave(self, key: object) -> None:
-        """The process ``key`` has ended."""
-        with self._lock:
-            self._ports.pop(key, None)
-            last = self._last.pop(key, None)
-            if last is not None:
-                self._retired.add(last.series.growing())
-                self._retired = self._retired.only_shown_by([last.series, *(a.series for a in self._last.values())])
+        """The process ``key`` has ended; what it had counted is shown throughout. Blocks where pages are large."""
+        with self._leaving:
+            with self._lock:
+                self._ports.pop(key, None)
+                last, others = self._last.get(key), [a.series for k, a in self._last.items() if k != key]
+            if last is None:
+                return
+            retired = self._retired.copy()
+            retired.add(last.series.growing())
+            retired = retired.only_shown_by([last.series, *others])
+            with self._lock:
+                del self._last[key]
+                self._retired = retired
 
     def refresh(self) -> None:
         """Asks every process now, with patience: what it has counted until then survives its death."""
@@ -78,14 +83,16 @@ class MergedProcesses(Collector):
         ports = self._known().values()
         return any(self._callers.map(partial(_is_ok, path="/readyz", limit_s=READY_DEADLINE_S), ports))
 
-    def collect(self) -> Iterable[Metric]:
+    def page(self) -> Page:
+        """What a MetricsServer shows at /metrics."""
         self._ask_all(_scrape_limit_s)
-        together = Series(self._own.collect())
+        together = Series(generate_latest(self._own).decode())
         with self._lock:
-            for answer in self._last.values():
-                together.add(answer.series, self._alike)
-            together.add_where_shown(self._retired)
-        return together.families()
+            answers, retired = list(self._last.values()), self._retired
+        for answer in answers:
+            together.add(answer.series, self._alike)
+        together.add_where_shown(retired)
+        return Page(http.client.OK, together.page().encode(), CONTENT_TYPE_PLAIN_0_0_4)
 
     def close(self) -> None:
         self._askers.shutdown(wait=False, cancel_futures=True)
@@ -109,9 +116,9 @@ class MergedProcesses(Collector):
             return
         took_s = self._clock.now() - asked_s
         try:
-            series = Series(text_string_to_metric_families(page[1]))
-        except Exception as error:  # boundary: whatever one shows, the others count; the parser names no errors
-            self._log.warning("process_metrics_unreadable", port=port, caused_by=f"{type(error).__name__}: {error}")
+            series = Series(page[1])
+        except ValueError as error:
+            self._log.warning("process_metrics_unreadable", port=port, caused_by=str(error))
             return
         with self._lock:
             last = self._last.get(key)

@@ -4,6 +4,9 @@ import asyncio
 import json
 import signal
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from cluster.client import AsyncClient
 from cluster.config.schema import RouterConfig
 from cluster.domain.endpoint import EndpointTable
 from cluster.domain.errors import PortTakenError, RejectReason, RequestRejected
+from cluster.router import loop_beat
 from cluster.router.service import serve_router
 from cluster.router.watch import EndpointWatch, load_table, save_table
 from cluster.telemetry.logs import get_logger
@@ -59,6 +63,29 @@ async def test_the_router_introduces_itself(start: StartCluster) -> None:
     assert met.router_id == cluster.router.router_id
     assert dict(met.ports) == dict(cluster.router.ports)
     assert met.pid > 0
+
+
+async def test_a_router_whose_event_loop_hangs_says_so(start: StartCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_beat, "BEAT_S", 0.01)
+    cluster = await start(engine())
+    url = f"http://127.0.0.1:{cluster.router.ports['metrics']}/healthz"
+
+    def status() -> int:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code
+
+    assert await asyncio.to_thread(status) == 200
+    monkeypatch.setattr(loop_beat, "LATE_S", 0.2)
+    deadline = time.monotonic() + 20
+    while status() != 503:  # asked on the loop itself, which runs nothing else meanwhile
+        assert time.monotonic() < deadline
+    monkeypatch.setattr(loop_beat, "LATE_S", 5.0)
+    assert await asyncio.to_thread(status) == 200
+    assert (await cluster.generate(request(5))).reason == "LENGTH"
 
 
 async def test_the_last_table_outlives_the_controller_and_the_router(start: StartCluster, tmp_path: Path) -> None:

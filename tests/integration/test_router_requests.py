@@ -392,16 +392,6 @@ class TestEnds:
         await eventually(lambda: cluster.engines[0].cancels == [1], "the engine was told")
         assert await settled(cluster) == {"aborted_client": 1}
 
-    async def test_a_client_that_reads_nothing_is_cut_off(self, start: StartCluster) -> None:
-        lots = engine(next_token=scripted_token([7]), max_model_len=10**6, tokens_per_step=2000)
-        cluster = await start(lots, client_stall_s=0.3)
-        call = cluster.call(request(10**6 - 3, logprobs=1), timeout_s=None)
-        await eventually(lambda: bool(lots.submits), "it is running")
-        await eventually(lambda: lots.cancels == [1], "the engine was told")
-        assert await settled(cluster) == {"aborted_client": 1}
-        code, _, _, _ = await refusal(drained(call))
-        assert code is grpc.StatusCode.CANCELLED
-
     async def test_fifty_clients_that_leave_leave_nothing(self, start: StartCluster) -> None:
         cluster = await start(engine(0, step_s=0.005), engine(1, step_s=0.005))
         calls = [cluster.call(request(200)) for _ in range(50)]

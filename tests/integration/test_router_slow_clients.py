@@ -25,6 +25,8 @@ LITTLE_ROOM = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+GENEROUS_S = 60.0  # however busy the machine is
+
 
 def request(tokens: int = TOKENS, request_id: str = "") -> inference_pb2.GenerateRequest:
     ids = inference_pb2.TokenIds(ids=PROMPT)
@@ -76,3 +78,21 @@ async def test_a_slow_client_delays_nobody_else(cluster: RouterCluster) -> None:
         slow.cancel()
     await eventually(lambda: cluster.router.server.active_requests == 0, "it is gone")
     assert await cluster.outcomes() == {"completed": 8, "aborted_client": 1}
+
+
+async def test_a_client_that_reads_nothing_is_cut_off() -> None:
+    """By the router: the client stays and has no deadline, and the engine would go on for minutes."""
+    slow = FakeEngine(scripted_token([7]), max_model_len=10**6, tokens_per_step=100, step_s=0.02)
+    cluster = await RouterCluster(client_stall_s=0.3).start(slow)
+    try:
+        async with grpc.aio.insecure_channel(cluster.address, options=LITTLE_ROOM) as narrow:
+            cluster.injected += 1
+            call = inference_pb2_grpc.InferenceStub(narrow).Generate(request(10**6 - len(PROMPT)))
+            await eventually(lambda: slow.cancels == [1], "the engine was told", GENEROUS_S)
+            await eventually(lambda: cluster.router.server.active_requests == 0, "the request has ended", GENEROUS_S)
+            assert await cluster.outcomes() == {"aborted_client": 1}
+            with pytest.raises(grpc.aio.AioRpcError) as cut:
+                [event async for event in call]
+        assert cut.value.code() is grpc.StatusCode.CANCELLED
+    finally:
+        await cluster.close()

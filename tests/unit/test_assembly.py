@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -20,6 +21,7 @@ from cluster.controller import controller_actor, ray_start
 from cluster.controller.node_options import NodeOptions
 from cluster.controller.ray_start import RayNode
 from cluster.domain.errors import ConfigError, NoFeasiblePlan, ReplicaError
+from tests.unit.controller.builders import inventory, node
 
 SLEEP = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
 DEMO = ClusterConfig(models=(ModelConfig(model="demo"),), router=RouterConfig(port=0))
@@ -170,6 +172,21 @@ def test_one_process_at_a_time_works_under_a_run_directory(tmp_path):
 # ---- a failed start ends what it began, and nothing else ----
 
 
+@pytest.mark.parametrize("asked", [{"tensor_parallel_size": 4096}, {"max_model_len": 1 << 20}, {"replicas": 10_000}])
+def test_what_cannot_be_is_refused_before_ray_is_started(world, tmp_path, asked, monkeypatch):
+    monkeypatch.setattr(assembly, "this_machine", lambda slots, host: inventory(node(host, min(slots, 64))))
+    config = DEMO.model_copy(update={"models": (ModelConfig(model="demo", **asked),)})
+    with pytest.raises((ConfigError, NoFeasiblePlan)):
+        start(tmp_path, config=config)
+    assert world.done == []
+
+
+def test_a_cpu_slot_is_there_for_every_rank_that_is_asked_for():
+    wide = ModelConfig(model="demo", replicas=20, tensor_parallel_size=4, pipeline_parallel_size=3)
+    small = ModelConfig(model="demo", replicas=300, served_model_name="small")
+    assert assembly.cpu_slots(ClusterConfig(models=(wide, small))) == 540
+
+
 def test_a_refused_model_takes_our_ray_down(world, tmp_path):
     world.refuse["apply"] = ConfigError("no")
     with pytest.raises(ConfigError, match="no"):
@@ -239,10 +256,14 @@ def test_an_idle_controller_of_our_name_is_used_and_survives_a_refusal(world, tm
 )
 def test_stop_waits_as_long_as_the_router_drains(world, tmp_path, living, monkeypatch, asked, router_s, waits_s):
     waited = []
-    monkeypatch.setattr(router_process, "end", lambda _, deadline_s: waited.append(deadline_s))
+
+    def end(_, deadline_s):
+        waited.append((deadline_s, load_local(tmp_path).stopping))
+
+    monkeypatch.setattr(router_process, "end", end)
     record(tmp_path, *living, router_drain_s=router_s)
     assembly.stop_cluster(tmp_path, asked, lambda _: None)
-    assert waited == [waits_s]
+    assert waited == [(waits_s, True)], "whoever watches over the router knows by then"
     assert load_local(tmp_path) is None
 
 
@@ -272,7 +293,19 @@ def test_a_router_is_started_again_where_clients_know_it(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(assembly, "start_router", lambda config, *_, **kw: asked.append((config.router.port, kw)))
     assembly.restart_router(DEMO, tmp_path, record(tmp_path, 1, 0.0, router_address="127.0.0.1:45678"))
-    assert asked == [(45678, {"owns_ray": True})]
+    ((port, given),) = asked
+    assert (port, given["owns_ray"], given["wanted"]()) == (45678, True, True)
+    remember(tmp_path, replace(load_local(tmp_path), stopping=True))
+    assert not given["wanted"]()
+
+
+def test_a_router_that_nobody_wants_any_more_is_ended_again(tmp_path, monkeypatch):
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    monkeypatch.setattr(router_process, "spawn", lambda *_: (child, {"grpc": 1, "metrics": 2}))
+    with pytest.raises(ReplicaError, match="being stopped"):
+        assembly.start_router(DEMO, tmp_path, "127.0.0.1:1", "127.0.0.1:2", owns_ray=True, wanted=lambda: False)
+    child.communicate(timeout=10)
+    assert load_local(tmp_path) is None
 
 
 def test_the_configs_models_are_applied_with_what_is_wrong_said(world, tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cluster.domain.ids import Incarnation
 from cluster.router.endpoint_table import Candidate
-from cluster.router.prefix_index import Holders
+from cluster.router.holders import Holders
 
 if TYPE_CHECKING:
     from cluster.router.policy.group import Group

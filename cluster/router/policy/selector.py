@@ -10,10 +10,10 @@ from itertools import chain
 from cluster.domain.block_hash import LeadingNames
 from cluster.domain.ids import Incarnation
 from cluster.router.endpoint_table import Candidate
+from cluster.router.holders import Holders
 from cluster.router.policy.contracts import Choice, Demand, Filter, Profile, Turn
 from cluster.router.policy.filters import NOT_EJECTED, NOT_FAILED, NOT_FULL
 from cluster.router.policy.group import Group, Member
-from cluster.router.prefix_index import Holders
 
 ONLY = "only"
 LOOKED_MAX = 128  # members, as long as one of them qualifies; when none does, all are looked at

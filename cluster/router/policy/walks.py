@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+from cluster.router.holders import Holders
 from cluster.router.policy.contracts import Demand, Turn
 from cluster.router.policy.group import Group
-from cluster.router.prefix_index import Holders
 
 HOLDERS_MAX = 12  # of those who hold most of a prompt, that are looked at where not everybody is
 

@@ -87,8 +87,9 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
 
     @property
     def unfinished(self) -> int:
-        """Bytes received that no handler has."""
-        return self._reader.unfinished + sum(map(len, self._arrivals))
+        """Bytes received for a handler that has not begun."""
+        head = 0 if self.task is not None else sum(len(key) + len(value) for key, value in self._head.metadata)
+        return head + self._reader.unfinished + sum(map(len, self._arrivals))
 
     def receive(self, data: bytes) -> None:
         """Takes a part of the client's messages; CallRefused."""

@@ -13,8 +13,6 @@ from h2.events import (
     ConnectionTerminated,
     DataReceived,
     Event,
-    PingReceived,
-    PriorityUpdated,
     RemoteSettingsChanged,
     RequestReceived,
     StreamEnded,
@@ -33,11 +31,10 @@ from cluster.wire.http2.protocol import ServerProtocol
 
 _LOG = logging.getLogger(__name__)
 UNFINISHED_BYTES_MAX = 2**28  # of messages of one connection whose end has not come
-IDLE_FRAMES_MAX = 1000  # frames between two messages, of clients or ours: more than any honest client sends
+IDLE_BYTES_MAX = 2**17  # that come while no message moves, within ``keepalive_s``: what no honest client sends
 FLUSH_BYTES = 2**16  # of messages that wait for the end of the event loop's turn
 OUT_BYTES_MAX = 2**20  # of what is no message, to a client that does not read
 FIRST_BYTES_S = 20.0  # to begin as HTTP/2 does
-_NO_CALL = frozenset({PingReceived, PriorityUpdated, RemoteSettingsChanged, StreamReset, WindowUpdated})
 
 
 class Front(Protocol):
@@ -78,10 +75,10 @@ class Connection(asyncio.Protocol):
         self._unflushed = 0
         self._paused = False
         self._unfinished = 0  # at most: an upper bound of the calls' unfinished bytes
-        self._idle_frames = 0
+        self._idle_bytes = 0
         self._last_stream = 0
         self._gone_away = False
-        self._heard_s = self._loop.time()
+        self._heard_s = self._idle_since_s = self._loop.time()
         self._pinged = False
         self._watch = self._loop.call_later(min(FIRST_BYTES_S, front.keepalive_s), self._look)
         self._began = False
@@ -125,6 +122,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_s, self._pinged = self._loop.time(), False
+        if self._heard_s - self._idle_since_s > self._front.keepalive_s:
+            self._idle_since_s, self._idle_bytes = self._heard_s, 0
+        self._idle_bytes += len(data)
         try:
             events = self._h2.receive_data(data)
             self._began = True
@@ -132,17 +132,15 @@ class Connection(asyncio.Protocol):
                 take = self._on.get(type(event))
                 if take is not None:
                     take(event)
-                if type(event) in _NO_CALL:
-                    self._idle_frames += 1
         except ProtocolError as error:
             self._break(str(error))
         except Exception:  # boundary: what a stranger sends must not be able to do more than this
             _LOG.exception("a client's bytes could not be read")
             self._break("")
         else:
-            if self._idle_frames > IDLE_FRAMES_MAX:
-                self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM, b"too many frames that belong to no call")
-                self._break("too many frames that belong to no call")
+            if self._idle_bytes > IDLE_BYTES_MAX:
+                self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM, b"too much that brings no call further")
+                self._break("too much that brings no call further")
         self._flush()
         transport = self._transport
         if self._paused and transport is not None and transport.get_write_buffer_size() > OUT_BYTES_MAX:
@@ -174,6 +172,7 @@ class Connection(asyncio.Protocol):
             self._answer(event, [*headers.beginning(), *headers.ending(refused.code, str(refused))])
             return
         self._calls[stream_id] = call
+        self._unfinished += call.unfinished
         if call.can_start:
             self._start(call)
 
@@ -183,18 +182,17 @@ class Connection(asyncio.Protocol):
             self.reset(event.stream_id, ErrorCodes.NO_ERROR)
 
     def _start(self, call: ServerCall) -> None:
-        self._idle_frames = 0
         call.start().add_done_callback(lambda _: self.drop(call))
 
     def _data(self, event: DataReceived) -> None:
         length, stream_id = event.flow_controlled_length, event.stream_id
         if length:
             self._h2.acknowledge_received_data(length, stream_id)
-        if not event.data and event.stream_ended is None:
-            self._idle_frames += 1
         call = self._calls.get(stream_id)
         if call is None:
             return
+        if event.data:
+            self._idle_bytes = 0
         self._unfinished += len(event.data)
         if self._unfinished > UNFINISHED_BYTES_MAX:
             self._unfinished = sum(each.unfinished for each in self._calls.values()) + len(event.data)
@@ -347,7 +345,7 @@ class Connection(asyncio.Protocol):
 
     def _flush_soon(self) -> None:
         """What is sent in one turn of the event loop goes out in one system call."""
-        self._idle_frames = 0  # clients answer what they get with frames of their own
+        self._idle_bytes = 0  # clients answer what they get with frames of their own
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
@@ -383,7 +381,7 @@ class Connection(asyncio.Protocol):
         if self._loop.time() - self._heard_s < patience_s:
             self._watch = self._loop.call_at(self._heard_s + patience_s, self._look)
             return
-        if self._pinged or not self._began:
+        if self._pinged or not self._began or self._transport is None or self._transport.is_closing():
             self.abort()
             return
         self._pinged = True

@@ -109,9 +109,12 @@ def test_why_a_model_waits():
     made.start(incarnation(), model().fingerprint, 2, "x", 0.0)
     made.note_blocked(incarnation(), "no node has 2 devices")
     assert blocked_reason(model(), made.observed(), 0.0) == "m/0: no node has 2 devices"
-    made.advance(incarnation(), ReplicaEvent.FAIL, "x", 1.0)
+    made.advance(incarnation(), ReplicaEvent.FAIL, "dead: rank 1 is gone", 1.0)
     made.removed(incarnation(), 1.0, gone=True)
-    assert "starts again in 0.5 s" in blocked_reason(model(), made.observed(), 1.0)
+    assert (
+        blocked_reason(model(), made.observed(), 1.0)
+        == "m/0 failed 1 time(s), starts again in 0.5 s; the last time: dead: rank 1 is gone"
+    )
 
 
 RAY_NODE = {

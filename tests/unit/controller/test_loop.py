@@ -221,6 +221,26 @@ async def test_remains_that_do_not_die_are_never_doubled(bench):
     assert len(bench.actuator.orders) == 1
 
 
+async def test_those_scaled_away_leave_the_status_the_metrics_and_memory(bench, monkeypatch):
+    monkeypatch.setattr(bench.loop, "_settings", FAST.model_copy(update={"drain_deadline_s": 0.0}))
+    await bench.loop.apply((A.model_copy(update={"replicas": 40}),))
+    await bench.until(lambda: len(bench.actuator.alive) == 40)
+    await bench.ready(incarnation(39))
+    await bench.loop.scale(A.name, 1)
+    await bench.until(lambda: [r.slot for r in bench.loop.status().replicas] == [39], 10)
+    assert len(bench.loop._fleet.observed().replicas) == 1
+    assert len(replicas_shown(bench)) >= 1
+    await bench.loop.scale(A.name, 0)
+    await bench.until(lambda: not bench.loop.status().replicas, 10)
+    assert bench.loop._fleet._streams == {}
+    await bench.until(lambda: not replicas_shown(bench))
+
+
+def replicas_shown(bench) -> list[str]:
+    samples = (s for family in bench.registry.collect() for s in family.samples)
+    return [s.labels["replica"] for s in samples if "replica" in s.labels]
+
+
 async def test_a_refused_model_changes_nothing(bench):
     await bench.loop.apply((A,))
     await bench.ready(incarnation())

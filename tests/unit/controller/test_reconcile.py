@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 from cluster.config.schema import ControllerConfig
 from cluster.controller.actions import Advance, Fence, Remove, Start
 from cluster.controller.fleet import Fleet, SlotRecord
@@ -189,7 +191,8 @@ def test_mended_files_are_tried_once_the_same_is_asked_for_again():
     assert act((model(),), made, 1.6) == ()
     made.end_pauses({model().name})
     (start,) = act((model(),), made, 1.6)
-    assert start == Start(incarnation(generation=2), "rebuilt after 1 failure(s)")
+    assert start.incarnation == incarnation(generation=2)
+    assert re.fullmatch(r"rebuilt after 1 failure\(s\), the last: .*a\.safetensors is damaged.*", start.reason)
 
 
 def damaged_fleet():

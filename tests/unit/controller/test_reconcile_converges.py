@@ -129,6 +129,7 @@ class World:
             and all(v.fingerprint == self.desired[0].fingerprint for v in views)
             and not [v for v in views if self.fleet.observed().leaving(v)]
             and set(self.alive) == {v.incarnation for v in views}
+            and not self.faults  # nobody has noticed them yet, but will
         )
 
 

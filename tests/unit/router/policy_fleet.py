@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from cluster.domain.endpoint import Endpoint
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.endpoint_table import Candidate, Standing
+from cluster.router.holders import Holders
 from cluster.router.policy.contracts import Demand
 from cluster.router.policy.prompt_blocks import PromptBlocks
-from cluster.router.prefix_index import Holders, PrefixIndex
+from cluster.router.prefix_index import PrefixIndex
 from cluster.v1 import engine_pb2
 
 BLOCK_SIZE = 16

@@ -64,7 +64,7 @@ class Site:
             mine = [s for s in taking if s.endpoint.model == model]
             assert self.fleet.ready_replicas(model) == len(mine)
             for digest in ("", *DIGESTS):
-                group = self.fleet._group(Demand(model, digest))
+                group = self.fleet._groups.of(Demand(model, digest))
                 expected = [s.endpoint.incarnation for s in mine if digest in ("", s.endpoint.checkpoint_digest)]
                 assert [member.incarnation for member in group.members] == expected, "as the table has them"
                 assert list(group.positions) == expected

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from cluster.config.schema import RoutingPolicy
 from cluster.router.endpoint_table import Standing
+from cluster.router.holders import Holders
 from cluster.router.policy.contracts import Demand
 from cluster.router.policy.group import Group
 from cluster.router.policy.profiles import EVERYBODY, PROFILES
 from cluster.router.policy.scorers import tokens_ahead
 from cluster.router.policy.selector import LOOKED_MAX, ONLY, Selector
-from cluster.router.prefix_index import Holders
 from tests.unit.router.policy_fleet import BLOCK_SIZE, FakeSeat, demand_for, holders_of, prompt_of
 
 PROMPT = prompt_of(200)

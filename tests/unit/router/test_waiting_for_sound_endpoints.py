@@ -7,11 +7,11 @@ import pytest
 from cluster.domain.endpoint import Endpoint
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.endpoint_table import Candidate, Standing
+from cluster.router.holders import Holders
 from cluster.router.policy.contracts import Demand
 from cluster.router.policy.group import Group
 from cluster.router.policy.profiles import PROFILES
 from cluster.router.policy.selector import Selector
-from cluster.router.prefix_index import Holders
 
 NOBODY = Holders((), (), {})
 
