@@ -54,10 +54,11 @@ class Refused(Exception):  # noqa: N818 - an answer, not a failure
 class RankPool:
     """Owns the processes. ``run`` starts and builds what is not there yet; ``close`` ends everything.
 
-    ``replaced``: for each rank of the last run how many layers and MLPs it computes in its own faster way.
+    ``replaced``: for each rank of the last run how many layers and MLPs it computes in its own faster way, and whether
+    its last layer leaves out what is not sampled from.
     """
 
-    replaced: list[tuple[int, int]]
+    replaced: list[tuple[int, int, bool]]
 
     def __init__(self) -> None:
         self._requests: list[Connection] = []
@@ -178,14 +179,14 @@ class _Worker:
 
     def build(
         self, folder: Path, size: int, stages: tuple[tuple[int, int], ...], doubt: tuple[str, object] | None
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, bool]:
         from unittest import mock
 
         import torch
 
         from cluster.checkpoint.layout import read_checkpoint
         from cluster.domain.parallel_layout import Stage, StageLayers
-        from cluster.engine.model import cpu_layers
+        from cluster.engine.model import cpu_layers, last_layer
         from cluster.engine.model.causal_lm import ShardedCausalLM
         from cluster.engine.model.tensor_parallel import TensorParallelGroup
 
@@ -193,12 +194,14 @@ class _Worker:
         group = self.group if size > 1 else TensorParallelGroup(0, 1, "gloo")
         self.size, self.stage = size, Stage(index, len(stages), StageLayers(*stages[index]))
         self.model = None
+        last_layer.pays = lambda tokens, sampled: sampled < tokens  # these steps are too small for it to pay
         model = ShardedCausalLM(read_checkpoint(folder), torch.float32, torch.device("cpu"), group, self.stage)
         with mock.patch(doubt[0], return_value=doubt[1]) if doubt else nullcontext():
             model.load(lambda _: None, lambda _: None)
         self.model = model
         layers = [child for child in model._base.modules() if "forward" in vars(child) and hasattr(child, "self_attn")]
-        return len(layers), sum(isinstance(child, cpu_layers.FusedMLP) for child in model._base.modules())
+        mlps = sum(isinstance(child, cpu_layers.FusedMLP) for child in model._base.modules())
+        return len(layers), mlps, any(layer.forward.__self__.only_sampled for layer in layers)
 
     def run(self, batch: Batch, world: int, depth: int) -> Outcome | None:
         self.model.make_cache(batch.num_blocks, batch.block_size, batch.max_num_seqs, batch.max_model_len)

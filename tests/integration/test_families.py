@@ -165,6 +165,7 @@ DOUBTS = {
     "of a layer": ("cluster.engine.model.cpu_layers._is_usual", False),
     "after the proof": ("cluster.engine.model.cpu_layers._proven", None),
     "no room for gate and up": ("cluster.engine.model.cpu._room", 0),
+    "of what follows the last layer": ("cluster.engine.model.last_layer._agree", False),
 }
 
 
@@ -179,8 +180,9 @@ def test_one_rank_of_two_that_votes_no_keeps_both_from_the_faster_way(
     outcome = pool.run(case.folder, 2, ((0, 3),), batch, DOUBTS[doubt])
     for prompt, got, expected in zip(case.prompts, outcome.tokens, case.expected, strict=True):
         case.reference.compare(list(prompt), list(got), expected)
-    layers, mlps = (3 if doubt == "none" else 0), (0 if doubt == "no room for gate and up" else 3)
-    assert pool.replaced == [(layers, mlps)] * 2
+    layers = 3 if doubt in {"none", "of what follows the last layer"} else 0
+    mlps = 0 if doubt == "no room for gate and up" else 3
+    assert pool.replaced == [(layers, mlps, doubt == "none")] * 2
 
 
 def test_what_was_seen_is_what_is_published(cases: Cases, seen: dict[str, dict[str, str]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import torch
@@ -48,16 +47,16 @@ class StepLayout:
     """The packed tokens of a step, in the order of its entries. Tensors lie on the model's device, ``int64``.
 
     ``sequences``: on the host, ``[entries, 4]`` int64, C order: slot, first position, tokens, index of the first
-    token in the step. ``sampled``: indices in the step of the tokens after which one is sampled.
-    ``num_prompt``: of each token, its sequence's prompt tokens. ``memo``: what a kernel wants to keep for the other
-    layers of this step.
+    token in the step. ``sampling``: indices of the entries after which a token is sampled, on the host; ``sampled``:
+    of the tokens of the step after which they are, each the last of its entry. ``memo``: what a kernel wants to keep
+    for the other layers of this step.
     """
 
     token_ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
     kv_slots: torch.Tensor  # [tokens] block id * block size + offset
-    num_prompt: torch.Tensor  # [tokens]
     sampled: torch.Tensor  # [sampled entries]
+    sampling: np.ndarray  # [sampled entries]
     sequences: np.ndarray
     tables: BlockTables
     block_size: int
@@ -67,36 +66,64 @@ class StepLayout:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    def of_sampled(self) -> StepLayout:
+        """The step of only the tokens after which one is sampled; what comes before them in their sequences is kept."""
+        sequences = self.sequences[self.sampling]
+        sequences[:, 1] += sequences[:, 2] - 1
+        sequences[:, 2] = 1
+        sequences[:, 3] = every = np.arange(len(sequences))
+        rows = self.sampled
+        return StepLayout(
+            token_ids=self.token_ids.index_select(0, rows),
+            positions=self.positions.index_select(0, rows),
+            kv_slots=self.kv_slots.index_select(0, rows),
+            sampled=_on(every, rows.device),
+            sampling=every,
+            sequences=sequences,
+            tables=self.tables,
+            block_size=self.block_size,
+        )
+
 
 def layout_step(entries: Sequence[StepEntry], tables: BlockTables, block_size: int) -> StepLayout:
     """The layout of ``entries``, whose blocks ``tables`` has already."""
-    known = np.array(
-        [(entry.slot, entry.start, len(entry.token_ids), entry.num_prompt, entry.sample) for entry in entries],
-        dtype=np.int64,
-    )
-    slots, starts, counts = known[:, 0], known[:, 1], known[:, 2]
-    ends = counts.cumsum()
-    firsts = ends - counts
-    total = int(ends[-1])
-    token_ids = np.fromiter(chain.from_iterable(entry.token_ids for entry in entries), dtype=np.int64, count=total)
-    if total == len(entries):
-        rows, positions, num_prompt = slots, starts.copy(), known[:, 3].copy()
+    # Few calls of numpy: each takes as long as several entries do here, and a decode's step is short.
+    rows: list[tuple[int, int, int, int]] = []
+    token_ids: list[int] = []
+    sampling: list[int] = []
+    total = 0
+    for index, entry in enumerate(entries):
+        count = len(entry.token_ids)
+        rows.append((entry.slot, entry.start, count, total))
+        token_ids += entry.token_ids
+        total += count
+        if entry.sample:
+            sampling.append(index)
+    sequences = np.array(rows, dtype=np.int64)
+    slots, starts, counts, firsts = sequences.T
+    if total == len(rows):
+        positions = starts.copy()
     else:
-        rows, num_prompt = slots.repeat(counts), known[:, 3].repeat(counts)
+        slots = slots.repeat(counts)
         positions = np.arange(total) + (starts - firsts).repeat(counts)
-    kv_slots = tables.host[rows, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    columns, offsets = np.divmod(positions, block_size)
+    kv_slots = tables.host[slots, columns].astype(np.int64)
+    kv_slots *= block_size
+    kv_slots += offsets
+    known = np.array(sampling, dtype=np.int64)
     device = tables.tensor.device
     return StepLayout(
-        token_ids=_on(token_ids, device),
+        token_ids=_on(np.array(token_ids, dtype=np.int64), device),
         positions=_on(positions, device),
         kv_slots=_on(kv_slots, device),
-        num_prompt=_on(num_prompt, device),
-        sampled=_on(ends[known[:, 4] != 0] - 1, device),
-        sequences=np.ascontiguousarray(np.stack((slots, starts, counts, firsts), axis=1)),
+        sampled=_on((firsts + counts - 1)[known], device),
+        sampling=known,
+        sequences=sequences,
         tables=tables,
         block_size=block_size,
     )
 
 
 def _on(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    tensor = torch.from_numpy(values)
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from cluster.checkpoint.layout import Checkpoint
 from cluster.domain.errors import CheckpointError
 from cluster.domain.parallel_layout import Stage
-from cluster.engine.model import attention, families, pipeline, rotary, weights
+from cluster.engine.model import agreement, attention, families, pipeline, rotary, weights
 from cluster.engine.model.conversion import Source, sources
 from cluster.engine.model.shard_reads import shard_reads
 from cluster.engine.model.sharding import ALL, Kept, layer_list, shard_model, vocabulary_sizes
@@ -42,7 +42,7 @@ class ShardedCausalLM:
         self._head_width = int(head.weight.shape[1])
         self._vocabulary_sizes = vocabulary_sizes(int(head.weight.shape[0]), group.size)
         self._sources = sources(self._model, checkpoint.tensors)
-        layers = layer_list(self._model)
+        self._layers_path = layers = layer_list(self._model)
         assert stage.layers.stop <= len(self._model.get_submodule(layers)), (stage, checkpoint.path)
         found = pipeline.trace(self._model, layers) if stage.count > 1 else None
         self._kept = shard_model(self._model, group.rank, group.size, group.process_group)
@@ -117,6 +117,17 @@ class ShardedCausalLM:
         ``[sampled, vocabulary]`` logits in the order of the entries that sample, None when there are none, and the
         others None.
         """
+        try:
+            rows = self._last_hidden(plan, hidden)
+        except pipeline.StageEnd as end:
+            return end.hidden[0]
+        if not len(rows):
+            return None
+        assert self._logits is not None
+        return self._group.gather_columns(self._logits(rows), self._vocabulary_sizes)
+
+    def _last_hidden(self, plan: StepPlan, hidden: torch.Tensor | None) -> torch.Tensor:
+        """``[sampled, width]``, what the head takes."""
         cache, tables = self._cache, self._tables
         assert cache is not None
         assert tables is not None
@@ -126,16 +137,10 @@ class ShardedCausalLM:
         cache.layout = layout
         self._rotary.begin(plan.entries)
         self._received.hidden = None if hidden is None else hidden[None]
-        try:
-            output = self._base(input_ids=layout.token_ids[None], position_ids=layout.positions[None], use_cache=False)
-        except pipeline.StageEnd as end:
-            return end.hidden[0]
-        if not len(layout.sampled):
-            return None
-        assert self._logits is not None
-        return self._group.gather_columns(
-            self._logits(output.last_hidden_state[0][layout.sampled]), self._vocabulary_sizes
-        )
+        output = self._base(input_ids=layout.token_ids[None], position_ids=layout.positions[None], use_cache=False)
+        rows: torch.Tensor = output.last_hidden_state[0]
+        # As many as are sampled are these, in order: all are, or the last layer left the others out.
+        return rows if len(rows) == len(layout.sampled) else rows[layout.sampled]
 
     def _materialised(self) -> list[tuple[str, torch.Tensor]]:
         """Gives every parameter and stored buffer real, uninitialised memory; (name, tensor) of each, once."""
@@ -196,14 +201,37 @@ class ShardedCausalLM:
         return nn.Parameter(torch.empty(shape, dtype=self._dtype, device=device), requires_grad=False)
 
     def _prepare_cpu(self) -> None:
-        from cluster.engine.model import cpu
+        from cluster.engine.model import cpu, last_layer
 
         cpu.prepare(self._base, self._group)
+        if not self._stage.is_last:
+            return
         head = self._model.get_submodule(self._head_path)
-        if self._stage.is_last and not self._tied and type(head) is nn.Linear:
+        if not self._tied and type(head) is nn.Linear:
             parent, _, child = self._head_path.rpartition(".")
             product = _Head(cpu.head_product(head.weight.detach()), head.bias)
             setattr(self._model.get_submodule(parent), child, product)
+        own = self._model.get_submodule(self._layers_path)[self._stage.layers.start : self._stage.layers.stop]
+        last_layer.prune(own, self._try_out, cpu.unanimous(self._group))
+
+    @torch.inference_mode()
+    def _try_out(self, plans: Sequence[StepPlan]) -> list[torch.Tensor]:
+        """The last hidden states of ``plans``, from random ones on a later stage, in a small cache of their own."""
+        from cluster.engine.model import last_layer
+
+        self.make_cache(last_layer.BLOCKS, last_layer.BLOCK_SIZE, last_layer.SEQUENCES, last_layer.LONGEST)
+        try:
+            return [
+                self._last_hidden(
+                    plan,
+                    None
+                    if self._stage.is_first
+                    else agreement.random(plan.num_tokens, self.hidden_size, dtype=self._dtype),
+                )
+                for plan in plans
+            ]
+        finally:
+            self._cache = self._tables = None
 
     def _choose_head(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """``[rows, hidden]`` -> this rank's columns of the logits.

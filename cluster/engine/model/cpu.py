@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.engine.model import agreement, cpu_layers, kernels, products
+from cluster.engine.model import agreement, cpu_layers, kernels, products, rotary_tables
 from cluster.engine.model.tensor_parallel import TensorParallelGroup
 
 _SPARE_BYTES = 64 << 20
@@ -35,6 +35,7 @@ class Replaced:
     mlps: int = 0
     norms: int = 0
     rotary: int = 0
+    tables: int = 0
     layers: int = 0
 
     def __str__(self) -> str:
@@ -48,16 +49,18 @@ def prepare(model: nn.Module, group: TensorParallelGroup) -> Replaced:
     Every rank of ``group`` calls it at the same time: row-parallel products are tried out with their all-reduce.
     Afterwards the replaced Linears have no ``weight``; parameters are no longer listed by their names.
     """
-    done, room, unanimous = Replaced(), _room(model), _unanimous(group)
+    done, room, vote = Replaced(), _room(model), unanimous(group)
+    dtype = next(model.parameters()).dtype
+    done.tables = sum(rotary_tables.replace(module, dtype) for module in list(model.modules()))
     if kernels.load() is not None:
         done.norms = sum(_replace_norm(module) for module in list(model.modules()))
         done.rotary = sum(_replace_rotary(module) for module in _modeling_modules(model))
     for module in _parents(model):
-        done.mlps += _replace_mlp(module, room, unanimous)
+        done.mlps += _replace_mlp(module, room, vote)
         done.merged += sum(_replace_merged(module, names, room) for names in _MERGED)
     for module in _parents(model):
         done.products += _replace_children(module, group)
-    done.layers = sum(cpu_layers.replace(layer, unanimous) for layer in _parents(model))
+    done.layers = sum(cpu_layers.replace(layer, vote) for layer in _parents(model))
     return done
 
 
@@ -141,7 +144,7 @@ def _reduce(group: TensorParallelGroup) -> products.Reduce | None:
     return reduce
 
 
-def _unanimous(group: TensorParallelGroup) -> Callable[[bool], bool]:
+def unanimous(group: TensorParallelGroup) -> Callable[[bool], bool]:
     """Whether every rank of the group says yes; all of them ask at the same time."""
     reduce = _reduce(group)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.engine.model import agreement, kernels, native_attention, products, whole_layer
+from cluster.engine.model import agreement, kernels, last_layer, native_attention, products, whole_layer
 from cluster.engine.model.attention import Bound
 from cluster.engine.model.block_tables import StepLayout
 from cluster.engine.model.layer_proof import AttentionCall, LayerProof
@@ -96,8 +96,8 @@ class _LeanLayer:
 
     __slots__ = (
         "_add_norm", "_attend", "_attention", "_bound", "_dtype", "_features", "_heads", "_key_dim", "_key_norm",
-        "_kv_heads", "_library", "_mlp", "_multiplier", "_norm", "_o", "_original", "_parts", "_qkv", "_query_norm",
-        "_rotated", "_value_dim", "_whole",
+        "_kv_heads", "_kv_of", "_library", "_merged", "_mlp", "_multiplier", "_norm", "_o", "_original", "_parts",
+        "_qkv", "_query_norm", "_rotated", "_value_dim", "_whole", "only_sampled",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +118,8 @@ class _LeanLayer:
         self._attend: Forward = self._by_parts
         self._parts: LayerParts | None = None
         self._whole: WholeLayer | None = None
+        self._merged, self._kv_of = qkv, qkv.forward  # the latter may come to be without queries
+        self.only_sampled = False  # see ``leave_out``
 
     def forward(
         self,
@@ -149,18 +151,40 @@ class _LeanLayer:
             self._bind(bound)
         layout = bound.cache.layout
         assert layout is not None, "a step has begun"
-        if self._whole is not None and hidden_states.shape[1] <= whole_layer.MOST_ROWS:
-            cos, sin = position_embeddings
-            return self._whole(hidden_states, cos, sin, layout)
-        x = self._o(self._attend(self._qkv(self._norm(hidden_states)), *position_embeddings, layout))
+        cos, sin = position_embeddings
+        if self.only_sampled and last_layer.pays(hidden_states.shape[1], len(layout.sampled)):
+            return self._of_sampled(hidden_states, cos, sin, layout)
+        return self._run(hidden_states, cos, sin, layout)
+
+    def _run(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: StepLayout) -> torch.Tensor:
+        """The layer's result of all tokens."""
+        if self._whole is not None and hidden.shape[1] <= whole_layer.MOST_ROWS:
+            return self._whole(hidden, cos, sin, layout)
+        x = self._o(self._attend(self._qkv(self._norm(hidden)), cos, sin, layout))
         if self._multiplier != 1.0:
             x *= self._multiplier
-        total, x = self._add_norm(x, hidden_states)
+        total, x = self._add_norm(x, hidden)
         x = self._mlp(x)
         if self._multiplier != 1.0:
             x = x * self._multiplier
         total += x
-        return total
+        return total  # type: ignore[no-any-return]
+
+    def _of_sampled(
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: StepLayout
+    ) -> torch.Tensor:
+        """Keeps all keys and values; then those tokens after which one is sampled are a step of their own."""
+        bound = self._bound
+        assert bound is not None
+        if isinstance(self._attend, native_attention.MergedAttention):
+            self._attend.store(self._kv_of(self._norm(hidden)), cos, sin, layout)
+        else:
+            _, key, value = self.parts(self.project(hidden), cos, sin)
+            bound.pool.write(layout.kv_slots, key, value)
+        if not len(layout.sampled):
+            return hidden[:, :0]
+        hidden, cos, sin = (x.index_select(1, layout.sampled) for x in (hidden, cos, sin))
+        return self._run(hidden, cos, sin, layout.of_sampled())
 
     def _suits(self, hidden: torch.Tensor, angles: Any) -> bool:
         if type(angles) is not tuple or len(angles) != 2:
@@ -207,6 +231,11 @@ class _LeanLayer:
         if self._rotated:
             q, k = self._library.rotate_pair(q, k, cos, sin)
         return q, k, v
+
+    def leave_out(self, *, others: bool) -> None:
+        """From now on, where that pays, results are only of the tokens after which one is sampled; or of all again."""
+        alone = self._merged.columns_from(self._heads * self._key_dim) if others else None
+        self.only_sampled, self._kv_of = others, self._qkv if alone is None else alone.forward
 
     def as_a_whole(self, parts: LayerParts | None) -> None:
         """From now on few rows go through ``parts`` in one call where that fits, or through none."""

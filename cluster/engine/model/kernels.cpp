@@ -613,6 +613,13 @@ inline int64_t tokens_of_part(const Attention& c, int64_t rows) {
   return std::max<int64_t>(1, (few && group <= FEW_ROWS ? FEW_ROWS : TILE_ROWS) / group);
 }
 
+// The step's keys and values, for whoever attends later.
+template <typename T>
+void store(const Attention& c) {
+  spread_rows(c.tokens, c.kv_heads * (c.key_dim + c.value_dim), c.threads,
+              [&](int64_t t) { write_token<T>(c, t, 0, c.kv_heads); });
+}
+
 template <typename T>
 void attention(const Attention& c) {
   const int64_t group = c.heads / c.kv_heads;
@@ -925,12 +932,15 @@ void layer(const Layer& c, const float* x, float* out, int64_t rows, int64_t thr
 
 extern "C" {
 
-int llm_cluster_kernels_version() { return 4; }
+int llm_cluster_kernels_version() { return 5; }
 
 void layer_f32(const Layer* c, const float* x, float* out, int64_t rows, int64_t threads) { layer(*c, x, out, rows, threads); }
 
 void attention_f32(const Attention* c) { attention<float>(*c); }
 void attention_bf16(const Attention* c) { attention<bf16>(*c); }
+
+void store_f32(const Attention* c) { store<float>(*c); }
+void store_bf16(const Attention* c) { store<bf16>(*c); }
 
 void packed_product_f32(const float* x, int64_t stride, const float* weight, int64_t packed_k, const float* bias,
                         float* out, int64_t rows, int64_t n, int64_t k, int64_t threads) {

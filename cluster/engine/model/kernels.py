@@ -16,7 +16,7 @@ import torch
 from cluster.engine import cpu_kernels
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 4  # of the functions below; kernels.cpp says the same
+_VERSION = 5  # of the functions below; kernels.cpp says the same
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _int, _ptr = ctypes.c_int64, ctypes.c_void_p
 
@@ -60,6 +60,7 @@ class Kernels:
         if long.llm_cluster_kernels_version() != _VERSION:
             raise OSError(f"{path} is of another version of llm-cluster")
         self.attention = {t: _function(long, f"attention_{s}", _ptr) for t, s in _SUFFIX.items()}
+        self.store = {t: _function(long, f"store_{s}", _ptr) for t, s in _SUFFIX.items()}
         self.layer = _function(long, "layer_f32", _ptr, _ptr, _ptr, _int, _int)
         self._packed_product = _function(
             long, "packed_product_f32", _ptr, _int, _ptr, _int, _ptr, _ptr, _int, _int, _int, _int

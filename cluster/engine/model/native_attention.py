@@ -68,13 +68,32 @@ class MergedAttention:
         """
         _, tokens, width = qkv.shape
         assert width == self._width, (width, self._width)
-        assert cos.shape == (1, tokens, self._key_dim), (cos.shape, tokens)
-        assert qkv.dtype is cos.dtype is sin.dtype is self._dtype, (qkv.dtype, cos.dtype, self._dtype)
+        self._check(qkv, cos, sin)
         call, start = self._layer.call, qkv.data_ptr()
         call.query, call.key, call.value = start, start + self._key_at, start + self._value_at
         call.query_token = call.key_token = call.value_token = qkv.stride(1)
         call.cosine, call.sine, call.angle_token = cos.data_ptr(), sin.data_ptr(), cos.stride(1)
         return self._layer.run(qkv.new_empty(1, tokens, self._out_width), tokens, layout)
+
+    def store(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: StepLayout) -> None:
+        """Stores keys and values of a step that nobody attends in.
+
+        ``rows`` as ``qkv`` above, or without the heads of q.
+        """
+        _, tokens, width = rows.shape
+        queries = self._key_at if width == self._width else 0
+        assert width * self._dtype.itemsize - queries == self._width * self._dtype.itemsize - self._key_at, width
+        assert tokens == layout.num_tokens, (tokens, layout.num_tokens)
+        self._check(rows, cos, sin)
+        call, start = self._layer.begin(layout), rows.data_ptr() + queries
+        call.key, call.value = start, start + self._value_at - self._key_at
+        call.key_token = call.value_token = rows.stride(1)
+        call.cosine, call.sine, call.angle_token = cos.data_ptr(), sin.data_ptr(), cos.stride(1)
+        self._layer.store(tokens)
+
+    def _check(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        assert cos.shape == (1, rows.shape[1], self._key_dim), (cos.shape, rows.shape)
+        assert rows.dtype is cos.dtype is sin.dtype is self._dtype, (rows.dtype, cos.dtype, self._dtype)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -103,7 +122,7 @@ class _Layer:
             assert bias.is_contiguous()
             assert bias.shape[0] == heads, (bias.shape, heads)
         _, block_size, kv_heads, key_dim = pool.keys.shape
-        self._function = library.attention[pool.keys.dtype]
+        self._function, self._store = library.attention[pool.keys.dtype], library.store[pool.keys.dtype]
         self.call = kernels.AttentionCall(
             key_pool=pool.keys.data_ptr(), value_pool=pool.values.data_ptr(),
             sinks=_address(self._sinks), slopes=_address(self._slopes), bias=_address(bias),
@@ -122,10 +141,16 @@ class _Layer:
 
     def run(self, out: torch.Tensor, tokens: int, layout: StepLayout) -> torch.Tensor:
         """Fills ``out``; ``call`` knows this step's rows by now."""
+        assert tokens == layout.num_tokens, (tokens, layout.num_tokens)
         call = self.begin(layout)
         call.out, call.tokens, call.threads = out.data_ptr(), tokens, torch.get_num_threads()
         self._function(self._where)
         return out
+
+    def store(self, tokens: int) -> None:
+        """``call`` knows this step and its keys and values by now."""
+        self.call.tokens, self.call.threads = tokens, torch.get_num_threads()
+        self._store(self._where)
 
 
 def _addresses(layout: StepLayout) -> tuple[int, int, int, int, int]:

@@ -23,6 +23,8 @@ MOST_ROWS = 64  # up to here our own product is used
 MANY_ROWS = 24  # enough for its other branch: from 19 on it fetches what comes next meanwhile
 # A weight that other code reads is kept in plain order, too, if it is no larger: routers of experts are small.
 _KEPT_BYTES = 64 << 20
+# Some columns of a weight are kept a second time up to here: a model of larger ones has many layers beside this one.
+_COPY_BYTES = 32 << 20
 _PROVEN_WITH_MANY: set[tuple[object, ...]] = set()
 Reduce = Callable[[torch.Tensor], object]  # sums in place
 
@@ -85,6 +87,15 @@ class Product(nn.Module):
         self._multiply = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001 - the overload: quicker to call
         self._inner_bias = self.bias if reduce is None else None
         self._few = _few_rows(self.packed, weight, self._inner_bias)
+
+    def columns_from(self, first: int) -> Product | None:
+        """A product of only the columns from ``first`` on, with a copy of their weights; None where that is large."""
+        if (
+            self.reduce is not None
+            or (self.out_features - first) * self.in_features * self.weight.itemsize > _COPY_BYTES
+        ):
+            return None
+        return Product(self.packed.to_dense()[first:], None if self.bias is None else self.bias[first:])
 
     @property
     def whole_few_rows(self) -> FewRows | None:

@@ -14,10 +14,10 @@ from h2.errors import ErrorCodes
 
 from cluster.wire.http2 import headers
 from cluster.wire.http2.headers import CallHead, Headers, Metadata
-from cluster.wire.http2.messages import CallRefused, MessageReader, framed
+from cluster.wire.http2.messages import CallRefused, MessageReader, Received, framed
 
 _LOG = logging.getLogger(__name__)
-REQUESTS_AHEAD_MAX = 64  # messages of a streaming client that its handler has not taken
+REQUESTS_AHEAD_MAX = 1024  # messages of a streaming client that its handler has not taken
 _EXPIRED = "Deadline Exceeded"
 _ONE_MESSAGE = "This method takes exactly one message; send one."
 
@@ -58,7 +58,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     __slots__ = (
         "_arrivals", "_began", "_code", "_deadline_s", "_details", "_done", "_drained", "_ended", "_expired",
         "_handler", "_head", "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed",
-        "stream_id", "task", "unsent", "unsent_began",
+        "held", "stream_id", "task", "unsent", "unsent_began",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
@@ -66,13 +66,14 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         self._loop = asyncio.get_running_loop()
         self._wire, self.stream_id, self._head, self._handler = wire, stream_id, head, handler
         self._reader = MessageReader(head.encoding, wire.largest_message)
-        self._arrivals: deque[bytes] = deque()
+        self._arrivals: deque[Received] = deque()
         self._more: asyncio.Event | None = None  # a handler waits for messages or the end of them
         self._began = self._ended = self._expired = False
         self.gone = False  # the client has left, or its connection
         self.half_closed = False  # the client sends nothing more
         self.unsent: memoryview | None = None  # of the message that is being written
         self.unsent_began = False  # a part of that message is out
+        self.held = head.size  # bytes that the connection has counted for it
         self._drained: asyncio.Future[None] | None = None
         self._code, self._details, self._trailing = grpc.StatusCode.OK, "", ()
         self._done: list[Callable[[Any], None]] = []
@@ -85,15 +86,10 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
 
     # ------------------------------------------------------------------------------------------ from the connection
 
-    @property
-    def unfinished(self) -> int:
-        """Bytes received for a handler that has not begun."""
-        head = 0 if self.task is not None else sum(len(key) + len(value) for key, value in self._head.metadata)
-        return head + self._reader.unfinished + sum(map(len, self._arrivals))
-
-    def receive(self, data: bytes) -> None:
-        """Takes a part of the client's messages; CallRefused."""
-        self._arrivals.extend(self._reader.feed(data))
+    def receive(self, data: bytes) -> bool:
+        """Takes a part of the client's messages, and says whether one is whole by now; CallRefused."""
+        whole = self._reader.feed(data)
+        self._arrivals.extend(whole)
         if self._handler.request_streaming:
             if len(self._arrivals) > REQUESTS_AHEAD_MAX:
                 text = f"More than {REQUESTS_AHEAD_MAX} messages wait to be answered; wait for answers now and then."
@@ -102,6 +98,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
                 self._more.set()
         elif len(self._arrivals) > 1:
             raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
+        return bool(whole)
 
     def receive_end(self) -> None:
         """The client has sent all; CallRefused."""
@@ -149,6 +146,8 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
             self._timer.cancel()
         if not self._ended:  # cancelled without a word
             self._ended = True
+            if self.unsent is not None:
+                self._wire.forget_unsent(self)
             self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
         for callback in self._done:
             callback(self)
@@ -175,17 +174,13 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
             pass  # its status is out
         except CallRefused as refused:
             self._end(refused.code, str(refused))
-        except asyncio.CancelledError:
-            if self._expired and not self._ended and not self.unsent_began:
-                self._end(grpc.StatusCode.DEADLINE_EXCEEDED, _EXPIRED)
-            raise
         except Exception as error:  # boundary: a bug must cost one call only, and be told
             if not self.gone:
                 _LOG.exception("the handler of %s failed", self._head.path)
                 self._end(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error).__name__}: {error}")
 
-    def _request(self, message: bytes) -> Any:
-        deserialize = self._handler.request_deserializer
+    def _request(self, received: Received) -> Any:
+        message, deserialize = self._reader.plain(received), self._handler.request_deserializer
         if deserialize is None:
             return message
         try:
@@ -254,10 +249,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
 
     def _expire(self) -> None:
         self._expired = True
-        if self.task is None:
-            self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, _EXPIRED)
-        else:
-            self.task.cancel()
+        self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, _EXPIRED)
 
     async def abort(self, code: Any, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
         """Waits for a message that is half out, so that the status can follow it."""

@@ -27,13 +27,16 @@ from cluster.wire.http2 import headers
 from cluster.wire.http2.call import ServerCall
 from cluster.wire.http2.headers import Headers
 from cluster.wire.http2.messages import CallRefused
+from cluster.wire.http2.outbox import Outbox
 from cluster.wire.http2.protocol import ServerProtocol
 
 _LOG = logging.getLogger(__name__)
 UNFINISHED_BYTES_MAX = 2**28  # of messages of one connection whose end has not come
-IDLE_BYTES_MAX = 2**17  # that come while no message moves, within ``keepalive_s``: what no honest client sends
+IDLE_BYTES_MAX = 2**16  # beside payload, while no message moves, within ``keepalive_s``: what no honest client sends
+PARSED_BYTES = 2**14  # between two looks at that
 FLUSH_BYTES = 2**16  # of messages that wait for the end of the event loop's turn
 OUT_BYTES_MAX = 2**20  # of what is no message, to a client that does not read
+_RESET_BYTES = 13  # a RST_STREAM
 FIRST_BYTES_S = 20.0  # to begin as HTTP/2 does
 
 
@@ -68,13 +71,13 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._h2 = ServerProtocol()
         self._calls: dict[int, ServerCall] = {}
-        self._blocked: dict[int, ServerCall] = {}  # with something unsent, in the order of their turns
+        self._outbox = Outbox(self._h2, self._sent)
         self._transport: asyncio.Transport | None = None
         self._peer = ""
         self._flushing = False
         self._unflushed = 0
         self._paused = False
-        self._unfinished = 0  # at most: an upper bound of the calls' unfinished bytes
+        self._unfinished = 0  # bytes of calls that have not begun
         self._idle_bytes = 0
         self._last_stream = 0
         self._gone_away = False
@@ -113,46 +116,58 @@ class Connection(asyncio.Protocol):
         del exc
         self._transport = None
         self._watch.cancel()
-        self._blocked.clear()
+        self._leave()
+        self._front.closed(self)
+
+    def _leave(self) -> None:
+        """The client is gone, for all of its calls."""
+        self._outbox.clear()
         for call in tuple(self._calls.values()):
             call.leave()
             if call.task is None:
                 self.drop(call)
-        self._front.closed(self)
 
     def data_received(self, data: bytes) -> None:
         self._heard_s, self._pinged = self._loop.time(), False
         if self._heard_s - self._idle_since_s > self._front.keepalive_s:
-            self._idle_since_s, self._idle_bytes = self._heard_s, 0
-        self._idle_bytes += len(data)
+            self._idle_since_s, self._idle_bytes, self._h2.settings_seen = self._heard_s, 0, 0
         try:
-            events = self._h2.receive_data(data)
-            self._began = True
-            for event in events:
-                take = self._on.get(type(event))
-                if take is not None:
-                    take(event)
+            for start in range(0, len(data), PARSED_BYTES):
+                self._parse(data[start : start + PARSED_BYTES])
         except ProtocolError as error:
             self._break(str(error))
         except Exception:  # boundary: what a stranger sends must not be able to do more than this
             _LOG.exception("a client's bytes could not be read")
             self._break("")
-        else:
-            if self._idle_bytes > IDLE_BYTES_MAX:
-                self._h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM, b"too much that brings no call further")
-                self._break("too much that brings no call further")
         self._flush()
         transport = self._transport
-        if self._paused and transport is not None and transport.get_write_buffer_size() > OUT_BYTES_MAX:
-            _LOG.debug("%s reads nothing", self._peer)
-            transport.abort()
+        if self._outbox.paused and transport is not None and transport.get_write_buffer_size() > OUT_BYTES_MAX:
+            transport.pause_reading()  # it is to read first; who never does is given up as any silent client is
+
+    def _parse(self, data: bytes) -> None:
+        """Takes in ``data``; ProtocolError."""
+        h2 = self._h2
+        events = h2.receive_data(data)
+        self._began = True
+        self._idle_bytes += h2.noise_bytes
+        h2.noise_bytes = 0
+        for event in events:
+            take = self._on.get(type(event))
+            if take is not None:
+                take(event)
+        self._outbox.resume_if_opened()
+        if self._idle_bytes > IDLE_BYTES_MAX:
+            h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM, b"too much that brings no call further")
+            raise ProtocolError("too much that brings no call further")
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self._outbox.paused = True
 
     def resume_writing(self) -> None:
-        self._paused = False
-        self._resume()
+        self._outbox.paused = False
+        if self._transport is not None:
+            self._transport.resume_reading()
+        self._outbox.resume()
 
     # --------------------------------------------------------------------------------------------------- h2's events
 
@@ -172,7 +187,7 @@ class Connection(asyncio.Protocol):
             self._answer(event, [*headers.beginning(), *headers.ending(refused.code, str(refused))])
             return
         self._calls[stream_id] = call
-        self._unfinished += call.unfinished
+        self._unfinished += call.held
         if call.can_start:
             self._start(call)
 
@@ -182,6 +197,9 @@ class Connection(asyncio.Protocol):
             self.reset(event.stream_id, ErrorCodes.NO_ERROR)
 
     def _start(self, call: ServerCall) -> None:
+        self._idle_bytes = 0
+        self._unfinished -= call.held
+        call.held = 0
         call.start().add_done_callback(lambda _: self.drop(call))
 
     def _data(self, event: DataReceived) -> None:
@@ -191,17 +209,16 @@ class Connection(asyncio.Protocol):
         call = self._calls.get(stream_id)
         if call is None:
             return
-        if event.data:
-            self._idle_bytes = 0
-        self._unfinished += len(event.data)
-        if self._unfinished > UNFINISHED_BYTES_MAX:
-            self._unfinished = sum(each.unfinished for each in self._calls.values()) + len(event.data)
+        if call.task is None:
+            call.held += len(event.data)
+            self._unfinished += len(event.data)
         if self._unfinished > UNFINISHED_BYTES_MAX:
             text = "Too much that is unfinished came on this connection; send fewer long messages at once."
             call.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             return
         try:
-            call.receive(event.data)
+            if call.receive(event.data):
+                self._idle_bytes = 0
         except CallRefused as refused:
             call.refuse(refused.code, str(refused))
 
@@ -221,25 +238,22 @@ class Connection(asyncio.Protocol):
         call = self._calls.get(event.stream_id)
         if call is None:
             return
-        self._blocked.pop(event.stream_id, None)
+        self._idle_bytes -= _RESET_BYTES  # a call that is given up is no noise
+        self.forget_unsent(call)
         call.leave()
         if call.task is None:
             self.drop(call)
 
     def _window(self, event: WindowUpdated) -> None:
-        if not self._blocked:
-            return
-        if not event.stream_id:
-            self._resume()
-        elif event.stream_id in self._blocked:
-            self._send_rest(self._blocked[event.stream_id])
+        self._outbox.window_opened(event.stream_id)
 
     def _settings(self, event: RemoteSettingsChanged) -> None:
         if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
-            self._resume()
+            self._outbox.windows_changed()
 
     def _terminated(self, _event: ConnectionTerminated) -> None:
-        """The client has said goodbye; h2 sends nothing more."""
+        """The client has broken off; h2 sends nothing more."""
+        self._leave()
         self._close()
 
     # ---------------------------------------------------------------------------------------------------- for calls
@@ -252,14 +266,10 @@ class Connection(asyncio.Protocol):
         self._flush_soon()
 
     def send(self, call: ServerCall, data: bytes) -> memoryview | None:
-        rest = self._push(call.stream_id, memoryview(data))
-        call.unsent_began = rest is not None and len(rest) < len(data)
-        if rest is not None:
-            self._blocked[call.stream_id] = call
-        return rest
+        return self._outbox.send(call, data)
 
     def forget_unsent(self, call: ServerCall) -> None:
-        self._blocked.pop(call.stream_id, None)
+        self._outbox.forget(call)
 
     def reset(self, stream_id: int, code: ErrorCodes) -> None:
         try:
@@ -272,49 +282,12 @@ class Connection(asyncio.Protocol):
         """Nobody works on ``call`` any more."""
         if self._calls.pop(call.stream_id, None) is None:
             return
-        self._blocked.pop(call.stream_id, None)
+        self.forget_unsent(call)
+        self._unfinished -= call.held
         call.close()
         self._front.call_ended()
         if self._gone_away and not self._calls:
             self._close()
-
-    def _push(self, stream_id: int, data: memoryview) -> memoryview | None:
-        """Sends what there is room for; returns the rest."""
-        h2 = self._h2
-        try:
-            while not self._paused:
-                room = min(h2.local_flow_control_window(stream_id), h2.max_outbound_frame_size)
-                if len(data) <= room:
-                    h2.send_data(stream_id, data.tobytes())
-                    self._sent(len(data))
-                    return None
-                if room <= 0:
-                    break
-                h2.send_data(stream_id, data[:room].tobytes())
-                self._sent(room)
-                data = data[room:]
-        except ProtocolError as error:  # as in send_headers
-            _LOG.debug("stream %d of %s: %s", stream_id, self._peer, error)
-            return None
-        return data
-
-    def _resume(self) -> None:
-        for call in tuple(self._blocked.values()):
-            if self._paused:
-                return
-            self._send_rest(call)
-
-    def _send_rest(self, call: ServerCall) -> None:
-        unsent = call.unsent
-        assert unsent is not None, "it is blocked"
-        rest = self._push(call.stream_id, unsent)
-        del self._blocked[call.stream_id]
-        if rest is None:
-            call.drained()
-            return
-        if len(rest) < len(unsent):
-            call.unsent, call.unsent_began = rest, True
-        self._blocked[call.stream_id] = call  # behind the others
 
     # -------------------------------------------------------------------------------------------------- for the server
 
@@ -330,12 +303,9 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def cancel_calls(self) -> None:
-        """Ends those that run; each stream is reset when its handler has ended."""
+        """Ends those that run."""
         for call in tuple(self._calls.values()):
-            if call.task is None:
-                call.refuse(grpc.StatusCode.UNAVAILABLE, "The server is shutting down.")
-            else:
-                call.cancel()
+            call.refuse(grpc.StatusCode.UNAVAILABLE, "The server is shutting down.")
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -372,6 +342,7 @@ class Connection(asyncio.Protocol):
     def _break(self, why: str) -> None:
         """The client has broken the protocol: it is told, and its connection ends."""
         _LOG.debug("the connection of %s ends: %s", self._peer, why)
+        self._leave()
         self._close()
 
     def _look(self) -> None:

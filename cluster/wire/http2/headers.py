@@ -20,6 +20,8 @@ from cluster.wire.http2.messages import ENCODINGS, CallRefused
 Headers: TypeAlias = "list[tuple[bytes, bytes]]"
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
 _CONTENT_TYPE = b"application/grpc"
+METADATA_MAX = 1000  # entries of one call's
+METADATA_BYTES_MAX = 2**16  # names and values of one call's header block
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _OF_HTTP = frozenset({b"content-type", b"te", b"host", b"content-length"})
@@ -41,21 +43,32 @@ class NotGrpc(Exception):  # noqa: N818 - an answer
 
 @dataclass(frozen=True, slots=True)
 class CallHead:
-    """What a call's header block says. ``timeout_s``: from its arrival; ``metadata``: of the caller, keys in order."""
+    """What a call's header block says.
+
+    ``timeout_s``: from its arrival; ``metadata``: of the caller, keys in order; ``size``: bytes of the whole block.
+    """
 
     path: str
     timeout_s: float | None
     encoding: str
     metadata: Metadata
+    size: int
 
 
 def call_head(headers: Iterable[tuple[bytes, bytes]]) -> CallHead:
     """Reads a request's header block; NotGrpc, or CallRefused for what gRPC does not allow in one."""
     of_http: dict[bytes, bytes] = {}
-    metadata: Metadata = ()
+    metadata: list[tuple[str, str | bytes]] = []
+    size = 0
     for name, value in headers:
+        size += len(name) + len(value)
         if name.startswith((b":", b"grpc-")) or name in _OF_HTTP:
             of_http[name] = value
+        elif size > METADATA_BYTES_MAX or len(metadata) + value.count(b",") > METADATA_MAX:
+            limits = f"{METADATA_BYTES_MAX} bytes and {METADATA_MAX} entries"
+            raise CallRefused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"A call's metadata have {limits} at most; send less."
+            )
         else:
             metadata += _received(name, value)
     if of_http.get(b":method") != b"POST":
@@ -68,7 +81,8 @@ def call_head(headers: Iterable[tuple[bytes, bytes]]) -> CallHead:
         of_http.get(b":path", b"").decode("latin-1"),
         None if timeout is None else _timeout_s(timeout),
         of_http.get(b"grpc-encoding", b"identity").decode("latin-1"),
-        metadata,
+        tuple(metadata),
+        size,
     )
 
 
@@ -81,7 +95,7 @@ def ending(code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> Head
     """The header block after a call's last message."""
     block = [(b"grpc-status", b"%d" % code.value[0])]
     if message:
-        block.append((b"grpc-message", quote(message, safe=_PLAIN).encode()))
+        block.append((b"grpc-message", quote(message, safe=_PLAIN, errors="replace").encode()))
     block.extend(map(_sent, metadata))
     return block
 
@@ -117,4 +131,4 @@ def _sent(pair: tuple[str, str | bytes]) -> tuple[bytes, bytes]:
     name, value = pair
     if isinstance(value, bytes):
         return name.encode(), base64.b64encode(value).rstrip(b"=")
-    return name.encode(), value.encode("latin-1")
+    return name.encode(), value.encode("latin-1", "replace")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 
@@ -33,10 +34,18 @@ def framed(message: bytes) -> bytes:
     return _PREFIX.pack(0, len(message)) + message
 
 
-class MessageReader:
-    """Cuts what comes on a stream into messages of at most ``largest`` bytes, decompressed."""
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message as it came."""
 
-    __slots__ = ("_encoding", "_largest", "_rest")
+    payload: bytes
+    compressed: bool
+
+
+class MessageReader:
+    """Cuts what comes on a stream into messages of at most ``largest`` bytes, and decompresses them."""
+
+    __slots__ = ("_encoding", "_largest", "_needed", "_rest")
 
     def __init__(self, encoding: str, largest: int) -> None:
         """CallRefused for an ``encoding`` (grpc-encoding) that is none of ``ENCODINGS``."""
@@ -46,31 +55,44 @@ class MessageReader:
                 grpc.StatusCode.UNIMPLEMENTED, f"Messages cannot be decompressed from {encoding[:40]!r}; use {known}."
             )
         self._encoding, self._largest = encoding, largest
-        self._rest = b""
+        self._rest = bytearray()
+        self._needed = (
+            _PREFIX.size
+        )  # bytes of ``_rest`` before there is anything to do: a byte costs no more than a byte
 
     @property
     def unfinished(self) -> int:
         """Bytes of a message whose end has not come."""
         return len(self._rest)
 
-    def feed(self, data: bytes) -> list[bytes]:
+    def feed(self, data: bytes) -> list[Received]:
         """The messages that ``data`` completes; CallRefused for one that is too long or not what its prefix says."""
-        rest = self._rest + data if self._rest else data
-        messages, start = [], 0
-        while len(rest) - start >= _PREFIX.size:
+        rest = self._rest
+        rest += data
+        messages: list[Received] = []
+        start = 0
+        while len(rest) - start >= self._needed:
             compressed, length = _PREFIX.unpack_from(rest, start)
             if length > self._largest:
                 raise self._too_long()
             if compressed > 1:
                 raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "What was sent is no gRPC message.")
-            end = start + _PREFIX.size + length
-            if len(rest) < end:
+            self._needed = _PREFIX.size + length
+            if len(rest) - start < self._needed:
                 break
-            message = rest[start + _PREFIX.size : end]
-            messages.append(self._decompressed(message) if compressed else message)
-            start = end
-        self._rest = rest[start:] if start else rest
+            messages.append(Received(bytes(rest[start + _PREFIX.size : start + self._needed]), bool(compressed)))
+            start += self._needed
+            self._needed = _PREFIX.size
+        if start:
+            del rest[:start]
         return messages
+
+    def plain(self, message: Received) -> bytes:
+        """``message`` decompressed, when somebody wants it and not before: it may be a thousand times as long then.
+
+        CallRefused for what cannot be decompressed or is too long.
+        """
+        return self._decompressed(message.payload) if message.compressed else message.payload
 
     def _too_long(self) -> CallRefused:
         text = f"The message is longer than {self._largest} bytes, which is the limit; send less at once."

@@ -346,12 +346,30 @@ def test_layout_of_a_mixed_step():
     assert layout.token_ids.tolist() == [11, 21, 22, 23, 31]
     assert layout.positions.tolist() == [5, 3, 4, 5, 0]
     assert layout.kv_slots.tolist() == [8 * 4 + 1, 5 * 4 + 3, 6 * 4, 6 * 4 + 1, 2 * 4]
-    assert layout.num_prompt.tolist() == [4, 10, 10, 10, 3]
     assert layout.sampled.tolist() == [0, 4]
     assert layout.sequences.tolist() == [[2, 5, 1, 0], [3, 3, 3, 1], [0, 0, 1, 4]]
+    assert layout.sampling.tolist() == [0, 2]
     assert tables.tensor[2, :2].tolist() == [9, 8]
     decodes = layout_step(entries[:1], tables, 4)
     assert (decodes.positions.tolist(), decodes.kv_slots.tolist(), decodes.sampled.tolist()) == ([5], [33], [0])
+
+
+def test_the_layout_of_only_what_is_sampled():
+    """What one would get for steps of a token, where the rest of each chunk was known before."""
+    tables = BlockTables(4, 3, CPU)
+    entries = [
+        entry(2, (11, 12, 13), 2, 0, (9, 8)), entry(3, (21, 22, 23), 3, 0, (5, 6, 7), sample=False),
+        entry(0, (31,), 6, 0, (2, 3)), entry(1, (41, 42), 0, 0, (1,)),
+    ]  # fmt: skip
+    tables.apply(entries)
+    layout = layout_step(entries, tables, 4)
+    before = layout.sequences.copy()
+    ends = [entry(2, (13,), 4, 0, ()), entry(0, (31,), 6, 0, ()), entry(1, (42,), 1, 0, ())]
+    got, expected = layout.of_sampled(), layout_step(ends, tables, 4)
+    for name in ("token_ids", "positions", "kv_slots", "sampled", "sampling", "sequences"):
+        assert getattr(got, name).tolist() == getattr(expected, name).tolist(), name
+    assert got.sequences.flags.c_contiguous
+    assert np.array_equal(layout.sequences, before)
 
 
 def test_a_table_that_begins_anew_leaves_nothing_of_the_old_sequence_in_use():

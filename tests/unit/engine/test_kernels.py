@@ -126,4 +126,12 @@ def test_attention_of_a_merged_product_is_rotating_then_attending(library, dtype
         assert torch.equal(got, expected.view(1, tokens, -1))
         assert torch.equal(one.keys, two.keys)
         assert torch.equal(one.values, two.values)
+        for behind, rows in ((0, qkv), (widths[0], qkv[..., widths[0] :].contiguous())):
+            one.keys.zero_(), one.values.zero_()
+            merged.store(rows, cos, sin, layout)
+            for pool, whole in ((one.keys, two.keys), (one.values, two.values)):
+                stored = pool.flatten(0, 1)[layout.kv_slots]
+                assert torch.equal(stored, whole.flatten(0, 1)[layout.kv_slots]), behind
+                assert pool.count_nonzero() == stored.count_nonzero(), "it wrote elsewhere"
+        one.keys.copy_(two.keys), one.values.copy_(two.values)
     assert one.values.any()

@@ -82,3 +82,20 @@ def test_a_beginning_tells_how_to_compress() -> None:
         b":status": b"200", b"content-type": b"application/grpc", b"grpc-accept-encoding": b"identity,gzip,deflate",
         b"x-request-id": b"7",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"trace_bin": b"," * 60_000}, {"x_long": b"x" * 70_000}, {f"x_{index}": b"x" * 100 for index in range(700)}],
+    ids=["values", "bytes", "together"],
+)
+def test_more_metadata_than_a_call_needs_are_refused_before_they_are_decoded(given: dict[str, bytes]) -> None:
+    with pytest.raises(CallRefused, match="metadata") as refused:
+        call_head(block(**given))
+    assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_an_ending_can_always_be_written() -> None:
+    found = dict(headers.ending(grpc.StatusCode.UNKNOWN, "half a \ud800 pair", (("x-a", "\u4e00"),)))
+    assert found[b"grpc-message"] == b"half a ? pair"
+    assert found[b"x-a"] == b"?"

@@ -14,6 +14,10 @@ from cluster.wire.http2.messages import ENCODINGS, CallRefused, MessageReader, f
 LARGEST = 1000
 
 
+def read(reader: MessageReader, data: bytes) -> list[bytes]:
+    return [reader.plain(message) for message in reader.feed(data)]
+
+
 def compressed(message: bytes) -> bytes:
     return b"\x01" + len(message).to_bytes(4, "big") + message
 
@@ -23,14 +27,25 @@ def test_messages_come_out_as_they_went_in_however_they_are_cut(messages: list[b
     whole = b"".join(map(framed, messages))
     edges = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
     reader = MessageReader("identity", LARGEST)
-    got = [one for start, end in itertools.pairwise(edges) for one in reader.feed(whole[start:end])]
+    got = [one for start, end in itertools.pairwise(edges) for one in read(reader, whole[start:end])]
     assert got == messages
     assert reader.unfinished == 0
 
 
+def test_a_message_that_comes_byte_by_byte_is_not_copied_for_each() -> None:
+    reader, message = MessageReader("identity", 10**7), bytes(10**6)
+    whole = framed(message)
+    reader.feed(whole[:10])
+    before = id(reader._rest)
+    for byte in whole[10:5000]:
+        assert not reader.feed(bytes([byte]))
+    assert id(reader._rest) == before
+    assert read(reader, whole[5000:]) == [message]
+
+
 def test_what_has_not_come_whole_is_unfinished() -> None:
     reader = MessageReader("identity", LARGEST)
-    assert reader.feed(framed(b"ready") + framed(b"not yet")[:-2]) == [b"ready"]
+    assert read(reader, framed(b"ready") + framed(b"not yet")[:-2]) == [b"ready"]
     assert reader.unfinished == 5 + 7 - 2
 
 
@@ -40,7 +55,7 @@ def test_what_has_not_come_whole_is_unfinished() -> None:
 def test_compressed_messages(encoding: str, compress: object) -> None:
     assert callable(compress)
     reader = MessageReader(encoding, LARGEST)
-    assert reader.feed(compressed(compress(b"x" * LARGEST)) + framed(b"plain")) == [b"x" * LARGEST, b"plain"]
+    assert read(reader, compressed(compress(b"x" * LARGEST)) + framed(b"plain")) == [b"x" * LARGEST, b"plain"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +72,7 @@ def test_compressed_messages(encoding: str, compress: object) -> None:
 )
 def test_what_cannot_be_a_message_is_refused(encoding: str, sent: bytes, code: grpc.StatusCode) -> None:
     with pytest.raises(CallRefused) as refused:
-        MessageReader(encoding, LARGEST).feed(sent)
+        read(MessageReader(encoding, LARGEST), sent)
     assert refused.value.code is code
 
 

@@ -16,10 +16,12 @@ import h2.events
 import pytest
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
+from hyperframe.frame import GoAwayFrame
 
 from cluster.wire.http2 import connection as connections
 from cluster.wire.http2 import protocol
 from cluster.wire.http2.messages import framed
+from cluster.wire.http2.outbox import Outbox
 from cluster.wire.http2.server import Http2Server
 
 DEADLINE_S = 10.0
@@ -266,13 +268,105 @@ async def test_stopping_lets_calls_end_and_takes_no_new_ones(start: Start) -> No
     await stopping
 
 
+async def test_a_deadline_that_is_over_at_once(start: Start) -> None:
+    async with bare(await start()) as client:
+        calls = [client.request(("grpc-timeout", f"{micros}u")) for micros in (0, 1, 10, 100)]
+        for stream_id in calls:
+            client.h2.send_data(stream_id, framed(b"x"), end_stream=True)
+        assert {(await client.status(stream_id))["grpc-status"] for stream_id in calls} <= {"0", "4"}
+
+
+async def test_a_client_that_says_goodbye_reads_what_it_has_asked_for(start: Start) -> None:
+    site = await start()
+    async with bare(site) as client:
+        call = client.request(path="/t.T/wait")
+        client.h2.send_data(call, framed(b"here"), end_stream=True)
+        await client.until(lambda: bool(client.of(h2.events.DataReceived)))
+        client.writer.write(GoAwayFrame(0, last_stream_id=0, error_code=0).serialize())
+        client.h2.ping(bytes(8))
+        await client.until(lambda: bool(client.of(h2.events.PingAckReceived)))
+        site.service.go_on.set()
+        assert (await client.status(call))["grpc-status"] == "0"
+
+
+async def test_a_client_s_table_of_headers_is_not_filled(start: Start) -> None:
+    site = await start()
+    async with bare(site) as client:
+        client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: 2**31 - 1})
+        call = client.request()
+        client.h2.send_data(call, framed(b"x"), end_stream=True)
+        await client.status(call)
+        (connection,) = site.server._connections
+        assert connection._h2.encoder.header_table_size == protocol.HEADER_TABLE_BYTES
+
+
+async def test_windows_of_other_streams_cost_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = await start()
+    pushes: list[int] = []
+    push = Outbox._push
+
+    def counted(self: Outbox, stream_id: int, data: memoryview) -> memoryview | None:
+        pushes.append(stream_id)
+        return push(self, stream_id, data)
+
+    monkeypatch.setattr(Outbox, "_push", counted)
+    async with bare(site) as client:
+        client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        streams = [client.request(path="/t.T/count") for _ in range(50)]
+        for stream_id in streams:
+            client.h2.send_data(stream_id, framed(b"1 10"), end_stream=True)
+        await client.until(lambda: len(client.of(h2.events.ResponseReceived)) == 50)
+        pushes.clear()
+        for _ in range(20):
+            client.h2.increment_flow_control_window(1)
+        client.h2.increment_flow_control_window(100, streams[7])
+        assert (await client.status(streams[7]))["grpc-status"] == "0"
+        assert pushes == [streams[7]]
+
+
 async def test_stopping_at_once_cancels(start: Start) -> None:
     site = await start()
     call = site.stream("wait")(b"here")
     await call.read()
     await asyncio.gather(site.server.stop(DEADLINE_S), site.server.stop(None))
     assert site.service.cancelled == 1
-    assert await call.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_refused_upload_costs_nobody_else_anything(start: Start) -> None:
+    site = await start()
+    running = site.stream("wait")(b"here")
+    await running.read()
+    for name in ("none", "echo"):  # an unknown method, and one that knows a smaller limit
+        with pytest.raises(grpc.aio.AioRpcError):
+            await site.unary(name)(bytes(2**26 if name == "none" else 10**6), timeout=0.001 if name == "echo" else 30)
+    site.service.go_on.set()
+    assert await running.read() == b"end"
+
+
+async def test_metadata_that_are_too_long_cost_one_call(start: Start) -> None:
+    site = await start()
+    running = site.stream("wait")(b"here")
+    await running.read()
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await site.unary("echo")(b"", metadata=(("x-long", "x" * 100_000),))
+    assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert await site.unary("echo")(b"x", metadata=(("x-padded", " padded "), ("x-long", "x" * 10_000))) == b"x"
+    site.service.go_on.set()
+    assert await running.read() == b"end"
+
+
+async def test_a_thousand_clients_that_give_up_cost_nobody_else_anything(start: Start) -> None:
+    site = await start()
+    running = site.stream("wait")(b"here")
+    await running.read()
+    calls = [site.stream("wait")(b"") for _ in range(1500)]
+    await eventually(lambda: site.service.begun == 1501, "all run")
+    for call in calls:
+        call.cancel()
+    await eventually(lambda: site.service.cancelled == 1500, "all are told")
+    site.service.go_on.set()
+    assert await running.read() == b"end"
 
 
 async def test_nothing_of_a_call_is_left(start: Start) -> None:
@@ -401,7 +495,7 @@ async def test_windows_that_close_and_open_again(start: Start) -> None:
 async def test_a_stream_that_is_reset_early_and_often_ends_its_connection(start: Start) -> None:
     site = await start()
     async with bare(site) as client:
-        for _ in range(connections.IDLE_BYTES_MAX // 13):  # a RST_STREAM has 13 bytes
+        for _ in range(connections.IDLE_BYTES_MAX // 9 + 10):  # the head of a frame has 9 bytes
             client.h2.reset_stream(client.request(path="/t.T/wait"), ErrorCodes.CANCEL)
         await client.gone()
         # A goodbye is lost where the client goes on sending.
