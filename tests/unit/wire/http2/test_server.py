@@ -18,6 +18,7 @@ from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
+from cluster.config.listening import can_listen
 from cluster.wire.http2 import connection as connections
 from cluster.wire.http2 import protocol
 from cluster.wire.http2.messages import framed
@@ -135,6 +136,48 @@ async def eventually(holds: Callable[[], bool], what: str) -> None:
         while not holds():
             await asyncio.sleep(0.005)
     assert holds(), what
+
+
+# ------------------------------------------------------------------------------------------------------ its addresses
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[tuple[Http2Server, Http2Server]]:
+    servers = Http2Server(), Http2Server()
+    yield servers
+    for server in servers:
+        await server.stop(None)
+
+
+async def test_a_port_is_taken_once(two: tuple[Http2Server, Http2Server]) -> None:
+    port = two[0].add_insecure_port("127.0.0.1:0")
+    with pytest.raises(RuntimeError, match=str(port)):
+        two[1].add_insecure_port(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["[::1]:0", "[::]:0"])
+@pytest.mark.skipif(not can_listen("::1", 0), reason="this machine has no IPv6 loopback")
+async def test_ipv6(two: tuple[Http2Server, Http2Server], address: str) -> None:
+    port = two[0].add_insecure_port(address)
+    await two[0].start()
+    async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary("/t.T/none")(b"", timeout=DEADLINE_S)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_all_addresses_and_names(two: tuple[Http2Server, Http2Server]) -> None:
+    for server, address in zip(two, ("0.0.0.0:0", "localhost:0"), strict=True):
+        port = server.add_insecure_port(address)
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+                await channel.unary_unary("/t.T/none")(b"", timeout=DEADLINE_S)
+
+
+async def test_an_address_that_is_none(two: tuple[Http2Server, Http2Server]) -> None:
+    with pytest.raises(RuntimeError, match=r"192\.0\.2\.1"):
+        two[0].add_insecure_port("192.0.2.1:0")
 
 
 # ----------------------------------------------------------------------------------------------- for grpcio's clients
