@@ -323,8 +323,6 @@ def _environment(run_dir: Path, host: str) -> Mapping[str, str]:
     environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(_GCS_SILENCE_S)
     # Its killing of the largest process has no word for why; loading checks its own memory.
     environment["RAY_memory_monitor_refresh_ms"] = "0"
-    # Ray's own 15 is meant for batch work beside somebody's desktop. Ranks answer people, as routers do.
-    environment.setdefault("RAY_worker_niceness", "0")
     if host == LOOPBACK:
         # Otherwise Ray replaces loopback by an address of the network and listens on every interface.
         environment[_LOOPBACK_VARIABLE] = "0"

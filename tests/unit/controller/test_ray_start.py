@@ -86,14 +86,6 @@ def test_loopback_stays_loopback(tmp_path):
     assert ray_start._environment(tmp_path, "10.0.0.1")["RAY_AUTH_MODE"] == "token"
 
 
-@pytest.mark.parametrize(("given", "seen"), [(None, "0"), ("5", "5")])
-def test_ranks_are_no_nicer_than_who_started_them_unless_somebody_wants_it(tmp_path, monkeypatch, given, seen):
-    monkeypatch.delenv("RAY_worker_niceness", raising=False)
-    if given is not None:
-        monkeypatch.setenv("RAY_worker_niceness", given)
-    assert ray_start._environment(tmp_path, "10.0.0.1")["RAY_worker_niceness"] == seen
-
-
 @pytest.mark.parametrize("ports", [(20001, 20000), (80, 90), (20000, 70000)])
 def test_rank_ports_are_a_range(ports):
     with pytest.raises(ValueError, match="rank_ports"):
