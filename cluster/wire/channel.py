@@ -27,7 +27,9 @@ CHANNEL_OPTIONS = (
     *_SHARED_OPTIONS,
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long one attempt may take, greeting included: a server that is starved for a moment is not gone. One whose
+    # port is closed is known at once.
+    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 SERVER_OPTIONS = (
