@@ -76,7 +76,6 @@ class Connection(asyncio.Protocol):
         self._peer = ""
         self._flushing = False
         self._unflushed = 0
-        self._paused = False
         self._unfinished = 0  # bytes of calls that have not begun
         self._idle_bytes = 0
         self._last_stream = 0
