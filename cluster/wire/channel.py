@@ -56,14 +56,13 @@ def open_sync_channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
-def new_server(*, shared: bool = False) -> grpc.aio.Server:
-    """``shared``: other processes of ours may listen on its port too; the kernel spreads connections over them."""
-    options = dict(SERVER_OPTIONS) | {"grpc.so_reuseport": int(shared)}
-    return grpc.aio.server(options=tuple(options.items()))
+def new_server() -> grpc.aio.Server:
+    """For our own processes; clients from outside talk to ``cluster.wire.http2``."""
+    return grpc.aio.server(options=SERVER_OPTIONS)
 
 
 def bind_shared(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Binds a ``shared`` server to a port that somebody holds by ``reserve_port``; PortTakenError."""
+    """Binds a server that shares its port (``Http2Server``) to one that is held by ``reserve_port``; PortTakenError."""
     name = f"[{host}]" if ":" in host else host
     try:
         return int(server.add_insecure_port(f"{name}:{port}"))

@@ -9,6 +9,7 @@ import pytest
 from cluster.config.listening import can_listen, reserve_port
 from cluster.domain.errors import ConfigError, PortTakenError
 from cluster.wire import channel
+from cluster.wire.http2.server import Http2Server
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_both_ends_agree_on_limits() -> None:
 async def test_servers_share_a_port_that_is_held_for_them_and_nobody_else_does(server: grpc.aio.Server) -> None:
     with reserve_port("127.0.0.1", 0) as reserved:
         port = reserved.getsockname()[1]
-        shared = [channel.new_server(shared=True) for _ in range(2)]
+        shared = [Http2Server(shared=True) for _ in range(2)]
         assert [channel.bind_shared(one, "127.0.0.1", port) for one in shared] == [port, port]
         with pytest.raises(PortTakenError):
             channel.bind(server, "127.0.0.1", port)
@@ -77,7 +78,7 @@ async def test_servers_share_a_port_that_is_held_for_them_and_nobody_else_does(s
 
 
 async def test_a_port_of_somebody_else_is_not_shared() -> None:
-    shared = channel.new_server(shared=True)
+    shared = Http2Server(shared=True)
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(PortTakenError, match="not ours to share"):
         channel.bind_shared(shared, "127.0.0.1", other.getsockname()[1])
     await shared.stop(None)
