@@ -149,6 +149,10 @@ async def two() -> AsyncIterator[tuple[Http2Server, Http2Server]]:
         await server.stop(None)
 
 
+def _none(channel: grpc.aio.Channel) -> Any:
+    return channel.unary_unary("/t.T/none")
+
+
 async def test_a_port_is_taken_once(two: tuple[Http2Server, Http2Server]) -> None:
     port = two[0].add_insecure_port("127.0.0.1:0")
     with pytest.raises(RuntimeError, match=str(port)):
@@ -162,7 +166,7 @@ async def test_ipv6(two: tuple[Http2Server, Http2Server], address: str) -> None:
     await two[0].start()
     async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary("/t.T/none")(b"", timeout=DEADLINE_S)
+            await _none(channel)(b"", timeout=DEADLINE_S)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -172,7 +176,7 @@ async def test_all_addresses_and_names(two: tuple[Http2Server, Http2Server]) -> 
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
-                await channel.unary_unary("/t.T/none")(b"", timeout=DEADLINE_S)
+                await _none(channel)(b"", timeout=DEADLINE_S)
 
 
 async def test_an_address_that_is_none(two: tuple[Http2Server, Http2Server]) -> None:
