@@ -23,8 +23,9 @@ from cluster.engine.sessions import Outbox, Sessions
 from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.telemetry.logs import get_logger
 from cluster.v1 import engine_pb2, engine_pb2_grpc
-from cluster.wire.channel import bind, new_server
+from cluster.wire.channel import bind
 from cluster.wire.convert import load_to_message, sampling_from_message
+from cluster.wire.http2.server import Http2Server
 
 BEAT_S = 0.5
 _HELLO_DEADLINE_S = 10.0
@@ -210,7 +211,7 @@ class LeaderServer:
         self._events.run_until_complete(self._serve(servicer))
 
     async def _serve(self, servicer: EngineServicer) -> None:
-        server = new_server()
+        server = Http2Server()
         engine_pb2_grpc.add_EngineServicer_to_server(servicer, server)
         try:
             self.port = bind(server, self._host, self._first_port, scan=True)

@@ -26,14 +26,17 @@ from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStr
 from cluster.router.tokenization import Tokenizer, TokenizerCache
 from cluster.telemetry.logs import Logger
 from cluster.v1 import engine_pb2, engine_pb2_grpc
-from cluster.wire import channel, convert
+from cluster.wire import convert
+from cluster.wire.http2.client import Http2Channel
+from cluster.wire.http2.client_call import ClientCall
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 OUTBOX_MAX = 16384
 SILENCE_CHECKS = 8  # per engine_silence_s
 DESCRIBE_TIMEOUT_S = 30.0
-_Call: TypeAlias = "grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]"
+SESSION_METHOD = f"/{engine_pb2.DESCRIPTOR.services_by_name['Engine'].full_name}/Session"
+_Call: TypeAlias = ClientCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +171,8 @@ class EngineSession:
         while not being_cancelled():
             reason = LossReason.BROKEN
             try:
-                async with channel.open_channel(self.endpoint.address) as opened:
-                    await self._run(engine_pb2_grpc.EngineStub(opened))
+                async with Http2Channel(self.endpoint.address) as opened:
+                    await self._run(opened)
             except SequenceLost as lost:
                 reason = lost.reason
             except (HandshakeRefused, CheckpointError, TimeoutError, grpc.RpcError) as error:
@@ -181,12 +184,17 @@ class EngineSession:
             if not being_cancelled():
                 await asyncio.sleep(backoff_s)
 
-    async def _run(self, stub: engine_pb2_grpc.EngineStub) -> None:
+    async def _run(self, opened: Http2Channel) -> None:
         """One stream, from its handshake to its end; always raises."""
-        call = stub.Session()
+        call: _Call | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(self._settings.engine_silence_s):
+                call = await opened.stream(
+                    SESSION_METHOD,
+                    engine_pb2.SessionRequest.SerializeToString,
+                    engine_pb2.SessionResponse.FromString,
+                )
                 if self._index is not None:
                     self._index.interrupted(self.endpoint.incarnation)
                 self._asides = {}  # a stream begins with all that they would say
@@ -200,7 +208,9 @@ class EngineSession:
                 await call.write(engine_pb2.SessionRequest(hello=hello))
                 check_welcome(await call.read(), self.endpoint)
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                card, tokenizer = await describe(stub, self.endpoint, self._settings.tokenizers)
+                card, tokenizer = await describe(
+                    engine_pb2_grpc.EngineStub(opened), self.endpoint, self._settings.tokenizers
+                )
                 self.served, self.load.max_num_seqs = ServedModel(card, tokenizer), card.max_num_seqs
             silent = asyncio.Event()
             spawn = asyncio.get_running_loop().create_task
@@ -212,23 +222,21 @@ class EngineSession:
         finally:
             for task in tasks:
                 task.cancel()
-            call.cancel()
+            if call is not None:
+                call.cancel()
             if tasks:
                 await asyncio.wait(tasks)
 
     async def _read(self, call: _Call) -> None:
-        """Dispatches whatever comes until the stream ends; never waits for a request."""
-        while True:
-            try:
-                message = await call.read()
-            except (grpc.RpcError, asyncio.CancelledError):
-                if being_cancelled():
-                    raise
-                return
-            if not isinstance(message, engine_pb2.SessionResponse):
-                return  # grpc.aio.EOF
-            self._heard = True
-            self._dispatch(message)
+        """Dispatches whatever comes, in the turn of the event loop that brings it, until the stream ends."""
+        try:
+            await call.each(self._hear)
+        except grpc.RpcError as error:
+            self._log.debug("session_ended", error=_brief(error))
+
+    def _hear(self, message: engine_pb2.SessionResponse) -> None:
+        self._heard = True
+        self._dispatch(message)
 
     def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
         """SequenceLost STUCK when the engine's step has run too long."""
@@ -303,7 +311,7 @@ class EngineSession:
                     await call.write(engine_pb2.SessionRequest(commands=commands))
                 for request in asides.values():
                     await call.write(request)
-            except (grpc.RpcError, asyncio.InvalidStateError):
+            except grpc.RpcError:
                 return  # the reader sees the same end and says so
 
     async def _watch_silence(self, call: _Call, silent: asyncio.Event) -> None:

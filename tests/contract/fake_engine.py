@@ -18,6 +18,7 @@ from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.engine.block_events import BlockLog, BlockReader
 from cluster.v1 import engine_pb2, engine_pb2_grpc, inference_pb2
 from cluster.wire import channel
+from cluster.wire.http2.server import Http2Server
 
 BLOCK_SIZE = 16
 DIGEST = "sha256:weights"
@@ -110,7 +111,7 @@ class FakeEngine:
 
     async def start(self) -> FakeEngine:
         self.dead = asyncio.Event()
-        self._server = channel.new_server()
+        self._server = Http2Server()
         engine_pb2_grpc.add_EngineServicer_to_server(_Servicer(self), self._server)
         self.port = channel.bind(self._server, "127.0.0.1", self.port)
         await self._server.start()

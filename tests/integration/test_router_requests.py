@@ -59,7 +59,7 @@ async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str, str, floa
 
 class TestStreaming:
     async def test_tokens_and_text_of_a_whole_request(self, start: StartCluster) -> None:
-        cluster = await start(with_text())
+        cluster = await start(with_text(step_s=0.002))  # steps of one turn of the event loop go out together
         answer = await cluster.generate(request(30))
         expected = expected_tokens(NEXT, PROMPT, 9, 30)
         assert answer.token_ids == expected

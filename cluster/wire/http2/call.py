@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, NoReturn, Protocol
 
@@ -13,11 +12,11 @@ import grpc.aio
 from h2.errors import ErrorCodes
 
 from cluster.wire.http2 import headers
-from cluster.wire.http2.headers import CallHead, Headers, Metadata
+from cluster.wire.http2.headers import CallHead, Metadata
 from cluster.wire.http2.messages import CallRefused, MessageReader, Received, framed
+from cluster.wire.http2.outbox import Sender
 
 _LOG = logging.getLogger(__name__)
-REQUESTS_AHEAD_MAX = 1024  # messages of a streaming client that its handler has not taken
 _EXPIRED = "Deadline Exceeded"
 _ONE_MESSAGE = "This method takes exactly one message; send one."
 
@@ -27,16 +26,20 @@ class Wire(Protocol):
 
     largest_message: int
 
-    def send_headers(self, stream_id: int, block: Headers, *, last: bool) -> None: ...
+    def send_headers(self, stream_id: int, block: bytes, *, last: bool) -> None: ...
 
-    def send(self, call: ServerCall, data: bytes) -> memoryview | None:
+    def acknowledge(self, stream_id: int, size: int) -> None:
+        """The client may send ``size`` bytes more."""
+        ...
+
+    def send(self, call: Sender, data: bytes) -> memoryview | None:
         """Sends ``data`` on the call's stream; what there is no room for now is returned.
 
         ``call.unsent`` is taken up by itself when there is room.
         """
         ...
 
-    def forget_unsent(self, call: ServerCall) -> None: ...
+    def forget_unsent(self, call: Sender) -> None: ...
 
     def reset(self, stream_id: int, code: ErrorCodes) -> None: ...
 
@@ -52,13 +55,14 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     """The context of one call's handler, and its state.
 
     ``write`` returns when the transport has taken the message, which is at once while the client keeps up. A handler
-    that is cancelled without the call having ended resets the stream.
+    that is cancelled without the call having ended resets the stream. A client that sends on while a message of its
+    waits for the handler may send a window's bytes more.
     """
 
     __slots__ = (
-        "_arrivals", "_began", "_code", "_deadline_s", "_details", "_done", "_drained", "_ended", "_expired",
+        "_began", "_code", "_deadline_s", "_details", "_done", "_drained", "_ended", "_expired",
         "_handler", "_head", "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed",
-        "held", "stream_id", "task", "unsent", "unsent_began",
+        "held", "owed", "stream_id", "task", "unsent", "unsent_began",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
@@ -66,7 +70,6 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         self._loop = asyncio.get_running_loop()
         self._wire, self.stream_id, self._head, self._handler = wire, stream_id, head, handler
         self._reader = MessageReader(head.encoding, wire.largest_message)
-        self._arrivals: deque[Received] = deque()
         self._more: asyncio.Event | None = None  # a handler waits for messages or the end of them
         self._began = self._ended = self._expired = False
         self.gone = False  # the client has left, or its connection
@@ -74,6 +77,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         self.unsent: memoryview | None = None  # of the message that is being written
         self.unsent_began = False  # a part of that message is out
         self.held = head.size  # bytes that the connection has counted for it
+        self.owed = 0  # bytes that came and that the client does not know to be read
         self._drained: asyncio.Future[None] | None = None
         self._code, self._details, self._trailing = grpc.StatusCode.OK, "", ()
         self._done: list[Callable[[Any], None]] = []
@@ -87,26 +91,40 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     # ------------------------------------------------------------------------------------------ from the connection
 
     def receive(self, data: bytes) -> bool:
-        """Takes a part of the client's messages, and says whether one is whole by now; CallRefused."""
-        whole = self._reader.feed(data)
-        self._arrivals.extend(whole)
-        if self._handler.request_streaming:
-            if len(self._arrivals) > REQUESTS_AHEAD_MAX:
-                text = f"More than {REQUESTS_AHEAD_MAX} messages wait to be answered; wait for answers now and then."
-                raise CallRefused(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-            if self._more is not None:
-                self._more.set()
-        elif len(self._arrivals) > 1:
-            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
-        return bool(whole)
+        """Takes a part of the client's messages, and says whether it brings the call further; CallRefused."""
+        reader = self._reader
+        reader.add(data)
+        whole = reader.ready()
+        if not whole:
+            self._acknowledge()
+        elif not self._handler.request_streaming:
+            if reader.more_than_one:
+                raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
+        elif self._more is not None:
+            self._more.set()
+        return whole and bool(data)  # behind a whole message a window bounds it
 
     def receive_end(self) -> None:
         """The client has sent all; CallRefused."""
         self.half_closed = True
         if self._more is not None:
             self._more.set()
-        if self._reader.unfinished or (not self._handler.request_streaming and not self._arrivals):
+        if not self._handler.request_streaming and self.task is None and not self._reader.ready():
             raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
+
+    def _acknowledge(self) -> None:
+        owed, self.owed = self.owed, 0
+        if owed:
+            self._wire.acknowledge(self.stream_id, owed)
+
+    def _take(self) -> Received | None:
+        """The next message; CallRefused, also for a part of one that is all that will come."""
+        taken = self._reader.take()
+        if not self._reader.ready():
+            self._acknowledge()
+        if taken is None and self.half_closed and self._reader.untaken:
+            raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "The last message has no end; send all of it.")
+        return taken
 
     @property
     def can_start(self) -> bool:
@@ -144,6 +162,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         """Nobody works on it any more."""
         if self._timer is not None:
             self._timer.cancel()
+        self._acknowledge()  # the connection's window is everybody's
         if not self._ended:  # cancelled without a word
             self._ended = True
             if self.unsent is not None:
@@ -157,7 +176,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     async def _run(self) -> None:
         handler: Any = self._handler
         try:
-            request: Any = self._requests() if handler.request_streaming else self._request(self._arrivals.popleft())
+            request: Any = self._requests() if handler.request_streaming else self._only_request()
             if handler.response_streaming:
                 behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
                 answered = behaviour(request, self)
@@ -179,6 +198,11 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
                 _LOG.exception("the handler of %s failed", self._head.path)
                 self._end(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error).__name__}: {error}")
 
+    def _only_request(self) -> Any:
+        taken = self._take()
+        assert taken is not None, "receive_end has seen it"
+        return self._request(taken)
+
     def _request(self, received: Received) -> Any:
         message, deserialize = self._reader.plain(received), self._handler.request_deserializer
         if deserialize is None:
@@ -191,11 +215,15 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     async def _requests(self) -> AsyncIterator[Any]:
         self._more = asyncio.Event()
         while True:
-            while self._arrivals:
-                yield self._request(self._arrivals.popleft())
+            self._more.clear()
+            try:
+                while (taken := self._take()) is not None:
+                    yield self._request(taken)
+            except CallRefused as refused:
+                self.refuse(refused.code, str(refused))
+                raise
             if self.half_closed:
                 return
-            self._more.clear()
             await self._more.wait()
 
     async def read(self) -> Any:
@@ -243,7 +271,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
             self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
             return
         block = headers.ending(code, message, metadata)
-        self._wire.send_headers(self.stream_id, block if self._began else [*headers.beginning(), *block], last=True)
+        self._wire.send_headers(self.stream_id, block if self._began else headers.beginning() + block, last=True)
         if not self.half_closed:
             self._wire.reset(self.stream_id, ErrorCodes.NO_ERROR)
 

@@ -25,16 +25,14 @@ from hyperframe.frame import GoAwayFrame
 
 from cluster.wire.http2 import headers
 from cluster.wire.http2.call import ServerCall
-from cluster.wire.http2.headers import Headers
+from cluster.wire.http2.link import Link
 from cluster.wire.http2.messages import CallRefused
-from cluster.wire.http2.outbox import Outbox
 from cluster.wire.http2.protocol import ServerProtocol
 
 _LOG = logging.getLogger(__name__)
 UNFINISHED_BYTES_MAX = 2**28  # of messages of one connection whose end has not come
 IDLE_BYTES_MAX = 2**16  # beside payload, while no message moves, within ``keepalive_s``: what no honest client sends
 PARSED_BYTES = 2**14  # between two looks at that
-FLUSH_BYTES = 2**16  # of messages that wait for the end of the event loop's turn
 OUT_BYTES_MAX = 2**20  # of what is no message, to a client that does not read
 _RESET_BYTES = 13  # a RST_STREAM
 FIRST_BYTES_S = 20.0  # to begin as HTTP/2 does
@@ -63,19 +61,14 @@ class Front(Protocol):
     def call_ended(self) -> None: ...
 
 
-class Connection(asyncio.Protocol):
+class Connection(Link):
     """Whatever a client sends ends nothing but its own calls or, where HTTP/2 was broken, its own connection."""
 
     def __init__(self, front: Front) -> None:
-        self._front, self.largest_message = front, front.largest_message
-        self._loop = asyncio.get_running_loop()
         self._h2 = ServerProtocol()
+        super().__init__(self._h2)
+        self._front, self.largest_message = front, front.largest_message
         self._calls: dict[int, ServerCall] = {}
-        self._outbox = Outbox(self._h2, self._sent)
-        self._transport: asyncio.Transport | None = None
-        self._peer = ""
-        self._flushing = False
-        self._unflushed = 0
         self._unfinished = 0  # bytes of calls that have not begun
         self._idle_bytes = 0
         self._last_stream = 0
@@ -91,23 +84,14 @@ class Connection(asyncio.Protocol):
         }  # fmt: skip
 
     @property
-    def peer(self) -> str:
-        return self._peer
-
-    @property
     def calls(self) -> int:
         return len(self._calls)
 
     # ------------------------------------------------------------------------------------------------ asyncio's calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
-        name = transport.get_extra_info("peername")
-        self._peer = "" if not name else f"{'ipv6' if ':' in name[0] else 'ipv4'}:{name[0]}:{name[1]}"
+        super().connection_made(transport)
         self._front.opened(self)
-        self._h2.initiate_connection()
-        self._flush()
         if self._front.leaving:
             self.go_away()
 
@@ -146,7 +130,7 @@ class Connection(asyncio.Protocol):
     def _parse(self, data: bytes) -> None:
         """Takes in ``data``; ProtocolError."""
         h2 = self._h2
-        events = h2.receive_data(data)
+        events = h2.take_in(data)
         self._began = True
         self._idle_bytes += h2.noise_bytes
         h2.noise_bytes = 0
@@ -159,14 +143,10 @@ class Connection(asyncio.Protocol):
             h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM, b"too much that brings no call further")
             raise ProtocolError("too much that brings no call further")
 
-    def pause_writing(self) -> None:
-        self._outbox.paused = True
-
     def resume_writing(self) -> None:
-        self._outbox.paused = False
         if self._transport is not None:
             self._transport.resume_reading()
-        self._outbox.resume()
+        super().resume_writing()
 
     # --------------------------------------------------------------------------------------------------- h2's events
 
@@ -183,14 +163,14 @@ class Connection(asyncio.Protocol):
             self._answer(event, headers.refusal(refused.status))
             return
         except CallRefused as refused:
-            self._answer(event, [*headers.beginning(), *headers.ending(refused.code, str(refused))])
+            self._answer(event, headers.beginning() + headers.ending(refused.code, str(refused)))
             return
         self._calls[stream_id] = call
         self._unfinished += call.held
         if call.can_start:
             self._start(call)
 
-    def _answer(self, event: RequestReceived, block: Headers) -> None:
+    def _answer(self, event: RequestReceived, block: bytes) -> None:
         self.send_headers(event.stream_id, block, last=True)
         if event.stream_ended is None:
             self.reset(event.stream_id, ErrorCodes.NO_ERROR)
@@ -202,12 +182,13 @@ class Connection(asyncio.Protocol):
         call.start().add_done_callback(lambda _: self.drop(call))
 
     def _data(self, event: DataReceived) -> None:
-        length, stream_id = event.flow_controlled_length, event.stream_id
-        if length:
-            self._h2.acknowledge_received_data(length, stream_id)
+        size, stream_id = event.flow_controlled_length, event.stream_id
         call = self._calls.get(stream_id)
         if call is None:
+            if size:
+                self.acknowledge(stream_id, size)
             return
+        call.owed += size
         if call.task is None:
             call.held += len(event.data)
             self._unfinished += len(event.data)
@@ -257,26 +238,6 @@ class Connection(asyncio.Protocol):
 
     # ---------------------------------------------------------------------------------------------------- for calls
 
-    def send_headers(self, stream_id: int, block: Headers, *, last: bool) -> None:
-        try:
-            self._h2.send_headers(stream_id, block, end_stream=last)
-        except ProtocolError as error:  # the stream or the connection is over; whoever works for it is told as well
-            _LOG.debug("stream %d of %s: %s", stream_id, self._peer, error)
-        self._flush_soon()
-
-    def send(self, call: ServerCall, data: bytes) -> memoryview | None:
-        return self._outbox.send(call, data)
-
-    def forget_unsent(self, call: ServerCall) -> None:
-        self._outbox.forget(call)
-
-    def reset(self, stream_id: int, code: ErrorCodes) -> None:
-        try:
-            self._h2.reset_stream(stream_id, code)
-        except ProtocolError as error:
-            _LOG.debug("stream %d of %s: %s", stream_id, self._peer, error)
-        self._flush_soon()
-
     def drop(self, call: ServerCall) -> None:
         """Nobody works on ``call`` any more."""
         if self._calls.pop(call.stream_id, None) is None:
@@ -306,37 +267,11 @@ class Connection(asyncio.Protocol):
         for call in tuple(self._calls.values()):
             call.refuse(grpc.StatusCode.UNAVAILABLE, "The server is shutting down.")
 
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
     # --------------------------------------------------------------------------------------------------------- bytes
 
     def _flush_soon(self) -> None:
-        """What is sent in one turn of the event loop goes out in one system call."""
         self._idle_bytes = 0  # clients answer what they get with frames of their own
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _sent(self, size: int) -> None:
-        """Much at once goes out at once, so that the transport can say when it is too much."""
-        self._unflushed += size
-        if self._unflushed > FLUSH_BYTES:
-            self._flush()
-        else:
-            self._flush_soon()
-
-    def _flush(self) -> None:
-        self._flushing, self._unflushed = False, 0
-        data = self._h2.data_to_send()
-        if data and self._transport is not None:
-            self._transport.write(data)
-
-    def _close(self) -> None:
-        self._flush()
-        if self._transport is not None:
-            self._transport.close()
+        super()._flush_soon()
 
     def _break(self, why: str) -> None:
         """The client has broken the protocol: it is told, and its connection ends."""

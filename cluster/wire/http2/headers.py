@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import grpc
+from hpack.hpack import encode_integer
 
 from cluster.wire.http2.messages import ENCODINGS, CallRefused
 
@@ -26,11 +27,25 @@ _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _OF_HTTP = frozenset({b"content-type", b"te", b"host", b"content-length"})
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # what a grpc-message has as it is
-_BEGINNING: Headers = [
-    (b":status", b"200"),
-    (b"content-type", _CONTENT_TYPE),
-    (b"grpc-accept-encoding", ",".join(ENCODINGS).encode()),
-]
+_CODES = {b"%d" % code.value[0]: code for code in grpc.StatusCode}
+_STATUS_200 = b"\x88"  # of HPACK's static table
+
+
+def _literal(name: bytes, value: bytes) -> bytes:
+    """A field that no table keeps (RFC 7541, 6.2.2): it is spelled alike in every block, however many came before."""
+    return b"\x00" + _sized(name) + _sized(value)
+
+
+def _sized(text: bytes) -> bytes:
+    return bytes(encode_integer(len(text), 7)) + text
+
+
+_BEGINNING = (
+    _STATUS_200
+    + _literal(b"content-type", _CONTENT_TYPE)
+    + _literal(b"grpc-accept-encoding", ",".join(ENCODINGS).encode())
+)
+_WELL = _literal(b"grpc-status", b"0")
 
 
 class NotGrpc(Exception):  # noqa: N818 - an answer
@@ -86,23 +101,41 @@ def call_head(headers: Iterable[tuple[bytes, bytes]]) -> CallHead:
     )
 
 
-def beginning(metadata: Metadata = ()) -> Headers:
-    """The header block before a call's first message."""
-    return [*_BEGINNING, *map(_sent, metadata)] if metadata else _BEGINNING
+def asking(path: str, authority: bytes) -> Headers:
+    """The header block of a call that we make."""
+    return [
+        (b":method", b"POST"), (b":scheme", b"http"), (b":path", path.encode()), (b":authority", authority),
+        (b"te", b"trailers"), (b"content-type", _CONTENT_TYPE),
+    ]  # fmt: skip
 
 
-def ending(code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> Headers:
+def status_of(block: Headers) -> tuple[grpc.StatusCode, str]:
+    """How a call has ended, by the last header block of its answer."""
+    fields = dict(block)
+    number = fields.get(b"grpc-status")
+    if number is None:
+        status = fields.get(b":status", b"none").decode("latin-1")
+        return grpc.StatusCode.UNKNOWN, f"The answer has no status of gRPC's (of HTTP: {status})."
+    message = unquote(fields.get(b"grpc-message", b"").decode("latin-1"), errors="replace")
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN), message
+
+
+def beginning(metadata: Metadata = ()) -> bytes:
+    """The header block before a call's first message, encoded, as the others are."""
+    return b"".join((_BEGINNING, *map(_sent, metadata))) if metadata else _BEGINNING
+
+
+def ending(code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> bytes:
     """The header block after a call's last message."""
-    block = [(b"grpc-status", b"%d" % code.value[0])]
+    block = _WELL if code is grpc.StatusCode.OK else _literal(b"grpc-status", b"%d" % code.value[0])
     if message:
-        block.append((b"grpc-message", quote(message, safe=_PLAIN, errors="replace").encode()))
-    block.extend(map(_sent, metadata))
-    return block
+        block += _literal(b"grpc-message", quote(message, safe=_PLAIN, errors="replace").encode())
+    return block + b"".join(map(_sent, metadata)) if metadata else block
 
 
-def refusal(status: int) -> Headers:
+def refusal(status: int) -> bytes:
     """The whole answer to a request that is no gRPC call."""
-    return [(b":status", b"%d" % status), (b"content-length", b"0")]
+    return _literal(b":status", b"%d" % status) + _literal(b"content-length", b"0")
 
 
 def _timeout_s(value: bytes) -> float:
@@ -127,8 +160,8 @@ def _received(name: bytes, value: bytes) -> Metadata:
         raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text) from None
 
 
-def _sent(pair: tuple[str, str | bytes]) -> tuple[bytes, bytes]:
+def _sent(pair: tuple[str, str | bytes]) -> bytes:
     name, value = pair
     if isinstance(value, bytes):
-        return name.encode(), base64.b64encode(value).rstrip(b"=")
-    return name.encode(), value.encode("latin-1", "replace")
+        return _literal(name.encode(), base64.b64encode(value).rstrip(b"="))
+    return _literal(name.encode(), value.encode("latin-1", "replace"))

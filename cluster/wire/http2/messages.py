@@ -43,9 +43,12 @@ class Received:
 
 
 class MessageReader:
-    """Cuts what comes on a stream into messages of at most ``largest`` bytes, and decompresses them."""
+    """Cuts what comes on a stream into messages of at most ``largest`` bytes, and decompresses them.
 
-    __slots__ = ("_encoding", "_largest", "_needed", "_rest")
+    Bytes stay bytes until somebody takes the message: many small ones that nobody takes cost what they are long.
+    """
+
+    __slots__ = ("_compressed", "_encoding", "_end", "_largest", "_rest")
 
     def __init__(self, encoding: str, largest: int) -> None:
         """CallRefused for an ``encoding`` (grpc-encoding) that is none of ``ENCODINGS``."""
@@ -56,36 +59,43 @@ class MessageReader:
             )
         self._encoding, self._largest = encoding, largest
         self._rest = bytearray()
-        self._needed = (
-            _PREFIX.size
-        )  # bytes of ``_rest`` before there is anything to do: a byte costs no more than a byte
+        self._end = 0  # of the first message, with its prefix; 0 while that has not come
+        self._compressed = False
+
+    def add(self, data: bytes) -> None:
+        self._rest += data
 
     @property
-    def unfinished(self) -> int:
-        """Bytes of a message whose end has not come."""
+    def untaken(self) -> int:
+        """Bytes that nobody has taken, whole messages or not."""
         return len(self._rest)
 
-    def feed(self, data: bytes) -> list[Received]:
-        """The messages that ``data`` completes; CallRefused for one that is too long or not what its prefix says."""
-        rest = self._rest
-        rest += data
-        messages: list[Received] = []
-        start = 0
-        while len(rest) - start >= self._needed:
-            compressed, length = _PREFIX.unpack_from(rest, start)
+    @property
+    def more_than_one(self) -> bool:
+        """Whether something comes behind the first message, which is whole."""
+        return self.ready() and len(self._rest) > self._end
+
+    def ready(self) -> bool:
+        """Whether a message is whole; CallRefused for one that is too long or not what its prefix says."""
+        if not self._end:
+            if len(self._rest) < _PREFIX.size:
+                return False
+            compressed, length = _PREFIX.unpack_from(self._rest)
             if length > self._largest:
                 raise self._too_long()
             if compressed > 1:
                 raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "What was sent is no gRPC message.")
-            self._needed = _PREFIX.size + length
-            if len(rest) - start < self._needed:
-                break
-            messages.append(Received(bytes(rest[start + _PREFIX.size : start + self._needed]), bool(compressed)))
-            start += self._needed
-            self._needed = _PREFIX.size
-        if start:
-            del rest[:start]
-        return messages
+            self._end, self._compressed = _PREFIX.size + length, bool(compressed)
+        return len(self._rest) >= self._end
+
+    def take(self) -> Received | None:
+        """The first message, once it is whole; CallRefused as ``ready``."""
+        if not self.ready():
+            return None
+        payload = bytes(memoryview(self._rest)[_PREFIX.size : self._end])
+        del self._rest[: self._end]
+        self._end = 0
+        return Received(payload, self._compressed)
 
     def plain(self, message: Received) -> bytes:
         """``message`` decompressed, when somebody wants it and not before: it may be a thousand times as long then.

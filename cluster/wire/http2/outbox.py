@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 from h2.exceptions import ProtocolError
 
-from cluster.wire.http2.call import ServerCall
-from cluster.wire.http2.protocol import ServerProtocol
+from cluster.wire.http2.protocol import ConnectionProtocol
 
 _LOG = logging.getLogger(__name__)
+
+
+class Sender(Protocol):
+    """A call, as its messages are sent."""
+
+    stream_id: int
+    unsent: memoryview | None  # of the message that is being written
+    unsent_began: bool  # a part of that message is out
+
+    def drained(self) -> None:
+        """All that was unsent is out."""
+        ...
 
 
 class Outbox:
@@ -20,15 +32,15 @@ class Outbox:
     window of their own stream when that opens: what a client sends costs no more for the many that wait.
     """
 
-    def __init__(self, h2: ServerProtocol, sent: Callable[[int], None]) -> None:
+    def __init__(self, h2: ConnectionProtocol, sent: Callable[[int], None]) -> None:
         """``sent`` hears of the bytes of each frame that is ready to go out."""
         self._h2, self._sent = h2, sent
         self.paused = False  # the transport has enough
-        self._waiting: dict[int, ServerCall] = {}
-        self._narrow: dict[int, ServerCall] = {}  # their streams' windows are closed
+        self._waiting: dict[int, Sender] = {}
+        self._narrow: dict[int, Sender] = {}  # their streams' windows are closed
         self._opened = False  # some window has opened since ``resume``
 
-    def send(self, call: ServerCall, data: bytes) -> memoryview | None:
+    def send(self, call: Sender, data: bytes) -> memoryview | None:
         """What there was no room for; it is ``call.unsent`` by the time that there is."""
         rest = self._push(call.stream_id, memoryview(data))
         call.unsent_began = rest is not None and len(rest) < len(data)
@@ -36,7 +48,7 @@ class Outbox:
             self._wait(call)
         return rest
 
-    def forget(self, call: ServerCall) -> None:
+    def forget(self, call: Sender) -> None:
         self._waiting.pop(call.stream_id, None)
         self._narrow.pop(call.stream_id, None)
 
@@ -67,7 +79,7 @@ class Outbox:
         while self._waiting and not self.paused and self._h2.outbound_flow_control_window > 0:
             self._send_rest(next(iter(self._waiting.values())))
 
-    def _send_rest(self, call: ServerCall) -> None:
+    def _send_rest(self, call: Sender) -> None:
         unsent = call.unsent
         assert unsent is not None, "it waits"
         del self._waiting[call.stream_id]
@@ -79,7 +91,7 @@ class Outbox:
             call.unsent, call.unsent_began = rest, True
         self._wait(call)
 
-    def _wait(self, call: ServerCall) -> None:
+    def _wait(self, call: Sender) -> None:
         """Behind the others."""
         has_room = self._h2.stream_has_room(call.stream_id)
         (self._waiting if has_room else self._narrow)[call.stream_id] = call
@@ -91,12 +103,12 @@ class Outbox:
             while not self.paused:
                 room = min(h2.local_flow_control_window(stream_id), h2.max_outbound_frame_size)
                 if len(data) <= room:
-                    h2.send_data(stream_id, data.tobytes())
+                    h2.put_data(stream_id, data)
                     self._sent(len(data))
                     return None
                 if room <= 0:
                     break
-                h2.send_data(stream_id, data[:room].tobytes())
+                h2.put_data(stream_id, data[:room])
                 self._sent(room)
                 data = data[room:]
         except ProtocolError as error:  # the stream or the connection is over; whoever works for it is told as well

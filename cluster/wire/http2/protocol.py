@@ -1,53 +1,176 @@
-"""h2's state of a connection, with the limits of a server whose streams are many and long."""
+"""h2's state of a connection, with our limits: of a server whose streams are many and long, and of a client."""
 
 from __future__ import annotations
 
+import struct
+
 from h2.config import H2Configuration
-from h2.connection import H2Connection
+from h2.connection import ConnectionInputs, H2Connection
 from h2.errors import ErrorCodes
 from h2.events import Event
-from h2.exceptions import DenialOfServiceError
+from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError
 from h2.settings import ChangedSetting, SettingCodes, Settings
-from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
+from h2.stream import H2Stream, StreamInputs
+from hyperframe.frame import ContinuationFrame, DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
+from cluster.wire.http2.header_decoder import KeepingDecoder
 from cluster.wire.http2.headers import METADATA_BYTES_MAX
 
 STREAMS_MAX = 65536  # calls of one connection at a time
 STREAM_WINDOW = 2**20  # bytes that a client may send on a stream before it hears from us
 CONNECTION_WINDOW = 2**22
 HEADER_BYTES_MAX = 2**20  # of a header block that is read at all; a call is refused long before
-HEADER_TABLE_BYTES = 4096  # of the headers that we remember having sent
 SETTINGS_MAX = 100  # frames of settings between two looks
-_FRAME_HEAD_BYTES = 9
+_HEAD = struct.Struct(">HBBBI")  # of a frame: the length in three bytes, kind, flags, stream
+_END_STREAM, _END_HEADERS = 0x1, 0x4
+_OF_BLOCKS = (HeadersFrame.type, ContinuationFrame.type)
+_PREFACE_BYTES = 24  # with which a client's connection begins
 _CALLS = (DataFrame, HeadersFrame)  # those that bring calls further
 LOOKS_AT_ONCE = 64  # new streams before the open ones are counted anew
 
 
-class ServerProtocol(H2Connection):
-    """h2 counts the open streams one by one for each new one; here it does so for each twice as many."""
+class ConnectionProtocol(H2Connection):
+    """Either end. What is sent is ours: spelled right already.
 
-    def __init__(self) -> None:
-        # What is sent is ours: spelled right already. What comes is looked at where it is read: h2 would end the whole
-        # connection, and with it the calls of others, for a blank that one of them has sent.
+    What comes to a server is looked at where it is read: h2 would end the whole connection, and with it the calls of
+    others, for a blank that one of them has sent.
+    """
+
+    def __init__(self, *, client_side: bool) -> None:
         super().__init__(
             H2Configuration(
-                client_side=False, header_encoding=None, normalize_outbound_headers=False,
-                validate_outbound_headers=False, normalize_inbound_headers=False, validate_inbound_headers=False,
+                client_side=client_side, header_encoding=None, normalize_outbound_headers=False,
+                validate_outbound_headers=False, normalize_inbound_headers=False, validate_inbound_headers=client_side,
             )
         )  # fmt: skip
-        self.decoder.max_header_list_size = HEADER_BYTES_MAX
         wanted = {
-            SettingCodes.MAX_CONCURRENT_STREAMS: STREAMS_MAX, SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
-            SettingCodes.MAX_HEADER_LIST_SIZE: METADATA_BYTES_MAX,
+            SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW, SettingCodes.MAX_HEADER_LIST_SIZE: METADATA_BYTES_MAX,
+            **({SettingCodes.ENABLE_PUSH: 0} if client_side else {SettingCodes.MAX_CONCURRENT_STREAMS: STREAMS_MAX}),
         }  # fmt: skip
-        self.local_settings = Settings(client=False, initial_values=wanted)
-        self._counted = self._since = 0
+        self.local_settings = Settings(client=client_side, initial_values=wanted)
+        self.decoder = KeepingDecoder()
+        self._preface_left = 0 if client_side else _PREFACE_BYTES
+        self._rest = b""  # of a frame that is not whole
+        self._in_block = False  # of headers, which goes on in the next frame
         self.noise_bytes = 0  # that came beside what DATA and HEADERS carry; whoever looks sets it back
-        self.settings_seen = 0  # frames of them; likewise
 
     def initiate_connection(self) -> None:
         super().initiate_connection()
         self.increment_flow_control_window(CONNECTION_WINDOW - self.inbound_flow_control_window)
+
+    # What every message costs, without the objects and checks that h2 has for what we never send. Its state of the
+    # connection and the streams goes on as if it had sent the frames itself.
+
+    def put_headers(self, stream_id: int, block: bytes, *, last: bool) -> None:
+        """``send_headers``, encoded without tables, on a stream that the other side has opened; ProtocolError."""
+        self.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
+        stream = self._get_stream_by_id(stream_id).state_machine
+        stream.process_input(StreamInputs.SEND_HEADERS)
+        if last:
+            stream.process_input(StreamInputs.SEND_END_STREAM)
+        if self.encoder.header_table.resized:  # which has to be told, though nothing is in it
+            block = self.encoder.encode(()) + block
+        size = self.max_outbound_frame_size
+        kind, flags = HeadersFrame.type, _END_STREAM if last else 0
+        while len(block) > size:
+            self._put(kind, flags, stream_id, block[:size])
+            block, kind, flags = block[size:], ContinuationFrame.type, 0
+        self._put(kind, flags | _END_HEADERS, stream_id, block)
+
+    def put_data(self, stream_id: int, data: memoryview) -> None:
+        """``send_data`` of no more than there is room for in the windows and a frame; ProtocolError."""
+        self.state_machine.process_input(ConnectionInputs.SEND_DATA)
+        stream = self._get_stream_by_id(stream_id)
+        stream.state_machine.process_input(StreamInputs.SEND_DATA)
+        stream.outbound_flow_control_window -= len(data)
+        self.outbound_flow_control_window -= len(data)
+        assert min(stream.outbound_flow_control_window, self.outbound_flow_control_window) >= 0, "there was room"
+        self._put(DataFrame.type, 0, stream_id, data)
+
+    def _put(self, kind: int | None, flags: int, stream_id: int, body: bytes | memoryview) -> None:
+        size = len(body)
+        self._data_to_send += _HEAD.pack(size >> 8, size & 0xFF, kind, flags, stream_id)
+        self._data_to_send += body
+
+    def take_in(self, data: bytes) -> list[Event]:
+        """``receive_data``; DATA frames of streams that run do not become objects first. ProtocolError."""
+        events: list[Event] = []
+        if self._preface_left:
+            preface, data = data[: self._preface_left], data[self._preface_left :]
+            self._preface_left -= len(preface)
+            events += self.receive_data(preface)
+        if self._rest:
+            data = self._rest + data
+        start, size = 0, len(data)
+        while size - start >= _HEAD.size:
+            high, low, kind, flags, stream_id = _HEAD.unpack_from(data, start)
+            body, length = start + _HEAD.size, (high << 8) + low
+            if length > self.max_inbound_frame_size:
+                self._terminate_connection(ErrorCodes.FRAME_SIZE_ERROR)
+                raise FrameTooLargeError(f"a frame of {length} bytes")
+            if body + length > size:
+                break
+            start = body + length
+            plain = kind == DataFrame.type and not flags & ~_END_STREAM and not self._in_block
+            stream = self.streams.get(stream_id) if plain else None
+            if stream is None or stream.closed:
+                events += self.receive_data(data[body - _HEAD.size : start])
+                if kind in _OF_BLOCKS:
+                    self._in_block = not flags & _END_HEADERS
+            else:
+                events += self._receive_plain(stream, data[body:start], ended=bool(flags))
+        self._rest = data[start:]
+        return events
+
+    def _receive_plain(self, stream: H2Stream, body: bytes, *, ended: bool) -> list[Event]:
+        self.noise_bytes += _HEAD.size
+        try:
+            self.state_machine.process_input(ConnectionInputs.RECV_DATA)
+            self._inbound_flow_control_window_manager.window_consumed(len(body))
+            _, events = stream.receive_data(body, ended, len(body))
+        except ProtocolError as error:
+            self._terminate_connection(error.error_code)
+            raise
+        return events
+
+    def _receive_frame(self, frame: Frame) -> list[Event]:
+        """h2 writes down each frame in full first, for a log that nobody keeps; not so those that begin a stream."""
+        if self.config.client_side or not isinstance(frame, HeadersFrame):
+            return super()._receive_frame(frame)
+        if frame.stream_id <= self.highest_inbound_stream_id:
+            return super()._receive_frame(frame)
+        frames, events = self._receive_headers_frame(frame)
+        self._prepare_for_sending(frames)
+        return events
+
+    @property
+    def has_outgoing(self) -> bool:
+        """Whether ``data_to_send`` has anything."""
+        return bool(self._data_to_send)
+
+    def stream_has_room(self, stream_id: int) -> bool:
+        """Whether the window of the stream itself is open, whatever the connection's is."""
+        stream = self.streams.get(stream_id)
+        return stream is None or stream.outbound_flow_control_window > 0
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        """Who leaves in peace opens no more streams and goes on with those that there are."""
+        if frame.error_code == ErrorCodes.NO_ERROR:
+            self.peer_leaves = True
+            return [], []
+        return super()._receive_goaway_frame(frame)
+
+    peer_leaves = False
+
+
+class ServerProtocol(ConnectionProtocol):
+    """h2 counts the open streams one by one for each new one; here it does so for each twice as many."""
+
+    def __init__(self) -> None:
+        super().__init__(client_side=False)
+        self.decoder.max_header_list_size = HEADER_BYTES_MAX
+        self._counted = self._since = 0
+        self.settings_seen = 0  # frames of them; likewise
 
     @property
     def open_inbound_streams(self) -> int:
@@ -57,15 +180,10 @@ class ServerProtocol(H2Connection):
             self._counted, self._since = super().open_inbound_streams, 0
         return self._counted + self._since
 
-    def stream_has_room(self, stream_id: int) -> bool:
-        """Whether the window of the stream itself is open, whatever the connection's is."""
-        stream = self.streams.get(stream_id)
-        return stream is None or stream.outbound_flow_control_window > 0
-
     # h2's own dispatch, with what a server of many callers on one connection needs otherwise.
 
     def _receive_frame(self, frame: Frame) -> list[Event]:
-        self.noise_bytes += _FRAME_HEAD_BYTES if isinstance(frame, _CALLS) else _FRAME_HEAD_BYTES + frame.body_len
+        self.noise_bytes += _HEAD.size if isinstance(frame, _CALLS) else _HEAD.size + frame.body_len
         return super()._receive_frame(frame)
 
     def _receive_settings_frame(self, frame: SettingsFrame) -> tuple[list[Frame], list[Event]]:
@@ -73,18 +191,9 @@ class ServerProtocol(H2Connection):
         self.settings_seen += 1
         if self.settings_seen > SETTINGS_MAX:
             raise DenialOfServiceError("too many settings")
-        result = super()._receive_settings_frame(frame)
-        # A client may grant us any memory for its headers; we need little, and search all of it.
-        self.encoder.header_table_size = min(self.encoder.header_table_size, HEADER_TABLE_BYTES)
-        return result
+        return super()._receive_settings_frame(frame)
 
     def _local_settings_acked(self) -> dict[SettingCodes | int, ChangedSetting]:
         changed = super()._local_settings_acked()
         self.decoder.max_header_list_size = HEADER_BYTES_MAX
         return changed
-
-    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
-        """A client that leaves in peace opens no more streams and reads those that it has to their end."""
-        if frame.error_code == ErrorCodes.NO_ERROR:
-            return [], []
-        return super()._receive_goaway_frame(frame)

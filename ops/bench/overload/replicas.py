@@ -24,6 +24,7 @@ from cluster.domain.endpoint import Endpoint, EndpointTable
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.v1 import control_pb2_grpc, engine_pb2, engine_pb2_grpc
 from cluster.wire import channel, convert
+from cluster.wire.http2.server import Http2Server
 
 MODEL, BLOCK_SIZE, DIGEST, VOCAB_SIZE, MAX_MODEL_LEN = "bounded", 16, "sha256:bounded", 300, 100_000
 BEAT_S = 0.5
@@ -65,7 +66,7 @@ class Replica(engine_pb2_grpc.EngineServicer):
         self._step = 0
 
     async def start(self) -> Endpoint:
-        self._server = channel.new_server()
+        self._server = Http2Server()
         engine_pb2_grpc.add_EngineServicer_to_server(self, self._server)
         port = channel.bind(self._server, "127.0.0.1", 0)
         await self._server.start()

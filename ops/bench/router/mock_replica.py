@@ -30,6 +30,7 @@ from cluster.domain.endpoint import Endpoint, EndpointTable
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.v1 import control_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb2
 from cluster.wire import channel, convert
+from cluster.wire.http2.server import Http2Server
 
 MODEL, BLOCK_SIZE, DIGEST, VOCAB_SIZE = "mock", 16, "sha256:mock", 300
 TOKENS = tuple(range(10, 26))  # what it "generates", in turn
@@ -253,11 +254,13 @@ def _asked(request: inference_pb2.GenerateRequest) -> tuple[int, int]:
 
 async def serve(folder: Path | None) -> None:
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES} if folder else {}
-    server, ticker = channel.new_server(), Ticker()
-    engine_pb2_grpc.add_EngineServicer_to_server(MockEngine(files, ticker), server)
+    engine, server, ticker = Http2Server(), channel.new_server(), Ticker()
+    engine_pb2_grpc.add_EngineServicer_to_server(MockEngine(files, ticker), engine)
+    endpoint = OneEndpoint(channel.bind(engine, "127.0.0.1", 0))
+    await engine.start()
     server.add_generic_rpc_handlers((Front(ticker).methods(),))
+    control_pb2_grpc.add_ControlServicer_to_server(endpoint, server)
     port = channel.bind(server, "127.0.0.1", 0)
-    control_pb2_grpc.add_ControlServicer_to_server(OneEndpoint(port), server)
     await server.start()
     print(json.dumps({"pid": os.getpid(), "port": port}), flush=True)
     await server.wait_for_termination()

@@ -15,7 +15,8 @@ LARGEST = 1000
 
 
 def read(reader: MessageReader, data: bytes) -> list[bytes]:
-    return [reader.plain(message) for message in reader.feed(data)]
+    reader.add(data)
+    return [reader.plain(message) for message in iter(reader.take, None)]
 
 
 def compressed(message: bytes) -> bytes:
@@ -29,16 +30,17 @@ def test_messages_come_out_as_they_went_in_however_they_are_cut(messages: list[b
     reader = MessageReader("identity", LARGEST)
     got = [one for start, end in itertools.pairwise(edges) for one in read(reader, whole[start:end])]
     assert got == messages
-    assert reader.unfinished == 0
+    assert reader.untaken == 0
 
 
 def test_a_message_that_comes_byte_by_byte_is_not_copied_for_each() -> None:
     reader, message = MessageReader("identity", 10**7), bytes(10**6)
     whole = framed(message)
-    reader.feed(whole[:10])
+    reader.add(whole[:10])
     before = id(reader._rest)
     for byte in whole[10:5000]:
-        assert not reader.feed(bytes([byte]))
+        reader.add(bytes([byte]))
+        assert not reader.ready()
     assert id(reader._rest) == before
     assert read(reader, whole[5000:]) == [message]
 
@@ -46,7 +48,7 @@ def test_a_message_that_comes_byte_by_byte_is_not_copied_for_each() -> None:
 def test_what_has_not_come_whole_is_unfinished() -> None:
     reader = MessageReader("identity", LARGEST)
     assert read(reader, framed(b"ready") + framed(b"not yet")[:-2]) == [b"ready"]
-    assert reader.unfinished == 5 + 7 - 2
+    assert reader.untaken == 5 + 7 - 2
 
 
 @pytest.mark.parametrize(

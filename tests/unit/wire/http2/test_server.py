@@ -336,15 +336,17 @@ async def test_a_client_that_says_goodbye_reads_what_it_has_asked_for(start: Sta
         assert (await client.status(call))["grpc-status"] == "0"
 
 
-async def test_a_client_s_table_of_headers_is_not_filled(start: Start) -> None:
+@pytest.mark.parametrize("size", [0, 100, 2**31 - 1])
+async def test_a_client_s_table_of_headers_is_not_filled(start: Start, size: int) -> None:
     site = await start()
     async with bare(site) as client:
-        client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: 2**31 - 1})
-        call = client.request()
-        client.h2.send_data(call, framed(b"x"), end_stream=True)
-        await client.status(call)
+        client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: size})
+        for _ in range(2):
+            call = client.request()
+            client.h2.send_data(call, framed(b"x"), end_stream=True)
+            assert (await client.status(call))["grpc-status"] == "0"
         (connection,) = site.server._connections
-        assert connection._h2.encoder.header_table_size == protocol.HEADER_TABLE_BYTES
+        assert not connection._h2.encoder.header_table.dynamic_entries
 
 
 async def test_windows_of_other_streams_cost_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

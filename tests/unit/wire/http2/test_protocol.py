@@ -1,0 +1,133 @@
+"""What is read and put on the wire beside h2's own code is what h2 would have read and put there."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.exceptions import FrameTooLargeError, ProtocolError
+from hyperframe.frame import DataFrame
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.wire.http2 import headers
+from cluster.wire.http2.protocol import ServerProtocol
+
+HEAD = [(":method", "POST"), (":scheme", "http"), (":path", "/a.B/C"), (":authority", "x"), ("te", "trailers")]
+
+
+def pair() -> tuple[H2Connection, ServerProtocol]:
+    client, server = H2Connection(H2Configuration(client_side=True, header_encoding=None)), ServerProtocol()
+    client.initiate_connection()
+    server.initiate_connection()
+    client.receive_data(server.data_to_send())
+    return client, server
+
+
+def told(events: list[Any]) -> list[tuple[Any, ...]]:
+    fields = ("stream_id", "data", "flow_controlled_length", "headers", "error_code", "ping_data", "delta")
+    return [(type(event), *(getattr(event, name, None) for name in fields)) for event in events]
+
+
+def sent_by(client: H2Connection, steps: list[tuple[str, int]]) -> bytes:
+    """What a client sends that does ``steps``, each with a number, on its streams."""
+    running: list[int] = []
+    for kind, number in steps:
+        if kind == "call":
+            running.append(client.get_next_available_stream_id())
+            # More than a frame of headers now and then.
+            client.send_headers(running[-1], [*HEAD, ("x-long", "v" * (20_000 if number == 0 else number))])
+        elif kind == "ping":
+            client.ping(number.to_bytes(8, "big"))
+        elif running and kind == "data":
+            padding = number if number % 5 == 0 else None
+            client.send_data(running[number % len(running)], bytes(number), pad_length=padding)
+        elif running:
+            over = running.pop(number % len(running))
+            if kind == "end":
+                client.send_data(over, bytes(number), end_stream=True)
+            else:
+                client.reset_stream(over)
+    return client.data_to_send()
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["call", "call", "data", "data", "data", "end", "reset", "ping"]), st.integers(0, 200)),
+    max_size=30,
+)
+
+
+@given(steps=STEPS, cuts=st.lists(st.integers(0, 60_000), max_size=12))
+def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[str, int]], cuts: list[int]) -> None:
+    client, server = pair()
+    plain = ServerProtocol()
+    plain.initiate_connection()
+    plain.data_to_send()
+    sent = client.data_to_send() + sent_by(client, steps)
+    edges = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
+    got = [event for start, end in itertools.pairwise(edges) for event in server.take_in(sent[start:end])]
+    assert told(got) == told(plain.receive_data(sent))
+    assert server.inbound_flow_control_window == plain.inbound_flow_control_window
+    assert server.data_to_send() == plain.data_to_send()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_frame_beyond_the_limit_is_refused_before_it_has_come(*, late: bool) -> None:
+    client, server = pair()
+    if late:
+        server.take_in(sent_by(client, [("call", 1)]))
+    frame = DataFrame(1)
+    frame.data = bytes(20_000)
+    with pytest.raises(FrameTooLargeError):
+        server.take_in(frame.serialize()[:9] if late else client.data_to_send() + frame.serialize()[:9])
+    assert ErrorCodes.FRAME_SIZE_ERROR.to_bytes(4, "big") in server.data_to_send(), "its sender is told"
+
+
+def test_data_behind_the_end_of_a_stream_end_the_connection() -> None:
+    client, server = pair()
+    server.take_in(sent_by(client, [("call", 1), ("end", 1)]))
+    with pytest.raises(ProtocolError):
+        server.take_in(DataFrame(1, flags=["END_STREAM"]).serialize())
+
+
+def test_more_data_than_the_window_end_the_connection() -> None:
+    client, server = pair()
+    server.take_in(sent_by(client, [("call", 1)]))
+    frame = DataFrame(1)
+    frame.data = bytes(16_384)
+    with pytest.raises(ProtocolError):
+        server.take_in(frame.serialize() * 65)
+    assert ErrorCodes.FLOW_CONTROL_ERROR.to_bytes(4, "big") in server.data_to_send()
+
+
+@pytest.mark.parametrize("size", [10, 40_000])
+def test_answers_are_read_as_they_were_meant(size: int) -> None:
+    client, server = pair()
+    server.take_in(sent_by(client, [("call", 1), ("end", 1)]))
+    client.receive_data(server.data_to_send())
+    server.put_headers(1, headers.beginning((("x-a", "v" * size),)), last=False)
+    server.put_data(1, memoryview(b"payload"))
+    server.put_headers(1, headers.ending(headers.grpc.StatusCode.OK, ""), last=True)
+    first, data, last, end = client.receive_data(server.data_to_send())
+    assert (b"x-a", b"v" * size) in first.headers
+    assert (data.data, dict(last.headers)) == (b"payload", {b"grpc-status": b"0"})
+    assert end.stream_id == 1
+    assert server.streams[1].closed
+    assert server.outbound_flow_control_window == client.inbound_flow_control_window
+
+
+def test_nothing_is_put_on_a_stream_that_is_over() -> None:
+    client, server = pair()
+    server.take_in(sent_by(client, [("call", 1), ("reset", 0)]))
+    for put in (
+        lambda: server.put_data(1, memoryview(b"x")),
+        lambda: server.put_headers(1, headers.beginning(), last=True),
+        lambda: server.put_headers(3, headers.beginning(), last=True),
+    ):
+        with pytest.raises(ProtocolError):
+            put()
+    assert b"x" not in server.data_to_send()
