@@ -34,6 +34,7 @@ from cluster.wire.http2.link import Link
 from cluster.wire.http2.protocol import ConnectionProtocol
 
 CONNECT_S = 1.0  # for one attempt; a server that is starved for a moment is not gone
+CLOSE_S = 1.0  # for what is still to be sent to a host that may be gone
 _OF_RESET = {
     ErrorCodes.REFUSED_STREAM: grpc.StatusCode.UNAVAILABLE,
     ErrorCodes.CANCEL: grpc.StatusCode.CANCELLED,
@@ -147,10 +148,11 @@ class ClientLink(Link):
         self._calls.pop(call.stream_id, None)
 
     def close(self) -> None:
-        """Ends what runs."""
+        """Ends what runs, in peace where the other side takes the news of it in time."""
         for call in tuple(self._calls.values()):
             call.cancel()
         self._close()
+        self._loop.call_later(CLOSE_S, self.abort)
 
     def _end_all(self, why: str) -> None:
         self._outbox.clear()

@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from cluster.wire.channel import new_server
+from cluster.wire.http2 import client
 from cluster.wire.http2.client import Http2Channel
 from cluster.wire.http2.client_call import ClientCall
 from cluster.wire.http2.server import Http2Server
@@ -325,3 +326,29 @@ async def test_somebody_else_at_the_port(greeting: bytes) -> None:
     port = server.sockets[0].getsockname()[1]
     async with server, Http2Channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(DEADLINE_S):
         assert (await failure(ask(channel, "echo", b"")))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_host_that_takes_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "CLOSE_S", 0.01)
+    accepted: list[asyncio.StreamReader] = []
+
+    async def deaf(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        accepted.append(reader)
+        await asyncio.Event().wait()
+
+    server = await asyncio.start_server(deaf, "127.0.0.1", 0, limit=1)
+    channel = Http2Channel(f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    call = await stream(channel, "late")
+    link = channel._link
+    assert link is not None
+    link._h2.remote_settings.initial_window_size = 2**30
+    link._h2.outbound_flow_control_window = 2**30
+    link._h2.streams[call.stream_id].outbound_flow_control_window = 2**30
+    writing = asyncio.create_task(call.write(bytes(32 * 2**20)))
+    await eventually(lambda: call.unsent is not None, "the sockets are full")
+    await channel.close()
+    assert (await failure(writing))[0] is grpc.StatusCode.CANCELLED
+    await eventually(lambda: link._transport is None, "its connection is gone")
+    server.close()
+    for reader in accepted:
+        reader._transport.abort()  # type: ignore[attr-defined]
