@@ -6,7 +6,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from cluster.domain.errors import ConfigError, PortTakenError
@@ -51,6 +51,15 @@ def test_metrics_and_those_of_the_process(server: MetricsServer) -> None:
     assert kind.startswith("text/plain")
     assert "cluster_test_things 7.0" in page
     assert "process_resident_memory_bytes" in page
+
+
+def test_when_a_series_began_is_not_told() -> None:
+    registry = new_registry()
+    Counter("requests", "Requests.", registry=registry).inc()
+    Histogram("seconds", "Durations.", registry=registry).observe(1.0)
+    page = generate_latest(registry).decode()
+    assert "requests_total 1.0" in page
+    assert "_created" not in page
 
 
 def test_open_metrics_for_those_who_ask(server: MetricsServer) -> None:

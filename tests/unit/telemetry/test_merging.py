@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    disable_created_metrics,
+    enable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.telemetry.exposition import MetricsServer
@@ -96,6 +105,14 @@ def process_of(events: list[tuple[str, str, float]]) -> Process:
             case _:
                 getattr(process, metric).set(number)
     return process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def told_since_when() -> Iterator[None]:
+    """The pages of others may say when a series began."""
+    enable_created_metrics()
+    yield
+    disable_created_metrics()
 
 
 @settings(max_examples=200, deadline=None)
