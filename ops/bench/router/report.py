@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ops.bench.router import cases
+
 # What each scenario's cost is called, and how its table shows it.
 COSTS = {
     "unary": ("cpu_us_per_request", "us / request"),
@@ -45,8 +47,9 @@ def summarise(runs: list[dict[str, Any]], workload: dict[str, Any]) -> dict[str,
                 for key, value in own[0].items()
                 if isinstance(value, (int, float)) and key != "round" and all(key in run for run in own)
             }
-            cost = COSTS[scenario][0]
-            entry["range"] = [min(run[cost] for run in own), max(run[cost] for run in own)]
+            cost = (COSTS | cases.PROCESSES).get(scenario, ("",))[0]
+            if cost:
+                entry["range"] = [min(run[cost] for run in own), max(run[cost] for run in own)]
             direct = workload["direct"].get(name)
             pairs = [(run, by_place.get((direct, scenario, run["round"]))) for run in own] if direct else []
             for percentile in ("p50_ms", "p99_ms"):
@@ -61,7 +64,14 @@ def goals(summary: dict[str, Any], workload: dict[str, Any]) -> list[str]:
     """Each goal of the workload and what was seen."""
     lines = []
     for name, wanted in workload["goals"].items():
+        if name == "linear":
+            continue  # between two of us: cases.linear_goals
         for scenario, most in wanted.items():
+            if ("unary" if scenario == "added_p50_ms" else scenario) not in workload["scenarios"]:
+                continue
+            if scenario == "rates":
+                lines.append(cases.rate_goal(summary, name, most))
+                continue
             if scenario == "added_p50_ms":
                 seen = summary.get(name, {}).get("unary", {}).get("added_p50_ms")
             else:
@@ -77,6 +87,8 @@ def table(summary: dict[str, Any]) -> str:
              " added p50 / p99 ms, unary | added p50 / p99 ms, paced token |"]  # fmt: skip
     lines.append("|---|" + "---:|" * (len(COSTS) + 4))
     for name, of_one in summary.items():
+        if not COSTS.keys() & of_one.keys():
+            continue
         cells = [_cell(of_one.get(scenario, {}).get(cost)) for scenario, (cost, _) in COSTS.items()]
         cells.append(_cell(of_one.get("closed", {}).get("requests_s")))
         cells.append(_cell(of_one.get("saturated", {}).get("tokens_per_message")))
@@ -84,7 +96,7 @@ def table(summary: dict[str, Any]) -> str:
             entry = of_one.get(scenario, {})
             cells.append(f"{_cell(entry.get('added_p50_ms'))} / {_cell(entry.get('added_p99_ms'))}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _cell(value: float | None) -> str:
@@ -102,8 +114,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     summary, goal = result["summary"], result["workload"]["goals"].get("ours", {})
     shown = [name for name in COSTS if any(name in of_one for of_one in summary.values())]
-    figure, places = plt.subplots(1, len(shown), figsize=(4 * len(shown), 4.2), squeeze=False)
-    for axes, scenario in zip(places[0], shown, strict=True):
+    more = cases.panels(summary)
+    columns = max(1, min(6, len(shown) + len(more)))
+    rows = -(-(len(shown) + len(more)) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4 * columns, 4.2 * rows), squeeze=False)
+    places = list(grid.flat)
+    for axes, panel in zip(places[len(shown) :], more, strict=False):
+        wanted = goal.get(panel) if panel == "rates" else result["workload"]["goals"]["linear"].get(panel)
+        cases.draw(axes, panel, summary, wanted)
+    for axes in places[len(shown) + len(more) :]:
+        axes.axis("off")
+    for axes, scenario in zip(places, shown, strict=False):
         cost, title = COSTS[scenario]
         names = [name for name, of_one in summary.items() if scenario in of_one]
         bars = axes.bar(names, [summary[name][scenario][cost] for name in names], color="tab:blue")
