@@ -7,10 +7,12 @@ import selectors
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from cluster.config.process_identity import outlive
 from cluster.config.schema import RouterConfig
 from cluster.domain.errors import ReplicaError
 
@@ -72,14 +74,10 @@ def _first_line(process: subprocess.Popen[bytes]) -> bytes:
 
 def end(process: psutil.Process, deadline_s: float) -> None:
     """SIGTERM, and SIGKILL to it and its children when it has not ended ``deadline_s`` later."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGTERM)
-        process.wait(deadline_s)
-    except psutil.NoSuchProcess:
-        return
-    except psutil.TimeoutExpired:
-        for one in [*process.children(recursive=True), process]:
-            one.kill()
-        process.wait(END_DEADLINE_S)
-    finally:
-        _reap()
+        if outlive([process], deadline_s):
+            for one in [*process.children(recursive=True), process]:
+                one.kill()
+            outlive([process], END_DEADLINE_S)
+    _reap()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.config.process_identity import outlive
 from cluster.controller.rank_marker import RANK_VARIABLE, RUN_VARIABLE, SweepOrder, Swept
 
 KILL_DEADLINE_S = 5.0
@@ -29,9 +30,9 @@ def sweep_node(order: SweepOrder) -> Swept:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    _, left = psutil.wait_procs(condemned, timeout=KILL_DEADLINE_S)
+    left = outlive(condemned, KILL_DEADLINE_S)
     segments = _unlink_segments(order, theirs)
-    return Swept(tuple(p.pid for p in condemned), tuple(p.pid for p in left if _alive(p)), segments)
+    return Swept(tuple(p.pid for p in condemned), tuple(p.pid for p in left), segments)
 
 
 def _is_condemned(process: psutil.Process, order: SweepOrder) -> bool:
@@ -41,13 +42,6 @@ def _is_condemned(process: psutil.Process, order: SweepOrder) -> bool:
         return False
     marker = environment.get(RANK_VARIABLE)
     return marker is not None and order.condemns(marker, environment.get(RUN_VARIABLE, ""))
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _unlink_segments(order: SweepOrder, theirs: set[str]) -> tuple[str, ...]:

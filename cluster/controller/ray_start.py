@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from cluster.config.process_identity import find_process, started_s
+from cluster.config.process_identity import find_process, outlive, started_s
 from cluster.config.run_dir import open_ray_dir, ray_dir
 from cluster.config.schema import LOOPBACK
 from cluster.controller.node_sweep import sweep_node
@@ -31,12 +31,16 @@ OBJECT_STORE_BYTES = 100_000_000
 START_DEADLINE_S = 90.0
 LISTENER_DEADLINE_S = 5.0
 STOP_DEADLINE_S = 2.0
-# A head starts a server for remote drivers wherever it can import gRPC, with no option against it. Nobody here needs
-# that process, its second of start-up, or a port that executes what it is told. ``ray start`` itself does without gRPC.
-_RAY_COMMAND = "import sys; sys.modules['grpc'] = None; from ray.scripts.scripts import main; main()"
+# A head starts a server for remote drivers wherever it can import gRPC, and that of its dashboard, without an option
+# against either. Nobody here needs those processes, their seconds of start-up, or a port that executes what it is told.
+# ``ray start`` itself does without gRPC, and goes on where no dashboard could be started.
+_RAY_COMMAND = """import sys; sys.modules["grpc"] = None
+import ray._private.services; ray._private.services.start_api_server = lambda *_, **__: (None, None)
+from ray.scripts.scripts import main; main()"""
 # Named for other systems; 0 keeps a node that is told loopback on loopback.
 _LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-_HEAD_PROCESSES = frozenset({"gcs_server", "raylet"})
+_HEAD_ONLY = frozenset({"gcs_server"})
+_HEAD_PROCESSES = _HEAD_ONLY | {"raylet"}
 _GCS_SILENCE_S = 3600  # tokens flow while the head is away; a raylet that waits longer gives up
 
 
@@ -135,14 +139,19 @@ def is_alive(node: RayNode) -> bool:
 def head_is_alive(run_dir: Path) -> bool:
     """Whether what a head cannot do without still runs; Ray's dashboard is not that."""
     node = load_node(run_dir)
+    found = [find_process(pid, started) for pid, started in node.processes] if node is not None else []
+    return _names(process for process in found if process is not None) >= _HEAD_PROCESSES
+
+
+def _names(processes: Iterable[psutil.Process]) -> set[str]:
+    """What those that still run are called."""
     names = set()
-    for pid, started in node.processes if node is not None else ():
-        process = find_process(pid, started)
+    for process in processes:
         try:
-            names.add(process.name() if process is not None else "")
+            names.add(process.name())
         except psutil.NoSuchProcess:
             continue
-    return names >= _HEAD_PROCESSES
+    return names
 
 
 def connect(address: str, *, token_file: Path | None = None, namespace: str = "llm-cluster") -> None:
@@ -235,12 +244,15 @@ def stop_node(run_dir: Path, orphans: SweepOrder | None = None) -> int:
 
 def _end(node: RayNode, run_dir: Path) -> int:
     doomed = _with_descendants(node)
+    # A worker's raylet takes leave of its head. A head has nobody to take leave of and nothing to save, and its
+    # gcs_server does not end on SIGTERM: every stop would wait out the deadline.
+    first = "kill" if _names(doomed) & _HEAD_ONLY else "terminate"
     for process in doomed:
-        _signal(process, "terminate")
-    _, left = psutil.wait_procs(doomed, timeout=STOP_DEADLINE_S)
+        _signal(process, first)
+    left = outlive(doomed, STOP_DEADLINE_S)
     for process in left:
         _signal(process, "kill")
-    _, left = psutil.wait_procs(left, timeout=STOP_DEADLINE_S)
+    left = outlive(left, STOP_DEADLINE_S)
     if left:
         raise ReplicaError(f"Ray's processes {[process.pid for process in left]} do not end; end them by hand.")
     _record(run_dir).unlink(missing_ok=True)

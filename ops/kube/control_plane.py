@@ -177,7 +177,7 @@ class ControlPlane:
                 raise RuntimeError(
                     f"{culprit} {'ended' if died else 'was not ready'} while the control plane started: {said}"
                 )
-            pause.wait(0.05)
+            pause.wait(0.2)  # each look is a TLS handshake with a server that has enough to do
 
     def __exit__(self, *_: object) -> None:
         # Controllers first, the store last: nobody is left waiting for another.

@@ -43,13 +43,11 @@ def normal(name: str) -> str:
 @functools.cache
 def owners() -> dict[str, str]:
     """Installed file -> the distribution that it belongs to."""
-    folders = {found: os.path.realpath(found.locate_file("")) for found in metadata.distributions()}
-    return {
-        f"{folder}/{file}": normal(found.metadata["Name"])
-        for found, folder in folders.items()
-        for file in found.files or ()
-        if file.suffix in {".py", ".so"}
-    }
+    found: dict[str, str] = {}
+    for one in metadata.distributions():
+        folder, name = os.path.realpath(one.locate_file("")), normal(one.metadata["Name"])
+        found |= {f"{folder}/{file}": name for file in one.files or () if file.suffix in {".py", ".so"}}
+    return found
 
 
 def distributions_of(files: list[str]) -> set[str]:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from resident_command import ResidentCommand
+
 DEADLINE_S = 120
 HEAD, WORKER = "10.77.0.1", "10.77.0.2"
 WHY_NOT = "network namespaces need root and iproute2"
@@ -58,6 +60,7 @@ class Hosts:
         self.names = dict(names or {})
         self.processes: list[subprocess.Popen[bytes]] = []
         self.folder = Path(tempfile.mkdtemp(prefix="llmc-"))
+        self._asked = ResidentCommand("ip", "netns", "exec", self.host(1))
 
     def __enter__(self) -> Hosts:
         switch = f"{self.name}sw"
@@ -88,7 +91,10 @@ class Hosts:
         return f"{self.name}h{index}"
 
     def cut_off(self, index: int) -> None:
-        run("ip", "-n", f"{self.name}sw", "link", "set", f"p{index}", "down")
+        self._set_link(index, "down")
+
+    def _set_link(self, index: int, state: str) -> None:
+        run("ip", "-n", f"{self.name}sw", "link", "set", f"p{index}", state)
 
     def run_dir(self, name: str) -> str:
         folder = self.folder / name
@@ -142,9 +148,7 @@ class Hosts:
         raise AssertionError("the stream ended without its end")
 
     def status(self) -> dict[str, object]:
-        answer = self.call(1, "status", "--json", "--controller", f"{HEAD}:50052")
-        assert answer.returncode == 0, answer.stderr
-        return json.loads(answer.stdout)
+        return json.loads(self._asked.answer(["status", "--json", "--controller", f"{HEAD}:50052"]))
 
     def until(self, what: Callable[[], bool], told: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
         end, pause = time.monotonic() + deadline_s, threading.Event()
@@ -177,6 +181,9 @@ class Hosts:
         self.until(lambda: not others(), others, 20)
 
     def __exit__(self, *_: object) -> None:
+        for index in (1, 2):  # a controller waits for a host that is cut off until Ray gives it up, for a minute
+            self._set_link(index, "up")
+        self._asked.close()
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
         for process in self.processes:

@@ -19,6 +19,7 @@ from chart_harness import NEW, component, config_file, merged, of_kind, one, pod
 from host_namespaces import WHY_NOT, can_make_namespaces
 from network_policies import dropped, enforce, nft
 from pod_sandbox import Container, Json, Node, Pod, Prober
+from resident_command import ResidentCommand
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -55,6 +56,7 @@ class Deployment:
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self.asked = ResidentCommand("ip", "netns", "exec", node.name)
         self.objects = render(VALUES, name=RELEASE, kube_version=NEW)
         templates = {component(pod): pod for _, pod in pods(self.objects)}
         self.pods = {part: node.add(f"{RELEASE}-{part}", templates[part], self.objects) for part in sorted(templates)}
@@ -70,21 +72,16 @@ class Deployment:
         (container,) = self.pods[part].start()
         return container
 
-    def llm_cluster(self, *arguments: str) -> list[str]:
-        """A command of a client on the node."""
-        return ["ip", "netns", "exec", self.node.name, sys.executable, "-m", "cluster", *arguments]
-
     def status(self) -> Json:
-        command = self.llm_cluster("status", "--json", "--controller", f"{self.pods['controller'].address}:50052")
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert answer.returncode == 0, answer.stderr
-        return json.loads(answer.stdout)
+        controller = f"{self.pods['controller'].address}:50052"
+        return json.loads(self.asked.answer(["status", "--json", "--controller", controller]))
 
     def stream(self) -> subprocess.Popen[str]:
         """A client's long completion, on its way."""
         address = f"--address={self.pods['router'].address}:50051"
-        command = self.llm_cluster("generate", PROMPT, address, f"--max-tokens={MAX_TOKENS}", "--ignore-eos", "--json")
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        client = ["ip", "netns", "exec", self.node.name, sys.executable, "-m", "cluster", "generate", PROMPT, address]
+        options = [f"--max-tokens={MAX_TOKENS}", "--ignore-eos", "--json"]
+        return subprocess.Popen([*client, *options], stdout=subprocess.PIPE, text=True)
 
     def story(self, prober: Prober) -> str:
         said = "\n".join(f"--- {part}: {one.said()}" for part, one in self.running.items())
@@ -107,7 +104,9 @@ def deployment() -> Iterator[Deployment]:
     except FileNotFoundError as error:
         pytest.skip(f"the chart's pods were not run: {error}")
     with node:
-        yield Deployment(node)
+        running = Deployment(node)
+        yield running
+        running.asked.close()
 
 
 def allowed_ports(objects: list[Json], pod: Pod) -> list[range]:

@@ -76,7 +76,7 @@ class Site:
 
 
 def manifests(text: str) -> list[Json]:
-    return [one for one in yaml.safe_load_all(text) if one]
+    return [one for one in yaml.load_all(text, yaml.CSafeLoader) if one]
 
 
 def by_kind(rendered: list[Json], kind: str) -> list[Json]:

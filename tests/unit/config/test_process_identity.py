@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 
 import psutil
+import pytest
 from psutil import _pslinux
 
-from cluster.config.process_identity import find_process, started_s
+from cluster.config import process_identity
+from cluster.config.process_identity import find_process, outlive, started_s
 
 
 def set_clock(monkeypatch, booted: float) -> None:
@@ -38,3 +41,41 @@ def test_an_ended_process_is_none_reaped_or_not():
         assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
         assert find_process(child.pid, started) is None
     assert find_process(child.pid, started) is None
+
+
+@pytest.fixture(params=["pidfd", "polling"])
+def way(request, monkeypatch):
+    """As on Linux, and as where a descriptor of a process cannot be had."""
+    if request.param == "polling":
+
+        def refused(_process):
+            raise OSError(errno.ENOSYS, "no pidfd_open here")
+
+        monkeypatch.setattr(process_identity, "_descriptor", refused)
+
+
+def test_only_what_has_not_ended_by_the_deadline_outlives_it(way):
+    waits = [sys.executable, "-S", "-c", "input()"]
+    with (
+        subprocess.Popen(waits, stdin=subprocess.PIPE) as one,
+        subprocess.Popen(waits, stdin=subprocess.PIPE) as other,
+    ):
+        first, second = psutil.Process(one.pid), psutil.Process(other.pid)
+        assert set(outlive([first, second], 0.05)) == {first, second}
+        one.kill()
+        assert outlive([first, second], 0.5) == [second]
+        other.kill()
+        assert outlive([first, second], 30) == []
+    assert outlive([first, second], 30) == []
+
+
+def test_nobody_waits_for_a_parent_that_takes_no_notice():
+    """As in a container whose process 1 is no init: what ends there stays a zombie."""
+    program = f"import subprocess, sys, time; print(subprocess.Popen([{sys.executable!r}, '-S', '-c', 'input()'], stdin=subprocess.PIPE).pid, flush=True); time.sleep(600)"
+    command = [sys.executable, "-S", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as careless:
+        child = psutil.Process(int(careless.stdout.readline()))
+        child.kill()
+        assert outlive([child], 120) == []
+        assert child.status() == psutil.STATUS_ZOMBIE
+        careless.kill()

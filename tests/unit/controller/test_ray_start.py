@@ -134,6 +134,19 @@ def test_a_head_lives_while_its_gcs_and_its_raylet_do(tmp_path):
             child.wait()
 
 
+@pytest.mark.parametrize(("name", "last_words"), [("gcs_server", b""), ("raylet", b"bye")])
+def test_only_a_worker_takes_leave_of_its_head(tmp_path, name, last_words):
+    """A head ends at once: it does not wait for a gcs_server that takes no notice of SIGTERM."""
+    (tmp_path / name).symlink_to("/bin/bash")
+    program = "trap 'printf bye; exit' TERM; echo; read"
+    command = [tmp_path / name, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"\n"
+        ray_start._save(tmp_path, RayNode("127.0.0.1:1", "t", ((child.pid, started_s(psutil.Process(child.pid))),)))
+        assert ray_start.stop_node(tmp_path) == 1
+        assert child.stdout.read() == last_words
+
+
 def test_sigterm_stays_with_whoever_had_it():
     """Ray takes it when it joins, and leaves it to nobody when it leaves."""
 
