@@ -96,7 +96,7 @@ class ShardedCausalLM:
         if self._stage.is_last and self._tied:
             reads += self._tie_head()
         started(weights.bytes_to_read(reads))
-        weights.load(reads, progress)
+        weights.load(reads, progress, rank=self._group.rank, ranks=self._group.size)
 
     def make_cache(self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
         """Allocates the KV pool, this rank's KV heads of its stage's layers, and the block tables."""

@@ -25,7 +25,7 @@ from cluster.checkpoint.window_reader import PAGE, WindowReader
 from cluster.domain.errors import CheckpointError
 from cluster.engine.model import dummy_weights
 from cluster.engine.model.shards import Shard
-from cluster.engine.model.windows import Part, Strip, Window, plan_windows, rectangles, strip_of
+from cluster.engine.model.windows import Part, Strip, Window, plan_windows, rectangles, strip_of, take_turns
 
 # Enough to keep a disk's queue filled while others copy and hash; each holds one window.
 STREAMS = 4
@@ -71,8 +71,10 @@ def bytes_to_read(reads: list[ShardRead]) -> int:
     return sum(strip.kept_rows * strip.kept_columns * itemsize for strip, itemsize in strips)
 
 
-def load(reads: list[ShardRead], progress: Progress) -> None:
+def load(reads: list[ShardRead], progress: Progress, *, rank: int = 0, ranks: int = 1) -> None:
     """Fills every target. ``progress`` is called, by this thread, with the number of bytes just delivered.
+
+    ``rank`` of ``ranks``: of the group whose others read the same files now; it decides on the order alone.
 
     CheckpointError with the file's name when a file cannot be read, ends early or differs from the manifest, or when
     a tensor's element type is not a floating-point one that we know; the targets' contents are undefined then.
@@ -81,20 +83,21 @@ def load(reads: list[ShardRead], progress: Progress) -> None:
     windows = plan_windows([(job.header, job.strip) for job in jobs], [job.dtype.itemsize for job in jobs])
     with ExitStack() as stack:
         stack.enter_context(_one_thread_per_copy())
-        _Streams(jobs, windows, stack).run(progress)
+        _Streams(jobs, windows, stack, rank, ranks).run(progress)
 
 
 class _Streams:
     """The threads, and what they share: the windows still to read, what has been delivered, whether to stop."""
 
-    def __init__(self, jobs: list[_Job], windows: list[Window], stack: ExitStack) -> None:
+    def __init__(self, jobs: list[_Job], windows: list[Window], stack: ExitStack, rank: int, ranks: int) -> None:
         self._jobs = jobs
-        self._windows = iter(windows)
         self._count = min(STREAMS, len(windows))
         self._buffer_bytes = max((window.high + -window.high % PAGE - window.start for window in windows), default=0)
         # One of several ranks: the others read the tensors that are whole on each, and the rows of which each keeps a
         # strip. What a rank reads alone would only push those out of the page cache.
         self._split = not all(job.whole for job in jobs)
+        shared = [self._is_shared(window) for window in windows]
+        self._windows = iter(take_turns(windows, shared, rank, ranks, STREAMS))
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._delivered: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
@@ -138,11 +141,14 @@ class _Streams:
         with self._lock:
             return None if self._stop.is_set() else next(self._windows, None)
 
+    def _is_shared(self, window: Window) -> bool:
+        return self._split and any(self._jobs[part.index].every_row for part in window.parts)
+
     def _deliver(self, window: Window, staging: memoryview) -> int:
         """Bytes of the shard that ``window`` gave. The window's grid begins where ``staging`` does."""
         view = staging[window.low - window.start : window.high - window.start]
         if isinstance(window.source, Path):
-            shared = self._split and any(self._jobs[part.index].every_row for part in window.parts)
+            shared = self._is_shared(window)
             self._readers[window.source].read(staging, window.start, window.low, window.high, shared=shared)
             if window.chunk is not None and window.header.digests is not None:
                 window.header.digests.check(window.source, window.chunk, view)

@@ -102,6 +102,22 @@ def plan_windows(wanted: list[tuple[TensorHeader, Strip]], itemsizes: list[int])
     return [windows[key] for key in sorted(windows)]
 
 
+def take_turns(windows: list[Window], shared: list[bool], rank: int, ranks: int, streams: int) -> list[Window]:
+    """``windows`` in the order in which ``rank`` of ``ranks`` that read at the same time shall read them.
+
+    ``shared``: of each, whether all of them read it. Of those each begins with others, as many as it has ``streams``,
+    so that one fills the page cache where nobody waits, and finds there what the others filled. They stay within
+    ``ranks * streams`` of their order: that many are in the cache and not yet read by all.
+    """
+    places, ordered = [place for place, is_shared in enumerate(shared) if is_shared], list(windows)
+    for first in range(0, len(places), ranks * streams):
+        block = places[first : first + ranks * streams]
+        turn = rank * streams % len(block)
+        for place, taken in zip(block, block[turn:] + block[:turn], strict=True):
+            ordered[place] = windows[taken]
+    return ordered
+
+
 def rectangles(part: Part, strip: Strip) -> Iterator[tuple[int, int, int, int]]:
     """``part`` as at most three blocks (first row, last row, first column, last column), rows of the tensor."""
     width = strip.width

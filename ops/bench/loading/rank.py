@@ -72,7 +72,7 @@ def weights_alone(order: Order, checkpoint: Checkpoint) -> tuple[Callable[[], No
 
     def load() -> None:
         kept.extend(weights.ShardRead(torch.empty(shape, dtype=dtype), h, s) for h, s, shape in planned)
-        weights.load(kept, lambda _: None)
+        weights.load(kept, lambda _: None, rank=order.rank, ranks=order.ranks)
 
     return load, [math.prod(shape) * dtype.itemsize for _, _, shape in planned]
 

@@ -54,7 +54,7 @@ def main(folder, rank, ranks, dtype, pack):
                     Shard(rows=((rows * rank // ranks, rows * (rank + 1) // ranks),)),
                 )
             reads.append(weights.ShardRead(torch.empty(shape, dtype=getattr(torch, dtype)), header, shard))
-        weights.load(reads, lambda count: None)
+        weights.load(reads, lambda count: None, rank=rank, ranks=ranks)
         assert all(float(read.target[-1, -1]) == float(read.header.name.split(".")[0]) for read in reads)
         slices = [read.target.nbytes for read in reads]
         count = packed(reads) if pack else 0

@@ -269,3 +269,20 @@ def test_dummy_norms_lie_around_one_and_biases_around_zero():
     assert 0.9 <= float(norm.min()) < float(norm.max()) <= 1.1
     assert float(bias.abs().max()) <= 0.02
     assert dummy_weights.scale("sinks", (64,)) == (0.0, 0.02)
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(1, 9), (2, 0), (2, 1), (2, 16), (2, 21), (8, 100)])
+def test_ranks_take_turns_at_what_all_of_them_read(ranks, count):
+    streams, rng = 4, random.Random(count)
+    shared = [rng.random() < 0.6 for _ in range(count)]
+    orders = [windows.take_turns(list(range(count)), shared, rank, ranks, streams) for rank in range(ranks)]
+    assert orders[0] == list(range(count))
+    places = [place for place in range(count) if shared[place]]
+    for order in orders:
+        assert sorted(order) == list(range(count))
+        assert all(order[place] == place for place in range(count) if not shared[place])
+        moved = [abs(places.index(order[place]) - number) for number, place in enumerate(places)]
+        assert max(moved, default=0) < ranks * streams
+    if len(places) >= ranks * streams:  # they begin with different ones
+        begun = [order[place] for order in orders for place in places[:streams]]
+        assert len(set(begun)) == ranks * streams
