@@ -73,6 +73,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         try:
             await asyncio.wait({reader, writer, overflow}, return_when=asyncio.FIRST_COMPLETED)
             if outbox.overflow.is_set():
+                writer.cancel()  # it waits for this very client
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "This session does not read; it was reset.")
         finally:
             for task in (reader, writer, overflow, beats):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -17,6 +18,8 @@ from cluster.wire.http2.messages import CallRefused, MessageReader, Received, fr
 from cluster.wire.http2.outbox import Sender
 
 _LOG = logging.getLogger(__name__)
+TAKEN_TOGETHER_MAX = 256  # messages of one caller before others get their turn
+ABORT_S = 1.0  # for a message that is half out, so that a status can follow it
 _EXPIRED = "Deadline Exceeded"
 _ONE_MESSAGE = "This method takes exactly one message; send one."
 
@@ -95,11 +98,12 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         reader = self._reader
         reader.add(data)
         whole = reader.ready()
-        if not whole:
-            self._acknowledge()
-        elif not self._handler.request_streaming:
+        if not self._handler.request_streaming:
+            self._acknowledge()  # one message is bounded, and who sends no end of it may not hold up the others
             if reader.more_than_one:
                 raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
+        elif not whole:
+            self._acknowledge()
         elif self._more is not None:
             self._more.set()
         return whole and bool(data)  # behind a whole message a window bounds it
@@ -120,7 +124,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     def _take(self) -> Received | None:
         """The next message; CallRefused, also for a part of one that is all that will come."""
         taken = self._reader.take()
-        if not self._reader.ready():
+        if not self._reader.holds_more:
             self._acknowledge()
         if taken is None and self.half_closed and self._reader.untaken:
             raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "The last message has no end; send all of it.")
@@ -214,11 +218,15 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
 
     async def _requests(self) -> AsyncIterator[Any]:
         self._more = asyncio.Event()
+        taken_together = 0
         while True:
             self._more.clear()
             try:
                 while (taken := self._take()) is not None:
                     yield self._request(taken)
+                    taken_together += 1
+                    if taken_together % TAKEN_TOGETHER_MAX == 0:
+                        await asyncio.sleep(0)  # a window of small messages is much work
             except CallRefused as refused:
                 self.refuse(refused.code, str(refused))
                 raise
@@ -254,11 +262,12 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         self._wire.send_headers(self.stream_id, headers.beginning(metadata), last=False)
 
     async def _drain(self) -> None:
-        self._drained = self._loop.create_future()
+        mine = self._drained = self._loop.create_future()
         try:
-            await self._drained
+            await mine
         finally:
-            self._drained = None
+            if self._drained is mine:  # whoever cancelled this write may wait by now
+                self._drained = None
 
     def _end(self, code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> None:
         """The status goes out, nothing after it. Behind half a message none can: then the stream is reset."""
@@ -280,9 +289,11 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, _EXPIRED)
 
     async def abort(self, code: Any, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        """Waits for a message that is half out, so that the status can follow it."""
+        """Waits for a message that is half out, so that the status can follow it; without that the stream is reset."""
         if self.unsent_began and not self._ended:
-            await self._drain()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ABORT_S):
+                    await self._drain()
         self._end(code, details, (*self._trailing, *trailing_metadata))
         raise grpc.aio.AbortError(f"{code.name}: {details}")
 

@@ -7,6 +7,7 @@ pings; whoever keeps a call open watches for its silence.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
@@ -33,9 +34,10 @@ from cluster.wire.http2.client_call import ClientCall, Request, Response, rpc_er
 from cluster.wire.http2.link import Link
 from cluster.wire.http2.protocol import ConnectionProtocol
 
+_LOG = logging.getLogger(__name__)
 CONNECT_S = 1.0  # for one attempt; a server that is starved for a moment is not gone
 CLOSE_S = 1.0  # for what is still to be sent to a host that may be gone
-_OF_RESET = {
+_OF_RESET: dict[int, grpc.StatusCode] = {
     ErrorCodes.REFUSED_STREAM: grpc.StatusCode.UNAVAILABLE,
     ErrorCodes.CANCEL: grpc.StatusCode.CANCELLED,
     ErrorCodes.ENHANCE_YOUR_CALM: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -61,6 +63,10 @@ class ClientLink(Link):
         """Whether calls can begin on it."""
         return self._transport is not None and not self._transport.is_closing() and not self._h2.peer_leaves
 
+    @property
+    def open(self) -> bool:
+        return self._transport is not None
+
     # ------------------------------------------------------------------------------------------------ asyncio's calls
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,10 +81,17 @@ class ClientLink(Link):
                     take(event)
         except ProtocolError as error:
             self._end_all(f"{self._peer} does not speak HTTP/2 as it should: {error}")
-            self._close()
+            self._leave()
+            return
+        except Exception as error:  # boundary: whatever it was, nobody may wait for this connection any more
+            _LOG.exception("a server's bytes could not be read")
+            self._end_all(f"What {self._peer} sent could not be read: {error}")
+            self._leave()
             return
         self._outbox.resume_if_opened()
         self._flush()
+        if self._h2.peer_leaves:
+            self._stay_for_what_it_took(self._h2.peer_took)
 
     # --------------------------------------------------------------------------------------------------- h2's events
 
@@ -104,8 +117,8 @@ class ClientLink(Link):
     def _stream_reset(self, event: StreamReset) -> None:
         call = self._calls.get(event.stream_id)
         if call is not None:
-            code = _OF_RESET.get(ErrorCodes(event.error_code), grpc.StatusCode.INTERNAL)
-            call.end(code, f"{self._peer} has reset the call.")
+            code = _OF_RESET.get(event.error_code or 0, grpc.StatusCode.INTERNAL)
+            call.end(code, f"{self._peer} has reset the call (HTTP/2 error {event.error_code}).")
 
     def _window(self, event: WindowUpdated) -> None:
         self._outbox.window_opened(event.stream_id)
@@ -116,7 +129,7 @@ class ClientLink(Link):
 
     def _terminated(self, event: ConnectionTerminated) -> None:
         self._end_all(f"{self._peer} has ended the connection (HTTP/2 error {event.error_code}).")
-        self._close()
+        self._leave()
 
     # ---------------------------------------------------------------------------------------------------- for calls
 
@@ -146,13 +159,27 @@ class ClientLink(Link):
 
     def drop(self, call: ClientCall[Any, Any]) -> None:
         self._calls.pop(call.stream_id, None)
+        if self._h2.peer_leaves and not self._calls:
+            self._leave()
 
     def close(self) -> None:
         """Ends what runs, in peace where the other side takes the news of it in time."""
         for call in tuple(self._calls.values()):
             call.cancel()
-        self._close()
-        self._loop.call_later(CLOSE_S, self.abort)
+        self._leave()
+
+    def _stay_for_what_it_took(self, last_stream: int) -> None:
+        """The server is leaving: calls beyond ``last_stream`` are for somebody else, and nothing was done for them."""
+        for stream_id, call in tuple(self._calls.items()):
+            if stream_id > last_stream:
+                call.end(grpc.StatusCode.UNAVAILABLE, f"{self._peer} is shutting down.")
+        if not self._calls:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._transport is not None:
+            self._close()
+            self._loop.call_later(CLOSE_S, self.abort)
 
     def _end_all(self, why: str) -> None:
         self._outbox.clear()
@@ -170,6 +197,7 @@ class Http2Channel(grpc.aio.Channel):
     def __init__(self, address: str, *, connect_s: float = CONNECT_S, largest_message: int = MAX_MESSAGE_BYTES) -> None:
         self._address, self._connect_s, self._largest = address, connect_s, largest_message
         self._link: ClientLink | None = None
+        self._old: list[ClientLink] = []  # whose servers are leaving, with calls that run
         self._connecting = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
@@ -180,9 +208,10 @@ class Http2Channel(grpc.aio.Channel):
 
     async def close(self, grace: float | None = None) -> None:
         del grace
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
+        links, self._link, self._old = [*self._old, self._link], None, []
+        for link in links:
+            if link is not None:
+                link.close()
 
     async def stream(
         self, path: str, serialize: Callable[[Request], bytes], deserialize: Callable[[bytes], Response]
@@ -201,8 +230,7 @@ class Http2Channel(grpc.aio.Channel):
         async def ask(request: Any) -> Any:
             call = await self.stream(method, request_serializer, response_deserializer)
             try:
-                await call.write(request)
-                call.done_writing()
+                await _written(call, request)
                 answer = await call.read()
                 if answer is None:
                     raise rpc_error(grpc.StatusCode.INTERNAL, f"{self._address} ended the call without an answer.")
@@ -245,6 +273,7 @@ class Http2Channel(grpc.aio.Channel):
         async with self._connecting:
             if self._link is not None and self._link.usable:
                 return self._link
+            self._old = [link for link in (*self._old, self._link) if link is not None and link.open]
             host, _, port = self._address.rpartition(":")
             loop = asyncio.get_running_loop()
             try:
@@ -256,3 +285,13 @@ class Http2Channel(grpc.aio.Channel):
                 why = f"{type(error).__name__}: {error}".rstrip(": ")
                 raise rpc_error(grpc.StatusCode.UNAVAILABLE, f"{self._address} cannot be reached ({why}).") from error
             return self._link
+
+
+async def _written(call: ClientCall[Request, Response], request: Request) -> None:
+    """A server may answer before it has read all."""
+    try:
+        await call.write(request)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.OK:
+            raise
+    call.done_writing()

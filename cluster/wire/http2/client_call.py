@@ -53,8 +53,8 @@ class ClientCall(Generic[Request, Response]):
     """
 
     __slots__ = (
-        "_deserialize", "_drained", "_news", "_owed", "_reader", "_serialize", "_take", "_wire", "headers", "path",
-        "status", "stream_id", "unsent", "unsent_began",
+        "_deserialize", "_drained", "_left", "_news", "_owed", "_reader", "_serialize", "_take", "_wire", "headers",
+        "path", "status", "stream_id", "unsent", "unsent_began",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +69,7 @@ class ClientCall(Generic[Request, Response]):
         self.status: tuple[grpc.StatusCode, str] | None = None  # how it has ended
         self.unsent: memoryview | None = None
         self.unsent_began = False
+        self._left = False  # by our side
         self._owed = 0  # bytes that came and that the other side does not know to be read
         self._take: Callable[[Response], None] | None = None
         self._news: asyncio.Future[None] | None = None  # whoever reads waits for it
@@ -109,9 +110,8 @@ class ClientCall(Generic[Request, Response]):
             if response is not None:
                 return response
             if self.status is not None:
-                if self.status[0] is grpc.StatusCode.OK:
-                    return None
-                self._fail()
+                self._check_end(self._reader)
+                return None
             await self._until_news()
 
     async def each(self, take: Callable[[Response], None]) -> None:
@@ -120,7 +120,7 @@ class ClientCall(Generic[Request, Response]):
         Returns at a good end, raises AioRpcError at any other. What ``take`` raises ends the call and is raised.
         """
         assert self._reader is not None, "it has begun"
-        while (response := self._next(self._reader)) is not None:
+        while not self._left and (response := self._next(self._reader)) is not None:
             take(response)
         self._take = take
         try:
@@ -128,11 +128,11 @@ class ClientCall(Generic[Request, Response]):
                 await self._until_news()
         finally:
             self._take = None
-        if self.status[0] is not grpc.StatusCode.OK:
-            self._fail()
+        self._check_end(self._reader)
 
     def cancel(self) -> None:
-        """Ends the call at once, unless it has ended."""
+        """Ends the call at once, unless it has ended; ``each`` gives nothing more."""
+        self._left = True
         if self.status is None and self._wire is not None:
             self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
         self.end(grpc.StatusCode.CANCELLED, _CANCELLED)
@@ -147,20 +147,23 @@ class ClientCall(Generic[Request, Response]):
         reader.add(data)
         try:
             if self._take is None:
-                if not reader.ready():
+                if not reader.holds_more:
                     self._acknowledge()
             else:
-                while (response := self._next(reader)) is not None:
+                while self._heard and (response := self._next(reader)) is not None:
                     self._take(response)
                 self._acknowledge()
-        except CallRefused as refused:
-            self._reset(refused.code, str(refused))
         except Exception as error:  # boundary: of whoever reads; it is told
             self._tell(error)
             self.cancel()
         else:
             if self._take is None:
                 self._tell(None)
+
+    @property
+    def _heard(self) -> bool:
+        """Whether the call goes on and ``each`` still waits for what comes."""
+        return self.status is None and self._news is not None and not self._news.done()
 
     def drained(self) -> None:
         self.unsent, self.unsent_began = None, False
@@ -189,13 +192,15 @@ class ClientCall(Generic[Request, Response]):
         except CallRefused as refused:
             self._reset(refused.code, str(refused))
             return None
-        if self._owed and not reader.ready():
+        if self._owed and not reader.holds_more:
             self._acknowledge()
         return None if message is None else self._deserialize(message)
 
     def _reset(self, code: grpc.StatusCode, message: str) -> None:
         if self.status is None and self._wire is not None:
             self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
+        if self.status is not None and self.status[0] is grpc.StatusCode.OK:  # which is what the other side thinks
+            self.status = code, message
         self.end(code, message)
 
     def _acknowledge(self) -> None:
@@ -226,6 +231,13 @@ class ClientCall(Generic[Request, Response]):
             self._drained = None
         if self.status is not None:
             self._fail()
+
+    def _check_end(self, reader: MessageReader) -> None:
+        """Of a call that has ended and whose messages are taken: AioRpcError unless the end is a good one."""
+        if self.status is not None and self.status[0] is not grpc.StatusCode.OK:
+            self._fail()
+        if reader.untaken and not self._left:
+            raise rpc_error(grpc.StatusCode.INTERNAL, "The answer ends with half a message.")
 
     def _fail(self) -> NoReturn:
         assert self.status is not None, "it has ended"

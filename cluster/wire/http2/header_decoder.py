@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from hpack import Decoder, HeaderTuple
 
-KEPT_BLOCKS = 64
-KEPT_BYTES = 128  # of a block: one byte a field
+KEPT_BLOCKS = 16
+KEPT_BYTES = 24  # of a block: one byte a field
 _FIELD, _LONG_FIELD = 0x80, 0xFF  # a byte that is a field of a table, and one whose number goes on behind it
 
 

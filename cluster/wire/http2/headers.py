@@ -129,7 +129,9 @@ def ending(code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> byte
     """The header block after a call's last message."""
     block = _WELL if code is grpc.StatusCode.OK else _literal(b"grpc-status", b"%d" % code.value[0])
     if message:
-        block += _literal(b"grpc-message", quote(message, safe=_PLAIN, errors="replace").encode())
+        # A blank at either end is no part of a header's value.
+        safe = _PLAIN if message.strip(" ") == message else _PLAIN.replace(" ", "")
+        block += _literal(b"grpc-message", quote(message, safe=safe, errors="replace").encode())
     return block + b"".join(map(_sent, metadata)) if metadata else block
 
 

@@ -101,7 +101,7 @@ class Link(asyncio.Protocol):
     def _flush(self) -> None:
         self._flushing, self._unflushed = False, 0
         data = self._state.data_to_send()
-        if data and self._transport is not None:
+        if data and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     def _close(self) -> None:

@@ -75,6 +75,14 @@ class MessageReader:
         """Whether something comes behind the first message, which is whole."""
         return self.ready() and len(self._rest) > self._end
 
+    @property
+    def holds_more(self) -> bool:
+        """Whether there is more for whoever takes: a whole message, or why there can be none."""
+        try:
+            return self.ready()
+        except CallRefused:
+            return True
+
     def ready(self) -> bool:
         """Whether a message is whole; CallRefused for one that is too long or not what its prefix says."""
         if not self._end:

@@ -10,7 +10,7 @@ from h2.errors import ErrorCodes
 from h2.events import Event
 from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError
 from h2.settings import ChangedSetting, SettingCodes, Settings
-from h2.stream import H2Stream, StreamInputs
+from h2.stream import H2Stream, StreamInputs, StreamState
 from hyperframe.frame import ContinuationFrame, DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
 from cluster.wire.http2.header_decoder import KeepingDecoder
@@ -21,9 +21,11 @@ STREAM_WINDOW = 2**20  # bytes that a client may send on a stream before it hear
 CONNECTION_WINDOW = 2**22
 HEADER_BYTES_MAX = 2**20  # of a header block that is read at all; a call is refused long before
 SETTINGS_MAX = 100  # frames of settings between two looks
+PAYLOAD_BYTES = 1024  # of a frame whose head is no noise
 _HEAD = struct.Struct(">HBBBI")  # of a frame: the length in three bytes, kind, flags, stream
 _END_STREAM, _END_HEADERS = 0x1, 0x4
 _OF_BLOCKS = (HeadersFrame.type, ContinuationFrame.type)
+_SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)  # streams whose other side has not ended
 _PREFACE_BYTES = 24  # with which a client's connection begins
 _CALLS = (DataFrame, HeadersFrame)  # those that bring calls further
 LOOKS_AT_ONCE = 64  # new streams before the open ones are counted anew
@@ -32,15 +34,15 @@ LOOKS_AT_ONCE = 64  # new streams before the open ones are counted anew
 class ConnectionProtocol(H2Connection):
     """Either end. What is sent is ours: spelled right already.
 
-    What comes to a server is looked at where it is read: h2 would end the whole connection, and with it the calls of
-    others, for a blank that one of them has sent.
+    What comes is looked at where it is read: h2 would end the whole connection, and with it the calls of others, for a
+    blank that one of them has sent.
     """
 
     def __init__(self, *, client_side: bool) -> None:
         super().__init__(
             H2Configuration(
                 client_side=client_side, header_encoding=None, normalize_outbound_headers=False,
-                validate_outbound_headers=False, normalize_inbound_headers=False, validate_inbound_headers=client_side,
+                validate_outbound_headers=False, normalize_inbound_headers=False, validate_inbound_headers=False,
             )
         )  # fmt: skip
         wanted = {
@@ -49,6 +51,7 @@ class ConnectionProtocol(H2Connection):
         }  # fmt: skip
         self.local_settings = Settings(client=client_side, initial_values=wanted)
         self.decoder = KeepingDecoder()
+        self.decoder.max_header_list_size = HEADER_BYTES_MAX
         self._preface_left = 0 if client_side else _PREFACE_BYTES
         self._rest = b""  # of a frame that is not whole
         self._in_block = False  # of headers, which goes on in the next frame
@@ -68,7 +71,8 @@ class ConnectionProtocol(H2Connection):
         stream.process_input(StreamInputs.SEND_HEADERS)
         if last:
             stream.process_input(StreamInputs.SEND_END_STREAM)
-        if self.encoder.header_table.resized:  # which has to be told, though nothing is in it
+        if self.encoder.table_size_changes:  # which have to be told, though nothing is in it
+            self.encoder.header_table.resized = True  # hpack forgets that where one of them changed nothing
             block = self.encoder.encode(()) + block
         size = self.max_outbound_frame_size
         kind, flags = HeadersFrame.type, _END_STREAM if last else 0
@@ -113,7 +117,7 @@ class ConnectionProtocol(H2Connection):
             start = body + length
             plain = kind == DataFrame.type and not flags & ~_END_STREAM and not self._in_block
             stream = self.streams.get(stream_id) if plain else None
-            if stream is None or stream.closed:
+            if stream is None or stream.state_machine.state not in _SENDING:
                 events += self.receive_data(data[body - _HEAD.size : start])
                 if kind in _OF_BLOCKS:
                     self._in_block = not flags & _END_HEADERS
@@ -123,7 +127,8 @@ class ConnectionProtocol(H2Connection):
         return events
 
     def _receive_plain(self, stream: H2Stream, body: bytes, *, ended: bool) -> list[Event]:
-        self.noise_bytes += _HEAD.size
+        if len(body) < PAYLOAD_BYTES:
+            self.noise_bytes += _HEAD.size
         try:
             self.state_machine.process_input(ConnectionInputs.RECV_DATA)
             self._inbound_flow_control_window_manager.window_consumed(len(body))
@@ -153,14 +158,19 @@ class ConnectionProtocol(H2Connection):
         stream = self.streams.get(stream_id)
         return stream is None or stream.outbound_flow_control_window > 0
 
+    def _local_settings_acked(self) -> dict[SettingCodes | int, ChangedSetting]:
+        changed = super()._local_settings_acked()
+        self.decoder.max_header_list_size = HEADER_BYTES_MAX
+        return changed
+
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         """Who leaves in peace opens no more streams and goes on with those that there are."""
         if frame.error_code == ErrorCodes.NO_ERROR:
-            self.peer_leaves = True
+            self.peer_leaves, self.peer_took = True, frame.last_stream_id
             return [], []
         return super()._receive_goaway_frame(frame)
 
-    peer_leaves = False
+    peer_leaves, peer_took = False, 2**31 - 1
 
 
 class ServerProtocol(ConnectionProtocol):
@@ -168,7 +178,6 @@ class ServerProtocol(ConnectionProtocol):
 
     def __init__(self) -> None:
         super().__init__(client_side=False)
-        self.decoder.max_header_list_size = HEADER_BYTES_MAX
         self._counted = self._since = 0
         self.settings_seen = 0  # frames of them; likewise
 
@@ -192,8 +201,3 @@ class ServerProtocol(ConnectionProtocol):
         if self.settings_seen > SETTINGS_MAX:
             raise DenialOfServiceError("too many settings")
         return super()._receive_settings_frame(frame)
-
-    def _local_settings_acked(self) -> dict[SettingCodes | int, ChangedSetting]:
-        changed = super()._local_settings_acked()
-        self.decoder.max_header_list_size = HEADER_BYTES_MAX
-        return changed

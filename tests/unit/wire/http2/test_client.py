@@ -9,11 +9,15 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from hyperframe.frame import Frame, GoAwayFrame, RstStreamFrame
 
 from cluster.wire.channel import new_server
 from cluster.wire.http2 import client
 from cluster.wire.http2.client import Http2Channel
 from cluster.wire.http2.client_call import ClientCall
+from cluster.wire.http2.messages import framed
 from cluster.wire.http2.server import Http2Server
 
 DEADLINE_S = 10.0
@@ -38,8 +42,8 @@ class Service:
     async def hang(self, request: bytes, _context: Any) -> bytes:
         return await self._counted(self._wait(request))
 
-    async def fail(self, _request: bytes, context: Any) -> bytes:
-        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "100 % é")
+    async def fail(self, request: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, request.decode() or "100 % é")
         return b""
 
     async def talk(self, requests: AsyncIterator[bytes], context: Any) -> None:
@@ -352,3 +356,142 @@ async def test_a_host_that_takes_nothing_is_not_waited_for(monkeypatch: pytest.M
     server.close()
     for reader in accepted:
         reader._transport.abort()  # type: ignore[attr-defined]
+
+
+# ----------------------------------------------------------------------------------------------- a server by hand
+
+
+class Peer(asyncio.Transport):
+    """A server that sends what it likes over a connection that is only bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.link = client.ClientLink("peer", 1000)
+        self.h2 = H2Connection(H2Configuration(client_side=False, validate_outbound_headers=False))
+        self.h2.initiate_connection()
+        self.closing = False
+        self.link.connection_made(self)
+        self.tell()
+
+    def write(self, data: Any) -> None:
+        self.h2.receive_data(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.closing = True
+
+    async def call(self) -> ClientCall[bytes, bytes]:
+        begun: ClientCall[bytes, bytes] = ClientCall("/t.T/talk", as_it_is, as_it_is)
+        begun.begin(self.link)
+        await asyncio.sleep(0)  # what is sent goes out at the end of the turn
+        self.h2.send_headers(begun.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+        return begun
+
+    def tell(self, *frames: Frame) -> None:
+        """All that waits, and ``frames``, in one piece."""
+        self.link.data_received(self.h2.data_to_send() + b"".join(frame.serialize() for frame in frames))
+
+
+async def test_a_good_message_is_read_before_one_that_is_too_long() -> None:
+    peer = Peer()
+    call, other = await peer.call(), await peer.call()
+    peer.h2.send_data(call.stream_id, framed(b"good") + framed(bytes(1001)))
+    peer.tell()
+    assert await call.read() == b"good"
+    assert (await failure(call.read()))[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert other.status is None
+
+
+async def test_an_answer_that_ends_with_half_a_message_is_no_good_one() -> None:
+    peer, got = Peer(), []
+    for each in (False, True):
+        call = await peer.call()
+        peer.h2.send_data(call.stream_id, framed(b"good") + framed(b"half")[:-1])
+        peer.h2.send_headers(call.stream_id, [("grpc-status", "0")], end_stream=True)
+        peer.tell()
+        if each:
+            code, _ = await failure(call.each(got.append))
+            assert got == [b"good"]
+        else:
+            assert await call.read() == b"good"
+            code, _ = await failure(call.read())
+        assert code is grpc.StatusCode.INTERNAL
+
+
+async def test_who_has_left_is_given_nothing_more() -> None:
+    peer, got = Peer(), []
+    leaving, cancelled = await peer.call(), await peer.call()
+
+    def take_one(message: bytes) -> None:
+        got.append(message)
+        leaving.cancel()
+
+    reading = [asyncio.create_task(leaving.each(take_one)), asyncio.create_task(cancelled.each(got.append))]
+    await asyncio.sleep(0)
+    peer.h2.send_data(leaving.stream_id, framed(b"1") + framed(b"2"))
+    peer.h2.send_data(cancelled.stream_id, framed(b"3"))
+    reading[1].cancel()
+    peer.tell()
+    assert (await failure(reading[0]))[0] is grpc.StatusCode.CANCELLED
+    with pytest.raises(asyncio.CancelledError):
+        await reading[1]
+    assert got == [b"1"]
+
+
+async def test_a_reset_without_a_name_ends_its_call_only() -> None:
+    peer = Peer()
+    call, other = await peer.call(), await peer.call()
+    peer.tell(RstStreamFrame(call.stream_id, error_code=119))
+    assert (await failure(call.read()))[0] is grpc.StatusCode.INTERNAL
+    assert other.status is None
+
+
+async def test_calls_that_a_leaving_server_has_not_taken_end_and_with_the_last_one_the_connection() -> None:
+    peer = Peer()
+    taken, late = await peer.call(), await peer.call()
+    peer.tell(GoAwayFrame(0, last_stream_id=taken.stream_id, error_code=0))
+    assert (await failure(late.read()))[0] is grpc.StatusCode.UNAVAILABLE
+    assert not peer.closing
+    assert not peer.link.usable
+    peer.h2.send_headers(taken.stream_id, [("grpc-status", "0")], end_stream=True)
+    peer.tell()
+    assert await taken.read() is None
+    assert peer.closing
+
+
+async def test_an_early_answer_counts_while_the_request_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = Peer()
+    channel = Http2Channel("127.0.0.1:1")
+
+    async def connected(_self: Http2Channel) -> client.ClientLink:
+        return peer.link
+
+    monkeypatch.setattr(Http2Channel, "_connected", connected)
+    asking = asyncio.create_task(ask(channel, "echo", bytes(100_000)))
+    await asyncio.sleep(0.01)
+    (call,) = peer.link._calls.values()
+    assert call.unsent is not None, "the window is full"
+    peer.h2.send_headers(call.stream_id, [(":status", "200"), ("content-type", "application/grpc")])
+    peer.h2.send_data(call.stream_id, framed(b"enough"))
+    peer.h2.send_headers(call.stream_id, [("grpc-status", "0")], end_stream=True)
+    peer.tell()
+    assert await asking == b"enough"
+
+
+async def test_a_long_reason_ends_its_call_only() -> None:
+    site = Site(Http2Server)
+    await site.start()
+    async with site.channel() as channel, asyncio.timeout(DEADLINE_S):
+        call = await stream(channel, "talk")
+        assert await failure(ask(channel, "fail", b"why " * 25_000)) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "why " * 25_000,
+        )
+        await call.write(b"still")
+        assert await call.read() == b"STILL"
+    await site.server.stop(DEADLINE_S)

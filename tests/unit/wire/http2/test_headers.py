@@ -100,6 +100,12 @@ def test_more_metadata_than_a_call_needs_are_refused_before_they_are_decoded(giv
     assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_blanks_at_the_ends_of_a_message_are_kept() -> None:
+    found = decoded(headers.ending(grpc.StatusCode.UNKNOWN, " a b "))
+    assert found[b"grpc-message"] == b"%20a%20b%20"
+    assert headers.status_of(list(found.items())) == (grpc.StatusCode.UNKNOWN, " a b ")
+
+
 def test_an_ending_can_always_be_written() -> None:
     found = decoded(headers.ending(grpc.StatusCode.UNKNOWN, "half a \ud800 pair", (("x-a", "\u4e00"),)))
     assert found[b"grpc-message"] == b"half a ? pair"

@@ -9,9 +9,10 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
+from h2.events import StreamReset
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from hyperframe.frame import DataFrame
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.wire.http2 import headers
@@ -61,6 +62,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(steps=STEPS, cuts=st.lists(st.integers(0, 60_000), max_size=12))
 def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[str, int]], cuts: list[int]) -> None:
     client, server = pair()
@@ -87,11 +89,18 @@ def test_a_frame_beyond_the_limit_is_refused_before_it_has_come(*, late: bool) -
     assert ErrorCodes.FRAME_SIZE_ERROR.to_bytes(4, "big") in server.data_to_send(), "its sender is told"
 
 
-def test_data_behind_the_end_of_a_stream_end_the_connection() -> None:
+def test_data_behind_the_end_of_a_stream_cost_that_stream_only() -> None:
     client, server = pair()
     server.take_in(sent_by(client, [("call", 1), ("end", 1)]))
-    with pytest.raises(ProtocolError):
-        server.take_in(DataFrame(1, flags=["END_STREAM"]).serialize())
+    server.data_to_send()
+    late = DataFrame(1)
+    late.data = b"late"
+    server.take_in(late.serialize())
+    told_back = client.receive_data(server.data_to_send())
+    assert [(event.stream_id, event.error_code) for event in told_back if isinstance(event, StreamReset)] == [
+        (1, ErrorCodes.STREAM_CLOSED)
+    ]
+    server.take_in(sent_by(client, [("call", 1)]))
 
 
 def test_more_data_than_the_window_end_the_connection() -> None:

@@ -19,6 +19,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
 from cluster.config.listening import can_listen
+from cluster.wire.http2 import call as calls
 from cluster.wire.http2 import connection as connections
 from cluster.wire.http2 import protocol
 from cluster.wire.http2.messages import framed
@@ -63,6 +64,13 @@ class Service:
         if request == b"bug":
             raise RuntimeError("oops")
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "100 % é", (("retry-bin", b"\x01"),))
+
+    async def refuse_midway(self, _request: bytes, context: Context) -> None:
+        async with self._counted():
+            writing = asyncio.create_task(context.write(bytes(1000)))
+            await asyncio.sleep(0)
+            await context.abort(grpc.StatusCode.ABORTED, "")
+        await writing
 
     async def talk(self, requests: AsyncIterator[bytes], _context: Context) -> AsyncIterator[bytes]:
         async for request in requests:
@@ -112,7 +120,8 @@ async def start() -> AsyncIterator[Start]:
         kinds: dict[str, Any] = {
             "echo": grpc.unary_unary_rpc_method_handler, "who": grpc.unary_unary_rpc_method_handler,
             "fail": grpc.unary_unary_rpc_method_handler, "count": grpc.unary_stream_rpc_method_handler,
-            "wait": grpc.unary_stream_rpc_method_handler, "talk": grpc.stream_stream_rpc_method_handler,
+            "wait": grpc.unary_stream_rpc_method_handler, "refuse_midway": grpc.unary_stream_rpc_method_handler,
+            "talk": grpc.stream_stream_rpc_method_handler,
         }  # fmt: skip
         made = {name: kind(getattr(service, name)) for name, kind in kinds.items()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", made),))
@@ -336,11 +345,12 @@ async def test_a_client_that_says_goodbye_reads_what_it_has_asked_for(start: Sta
         assert (await client.status(call))["grpc-status"] == "0"
 
 
-@pytest.mark.parametrize("size", [0, 100, 2**31 - 1])
-async def test_a_client_s_table_of_headers_is_not_filled(start: Start, size: int) -> None:
+@pytest.mark.parametrize("sizes", [(0,), (100,), (2**31 - 1,), (0, 0), (0, 4096)])
+async def test_a_client_s_table_of_headers_is_not_filled(start: Start, sizes: tuple[int, ...]) -> None:
     site = await start()
     async with bare(site) as client:
-        client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: size})
+        for size in sizes:
+            client.h2.update_settings({SettingCodes.HEADER_TABLE_SIZE: size})
         for _ in range(2):
             call = client.request()
             client.h2.send_data(call, framed(b"x"), end_stream=True)
@@ -624,3 +634,41 @@ async def test_who_answers_pings_is_kept(start: Start) -> None:
         stream_id = client.request()
         client.h2.send_data(stream_id, framed(b"x"), end_stream=True)
         assert (await client.status(stream_id))["grpc-status"] == "0"
+
+
+async def test_callers_who_send_no_end_do_not_hold_up_the_others(start: Start) -> None:
+    site = await start()
+    async with bare(site) as client:
+        for _ in range(300):
+            client.h2.send_data(client.request(), framed(bytes(16_000)))
+            await client.until(lambda: client.h2.outbound_flow_control_window > 16_005)
+        assert client.h2.outbound_flow_control_window > 2**20, "what came is acknowledged"
+
+
+async def test_a_long_message_is_no_noise(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "IDLE_BYTES_MAX", 2000)
+    site = await start()
+    assert await site.unary("echo")(bytes(2**24)) == bytes(2**24)
+
+
+async def test_an_abort_does_not_wait_for_a_client_that_does_not_read(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "ABORT_S", 0.05)
+    site = await start()
+    async with bare(site) as client:
+        client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 10})
+        call = client.request(path="/t.T/refuse_midway")
+        client.h2.send_data(call, framed(b""), end_stream=True)
+        await client.until(lambda: bool(client.of(h2.events.StreamReset, call)))
+    await eventually(lambda: site.service.ended == 1, "its handler has ended")
+
+
+async def test_a_good_message_comes_before_a_bad_one(start: Start) -> None:
+    site = await start(largest_message=100)
+    async with bare(site) as client:
+        call = client.request(path="/t.T/talk")
+        client.h2.send_data(call, framed(b"good") + framed(bytes(101)))
+        status = await client.status(call)
+        assert status["grpc-status"] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+        assert [data.data for data in client.of(h2.events.DataReceived, call)] == [framed(b"GOOD")]
