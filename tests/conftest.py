@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from prometheus_client import disable_created_metrics
 
 TESTS = Path(__file__).parent
 
 # A slow, shared machine must not turn a property test red; the seed is hypothesis' own, a failure prints it.
 settings.register_profile("cluster", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("cluster")
+
+disable_created_metrics()  # as each of our processes does
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

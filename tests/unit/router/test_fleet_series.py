@@ -14,12 +14,11 @@ from cluster.telemetry.metrics import LATENCY_BUCKETS_S, RouterMetrics
 HISTOGRAMS = 4
 # Goodput, prompt and generation tokens, running, queued requests and tokens, endpoints; three of prefix indexes.
 PLAIN_OF_MODEL = 12
-# Of a counter and of a histogram prometheus_client shows when they began, too.
-PER_MODEL = 2 * len(Outcome) + PLAIN_OF_MODEL + 7 + HISTOGRAMS * (len(LATENCY_BUCKETS_S) + 1 + 3)
+PER_MODEL = len(Outcome) + PLAIN_OF_MODEL + HISTOGRAMS * (len(LATENCY_BUCKETS_S) + 1 + 2)
 PER_ROUTER = (
-    2 * (len(LossReason) + len(EJECTION_CAUSES) + len(RetryRefused)) + 2 + 3
+    len(LossReason) + len(EJECTION_CAUSES) + len(RetryRefused) + 2 + 2
 )  # the objectives; processes and restarts
-PER_REPLICA = len(Standing) + 2  # and one scorer's picks
+PER_REPLICA = len(Standing) + 1  # and one scorer's picks
 
 
 class Page:
