@@ -110,8 +110,8 @@ class WindowReader:
 class _HugeFill:
     """Puts parts of a file into the page cache in huge pages, where kernel and file system have them there.
 
-    ``read``, and the kernel's read-ahead for it, take single pages for whoever does not read in order: several times
-    the CPU time, for whoever fills them and for whoever copies them. A fault in a mapping that asked for huge pages
+    ``read``, and the kernel's read-ahead for it, take single pages for whoever does not read in order: more CPU
+    time, for whoever fills them and for whoever copies them. A fault in a mapping that asked for huge pages
     (``do_sync_mmap_readahead`` in mm/filemap.c, Linux 5.18) takes 2 MiB at a time; of ext4 since 6.16. Nothing is read
     through the mapping: there a disk that fails would end the process, and in ``read`` it ends in an error.
     """

@@ -57,7 +57,7 @@ def open_sync_channel(address: str) -> grpc.Channel:
 
 
 def new_server() -> grpc.aio.Server:
-    """For our own processes; clients from outside talk to ``cluster.wire.http2``."""
+    """For the controller; what carries tokens is served by ``cluster.wire.http2``."""
     return grpc.aio.server(options=SERVER_OPTIONS)
 
 

@@ -55,6 +55,7 @@ class ConnectionProtocol(H2Connection):
         self._preface_left = 0 if client_side else _PREFACE_BYTES
         self._rest = b""  # of a frame that is not whole
         self._in_block = False  # of headers, which goes on in the next frame
+        self.peer_leaves, self.peer_took = False, 2**31 - 1  # in peace, with streams up to that one
         self.noise_bytes = 0  # that came beside what DATA and HEADERS carry; whoever looks sets it back
 
     def initiate_connection(self) -> None:
@@ -169,8 +170,6 @@ class ConnectionProtocol(H2Connection):
             self.peer_leaves, self.peer_took = True, frame.last_stream_id
             return [], []
         return super()._receive_goaway_frame(frame)
-
-    peer_leaves, peer_took = False, 2**31 - 1
 
 
 class ServerProtocol(ConnectionProtocol):
