@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
@@ -19,6 +19,7 @@ from cluster.engine.block_events import BlockLog
 from cluster.engine.loop import Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
 from cluster.engine.progress import RankProgress
 from cluster.engine.sequence import Sequence
+from cluster.engine.session_writer import PushedCall, SessionWriter
 from cluster.engine.sessions import Outbox, Sessions
 from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.telemetry.logs import get_logger
@@ -31,6 +32,12 @@ BEAT_S = 0.5
 _HELLO_DEADLINE_S = 10.0
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _START_DEADLINE_S = 30.0
+
+
+class SessionCall(PushedCall, Protocol):
+    """A session's context."""
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn: ...
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
@@ -56,7 +63,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         )
 
     async def Session(  # noqa: N802
-        self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: Context
+        self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: SessionCall
     ) -> None:
         hello = await self._shake_hands(request_iterator, context)
         session, outbox = self._sessions.open(
@@ -67,26 +74,27 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         log = self._log.bind(session=session, router=hello.router_id)
         log.info("session_opened")
         reader = asyncio.create_task(self._read(session, outbox, request_iterator))
-        writer = asyncio.create_task(self._write(outbox, context))
         overflow = asyncio.create_task(outbox.overflow.wait())
+        SessionWriter(outbox, context, self._beat).begin(engine_pb2.Welcome(identity=self._identity))
+        outbox.tell_blocks(asyncio.get_running_loop().time())
         beats = asyncio.create_task(_ask_for_beats(outbox))
         try:
-            await asyncio.wait({reader, writer, overflow}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reader, overflow}, return_when=asyncio.FIRST_COMPLETED)
             if outbox.overflow.is_set():
-                writer.cancel()  # it waits for this very client
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "This session does not read; it was reset.")
         finally:
-            for task in (reader, writer, overflow, beats):
+            for task in (reader, overflow, beats):
                 task.cancel()
             self._sessions.close(session)
             self._loop.post(CancelSession(session))
             log.info("session_closed", overflowed=outbox.overflow.is_set())
 
     async def _shake_hands(
-        self, requests: AsyncIterator[engine_pb2.SessionRequest], context: Context
+        self, requests: AsyncIterator[engine_pb2.SessionRequest], context: SessionCall
     ) -> engine_pb2.Hello:
         try:
-            first = await asyncio.wait_for(anext(requests), _HELLO_DEADLINE_S)
+            async with asyncio.timeout(_HELLO_DEADLINE_S):
+                first = await anext(requests)
         except (TimeoutError, StopAsyncIteration):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "A session begins with a Hello.")
         if first.WhichOneof("message") != "hello":
@@ -98,25 +106,6 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
             )
         return first.hello
 
-    async def _write(self, outbox: Outbox, context: Context) -> None:
-        """The welcome, then step messages as they come and a beat every BEAT_S, for as long as somebody reads.
-
-        News of blocks go when nothing else waits, one message at a time.
-        """
-        await context.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity)))
-        outbox.tell_blocks(asyncio.get_running_loop().time())
-        while True:
-            # One event for both: a step costs no future and no timer of its own.
-            await outbox.filled.wait()
-            step, beat_due = outbox.take()
-            if step is not None:
-                await context.write(engine_pb2.SessionResponse(step=step))
-            if beat_due:
-                await context.write(engine_pb2.SessionResponse(beat=self._beat()))
-            blocks = outbox.take_blocks()
-            if blocks is not None:
-                await context.write(engine_pb2.SessionResponse(blocks=blocks))
-
     def _beat(self) -> engine_pb2.Beat:
         progress = self._progress
         return engine_pb2.Beat(
@@ -127,10 +116,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         async for request in requests:
             for cancel in request.commands.cancels:
                 self._loop.post(Cancel(SequenceKey(session, cancel.sequence_id)))
-            for submit in request.commands.submits:
-                refused = self._submit(session, submit)
-                if refused is not None:
-                    outbox.refuse(self._progress.step, refused, self._loop.load)
+            refused = [end for submit in request.commands.submits if (end := self._submit(session, submit)) is not None]
+            if refused:
+                outbox.refuse(self._progress.step, refused, self._loop.load)
             if request.commands.submits:
                 self._sessions.load_changed(self._progress.step, self._loop.load, but=(session,))
             if request.HasField("resync_blocks"):

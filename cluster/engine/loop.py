@@ -17,7 +17,7 @@ from cluster.domain.clock import Clock
 from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.request import SequenceEnd
 from cluster.engine.block_events import BlockChanges, RecentBlocks
-from cluster.engine.prefill_pace import PrefillPace, PromptWork
+from cluster.engine.prefill_pace import LEAST_CHUNK_TOKENS, PrefillPace, PromptWork
 from cluster.engine.progress import RankProgress
 from cluster.engine.scheduler import Scheduled, Scheduler
 from cluster.engine.sequence import Sequence as EngineSequence
@@ -198,6 +198,9 @@ class EngineLoop:
         scheduler, pace, depth = self._scheduler, self._pace, self._runner.depth
         if pace is None:
             return scheduler.schedule(now_s)
+        if not scheduler.num_waiting and scheduler.num_decoding == scheduler.num_running:
+            # Nobody has a prompt, as in most steps; but one who makes room for another may find some again at once.
+            return scheduler.schedule(now_s, LEAST_CHUNK_TOKENS)
         without_token = scheduler.num_waiting + scheduler.num_running - scheduler.num_decoding
         # One plan's part of them.
         decodes, without_token = -(-scheduler.num_decoding // depth), -(-without_token // depth)
@@ -220,7 +223,7 @@ class EngineLoop:
         if self._outstanding:
             self._progress.begin_step()
         decodes = plan.num_decodes
-        prompt_tokens = plan.num_tokens - decodes
+        prompt_tokens = plan.num_tokens - decodes if decodes < len(plan.entries) else 0
         if self._pace is not None:
             self._pace.observe(decodes, _prompt_work(plan) if prompt_tokens else PromptWork(), seconds)
         kind = step_kind(decodes, len(plan.entries))

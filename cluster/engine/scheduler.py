@@ -193,7 +193,7 @@ class Scheduler:
         assert self._outstanding, "no plan is outstanding"
         plan, sequences = self._outstanding[0]
         assert result.step == plan.step, f"step {plan.step} runs, {result.step} was committed"
-        assert len(result.tokens) == sum(e.sample for e in plan.entries), "not one token for each entry that samples"
+        assert len(result.tokens) == sum([e.sample for e in plan.entries]), "not one token for each entry that samples"
         self._outstanding.popleft()
         self._stalled = False
         block_size = self._pool.block_size
@@ -281,7 +281,7 @@ class Scheduler:
         prefill_tokens = 1 if prefill_tokens == 0 and not shares else prefill_tokens
         room = StepRoom(budget - len(shares), prefill_tokens if decoding else None, short_prompt)
         chunks = []
-        for sequence in self._running:
+        for sequence in self._running if self.num_decoding < len(self._running) else ():  # most often, nobody prefills
             left = sequence.num_tokens - sequence.num_planned
             if left > 1 and sequence not in held_back and (count := room.take(sequence.num_tokens, left)):
                 chunks.append((sequence, count))

@@ -123,6 +123,8 @@ class Sequence:
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Known tokens at positions ``start .. end - 1``, across prompt and output."""
         num_prompt = len(self.prompt_token_ids)
+        if end - start == 1 and start >= num_prompt:  # a decode
+            return (self.generated_token_ids[start - num_prompt],)
         if start >= num_prompt:
             return tuple(self.generated_token_ids[start - num_prompt : max(0, end - num_prompt)])
         if end <= num_prompt:

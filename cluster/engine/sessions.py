@@ -2,14 +2,15 @@
 
 The engine never waits for a reader: what a session has not taken yet is merged into its outbox, and a session that
 lets more than ``MAX_PENDING_BYTES`` pile up is reset. Messages are made when they are taken, from all that is pending:
-a step's news cost a list until then.
+a step's news cost a list until then. Where a reader keeps up, they are taken in the turn of the event loop that
+brings them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Container, MutableSequence, Sequence
+from collections.abc import Callable, Container, MutableSequence, Sequence
 
 from cluster.domain.endpoint import LoadSnapshot
 from cluster.engine.block_events import BlockLog, BlockReader
@@ -33,9 +34,9 @@ _UPDATE_BYTES, _TOKEN_BYTES, _LOGPROB_BYTES = 32, 5, 24  # upper bounds on the w
 class Outbox:
     """One session's unsent updates, merged by sequence when they are taken. Lives on the event loop.
 
-    ``filled``: there is something to take, updates or a beat. ``overflow``: the session is to be reset. ``blocks``:
-    where its router wants news of blocks, and they are at hand; ``pause_s``: at least, between two of them.
-    ``load_pause_s``: on average, between two messages that tell the load alone; None: it wants none.
+    ``on_news`` is called when there is something to take, with all that belongs together. ``overflow``: the session is
+    to be reset. ``blocks``: where its router wants news of blocks, and they are at hand; ``pause_s``: at least, between
+    two of them. ``load_pause_s``: on average, between two messages that tell the load alone; None: it wants none.
     """
 
     def __init__(
@@ -51,10 +52,10 @@ class Outbox:
         self._beat_due = False
         # The last message, where it held one token of each of ``_steady``, at ``_told``, and nothing else. The next one
         # mostly differs in the tokens alone, and making one anew takes as long as all else here together.
-        self._message: engine_pb2.StepUpdate | None = None
+        self._message: engine_pb2.SessionResponse | None = None
         self._steady: list[tuple[SequenceKey, int, int]] = []
         self._told: list[MutableSequence[int]] = []
-        self.filled = asyncio.Event()
+        self.on_news: Callable[[], None] = lambda: None
         self.overflow = asyncio.Event()
 
     def put(self, step: int, progresses: Sequence[SequenceProgress], load: LoadSnapshot) -> None:
@@ -67,15 +68,20 @@ class Outbox:
                 self._pending_bytes += _extra_bytes(progress)
         if self._pending_bytes > MAX_PENDING_BYTES:
             self.overflow.set()
-        self.filled.set()
+        self.on_news()
 
-    def refuse(self, step: int, refused: SequenceProgress, load: LoadSnapshot) -> None:
-        """A sequence that no step has seen; tokens that wait keep the number of theirs."""
-        self.put(self._step if self._pending else step, [refused], load)
+    def refuse(self, step: int, refused: Sequence[SequenceProgress], load: LoadSnapshot) -> None:
+        """Sequences that no step has seen; tokens that wait keep the number of theirs."""
+        self.put(self._step if self._pending else step, refused, load)
 
     def ask_for_beat(self) -> None:
         self._beat_due = True
-        self.filled.set()
+        self.on_news()
+
+    def take_beat(self) -> bool:
+        """Whether one was asked for since the last call."""
+        beat_due, self._beat_due = self._beat_due, False
+        return beat_due
 
     def load_changed(self, step: int, load: LoadSnapshot, now_s: float) -> bool:
         """A message tells it, unless there were many of late. False: later, when somebody asks for it again."""
@@ -83,7 +89,7 @@ class Outbox:
             if not self._pending:  # tokens keep the number of their own step: who gets them measures it
                 self._step = step
             self._load, self._load_due = load, True
-            self.filled.set()
+            self.on_news()
         return not self._load_news.late
 
     @property
@@ -112,36 +118,32 @@ class Outbox:
             self._go_on_with_blocks()
 
     def take_blocks(self) -> engine_pb2.BlockEvents | None:
-        """The next message about blocks, if one is due and nothing else waits; more of them make ``filled`` again."""
-        if self._blocks is None or not self._blocks_due or self.filled.is_set():
+        """The next message about blocks, if one is due; for when nothing else waits."""
+        if self._blocks is None or not self._blocks_due:
             return None
         message = self._blocks.next()
-        self._blocks_due = False
-        self._go_on_with_blocks()
+        self._blocks_due = self._blocks.behind
         return message
 
     def _go_on_with_blocks(self) -> None:
         if self._blocks is not None and self._blocks.behind:
             self._blocks_due = True
-            self.filled.set()
+            self.on_news()
 
     def close(self) -> None:
         if self._blocks is not None:
             self._blocks.close()
 
-    def take(self) -> tuple[engine_pb2.StepUpdate | None, bool]:
-        """Everything since the last call as one message, and whether a beat was asked for; when ``filled``.
+    def take(self) -> engine_pb2.SessionResponse | None:
+        """All updates since the last call as one message, if there are any; one without sequences tells the load alone.
 
-        A message without sequences tells the load alone.
         The message belongs to the outbox and changes with the next call: whoever keeps it keeps a copy.
         """
-        self.filled.clear()
-        beat_due, self._beat_due = self._beat_due, False
         load_due, self._load_due = self._load_due, False
-        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        pending = self._pending
         if not pending:
-            news = engine_pb2.StepUpdate(step=self._step, load=load_to_message(self._load)) if load_due else None
-            return news, beat_due
+            return self._filled_in(engine_pb2.SessionResponse()) if load_due else None
+        self._pending, self._pending_bytes = [], 0
         # One token each, for whom the last message brought one token each: what decodes do, step after step.
         steady = [(key, attempt, cached) for key, attempt, ids, logprobs, end, _, cached in pending
                   if end is None and not logprobs and len(ids) == 1]  # fmt: skip
@@ -150,13 +152,17 @@ class Outbox:
             for told, progress in zip(self._told, pending, strict=True):
                 told[0] = progress.token_ids[0]
         else:
-            message = _message_of(pending)
-            alike = len(steady) == len(pending) == len(message.sequences)
+            message = engine_pb2.SessionResponse()
+            _fill(message.step, pending)
+            alike = len(steady) == len(pending) == len(message.step.sequences)
             self._message = message if alike else None
-            self._steady, self._told = steady, [update.token_ids for update in message.sequences]
-        message.step = self._step
-        message.load.CopyFrom(load_to_message(self._load))
-        return message, beat_due
+            self._steady, self._told = steady, [update.token_ids for update in message.step.sequences]
+        return self._filled_in(message)
+
+    def _filled_in(self, message: engine_pb2.SessionResponse) -> engine_pb2.SessionResponse:
+        message.step.step = self._step
+        message.step.load.CopyFrom(load_to_message(self._load))
+        return message
 
 
 def _waits(load: LoadSnapshot) -> tuple[int, int]:
@@ -164,9 +170,8 @@ def _waits(load: LoadSnapshot) -> tuple[int, int]:
     return load.running_sequences + load.waiting_sequences, load.queued_prompt_tokens
 
 
-def _message_of(pending: Sequence[SequenceProgress]) -> engine_pb2.StepUpdate:
-    """Updates merged by sequence."""
-    message = engine_pb2.StepUpdate()
+def _fill(message: engine_pb2.StepUpdate, pending: Sequence[SequenceProgress]) -> None:
+    """With updates merged by sequence."""
     # Several updates of one sequence mean that the reader lags; otherwise there is nothing to merge.
     known: dict[SequenceKey, engine_pb2.SequenceUpdate] = {}
     add = message.sequences.add
@@ -178,7 +183,6 @@ def _message_of(pending: Sequence[SequenceProgress]) -> engine_pb2.StepUpdate:
             known[key] = add(sequence_id=key[1], attempt=attempt, token_ids=token_ids)
         if logprobs or cached_prompt_tokens or end is not None:
             _add_rare(known[key], progress)
-    return message
 
 
 def _add_rare(update: engine_pb2.SequenceUpdate, progress: SequenceProgress) -> None:

@@ -7,6 +7,7 @@ falls silent fails every sequence on it at once and is opened again, with a boun
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -100,7 +101,9 @@ class EngineSession:
         self._index = index
         self._pauses = pauses or engine_pb2.Pauses()
         self._asides: dict[str, engine_pb2.SessionRequest] = {}  # to be sent beside commands, the last of each kind
-        self._outgoing = asyncio.Event()
+        self._call: _Call | None = None  # while commands may be sent
+        self._sending = False  # at the end of this turn
+        self._unsent: deque[engine_pb2.SessionRequest] = deque()  # gathered, and there was no room
         self._heard = False
         self._stuck = False  # its step ran too long: it is down until it says that it works again
         self._task = asyncio.get_running_loop().create_task(self._keep_open(), name=f"session {endpoint.incarnation}")
@@ -131,7 +134,7 @@ class EngineSession:
         self._submits[sequence_id] = submit
         self.load.sent(tokens, cached_tokens)
         self._pulse.submitted(submit.attempt)
-        self._outgoing.set()
+        self._send_soon()
         return sequence_id, stream
 
     def release(self, sequence_id: int) -> None:
@@ -145,7 +148,7 @@ class EngineSession:
         unsent = self._submits.pop(sequence_id, None)
         if self.up and unsent is None and not stream.ended:
             self._cancels.append(sequence_id)
-            self._outgoing.set()
+            self._send_soon()
 
     def pace(self, pauses: engine_pb2.Pauses) -> None:
         """Makes the engine send its news with other pauses from now on."""
@@ -187,7 +190,7 @@ class EngineSession:
     async def _run(self, opened: Http2Channel) -> None:
         """One stream, from its handshake to its end; always raises."""
         call: _Call | None = None
-        tasks: list[asyncio.Task[None]] = []
+        watching: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(self._settings.engine_silence_s):
                 call = await opened.stream(
@@ -214,18 +217,21 @@ class EngineSession:
                 self.served, self.load.max_num_seqs = ServedModel(card, tokenizer), card.max_num_seqs
             silent = asyncio.Event()
             spawn = asyncio.get_running_loop().create_task
-            tasks = [spawn(self._watch_silence(call, silent)), spawn(self._write(call))]
+            watching = spawn(self._watch_silence(call, silent))
+            self._call, call.on_room = call, self._send
+            self._send_soon()
             if not self._stuck:
                 self._came_up()
             await self._read(call)
             raise SequenceLost(LossReason.SILENT if silent.is_set() else LossReason.BROKEN)
         finally:
-            for task in tasks:
-                task.cancel()
+            self._call = None
+            self._unsent.clear()
             if call is not None:
                 call.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
+            if watching is not None:
+                watching.cancel()
+                await asyncio.wait([watching])
 
     async def _read(self, call: _Call) -> None:
         """Dispatches whatever comes, in the turn of the event loop that brings it, until the stream ends."""
@@ -287,7 +293,7 @@ class EngineSession:
 
     def _send_aside(self, kind: str, request: engine_pb2.SessionRequest) -> None:
         self._asides[kind] = request
-        self._outgoing.set()
+        self._send_soon()
 
     def _judge(self, step_age_s: float) -> None:
         if step_age_s <= self._settings.engine_step_deadline_s:
@@ -298,21 +304,25 @@ class EngineSession:
             self._stuck = True
             raise SequenceLost(LossReason.STUCK)
 
-    async def _write(self, call: _Call) -> None:
-        """Sends what was gathered, once per turn of the event loop; ends with the call."""
-        while True:
-            await self._outgoing.wait()  # wakes with the next turn of the event loop: all of this one joins in
-            self._outgoing.clear()
+    def _send_soon(self) -> None:
+        """At the end of this turn of the event loop: all of it joins in."""
+        if not self._sending and self._call is not None:
+            self._sending = True
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def _send(self) -> None:
+        """What was gathered, as far as the engine takes it; the call goes on with the rest by itself."""
+        self._sending, call = False, self._call
+        if call is None or not call.writable:  # it hears of room
+            return
+        if not self._unsent:
             submits, self._submits = self._submits, {}
             cancels, self._cancels = self._cancels, []
             asides, self._asides = self._asides, {}
-            try:
-                for commands in batches(submits.values(), cancels):
-                    await call.write(engine_pb2.SessionRequest(commands=commands))
-                for request in asides.values():
-                    await call.write(request)
-            except grpc.RpcError:
-                return  # the reader sees the same end and says so
+            self._unsent.extend(engine_pb2.SessionRequest(commands=c) for c in batches(submits.values(), cancels))
+            self._unsent.extend(asides.values())
+        while self._unsent and call.writable:
+            call.push(self._unsent.popleft())
 
     async def _watch_silence(self, call: _Call, silent: asyncio.Event) -> None:
         """Cancels the call at most ``engine_silence_s`` after the last message, and not much earlier.

@@ -15,7 +15,7 @@ from h2.errors import ErrorCodes
 from cluster.wire.http2 import headers
 from cluster.wire.http2.headers import CallHead, Metadata
 from cluster.wire.http2.messages import CallRefused, MessageReader, Received, framed
-from cluster.wire.http2.outbox import Sender
+from cluster.wire.http2.sending import Sending
 
 _LOG = logging.getLogger(__name__)
 TAKEN_TOGETHER_MAX = 256  # messages of one caller before others get their turn
@@ -35,14 +35,18 @@ class Wire(Protocol):
         """The client may send ``size`` bytes more."""
         ...
 
-    def send(self, call: Sender, data: bytes) -> memoryview | None:
+    def send(self, call: Sending, data: bytes) -> memoryview | None:
         """Sends ``data`` on the call's stream; what there is no room for now is returned.
 
         ``call.unsent`` is taken up by itself when there is room.
         """
         ...
 
-    def forget_unsent(self, call: Sender) -> None: ...
+    def send_now(self, call: Sending, data: bytes) -> memoryview | None:
+        """``send``, and it goes out with all that waits for the end of the event loop's turn."""
+        ...
+
+    def forget_unsent(self, call: Sending) -> None: ...
 
     def reset(self, stream_id: int, code: ErrorCodes) -> None: ...
 
@@ -54,7 +58,7 @@ class Wire(Protocol):
     def peer(self) -> str: ...
 
 
-class ServerCall(grpc.aio.ServicerContext[Any, Any]):
+class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     """The context of one call's handler, and its state.
 
     ``write`` returns when the transport has taken the message, which is at once while the client keeps up. A handler
@@ -63,13 +67,13 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     """
 
     __slots__ = (
-        "_began", "_code", "_deadline_s", "_details", "_done", "_drained", "_ended", "_expired",
-        "_handler", "_head", "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed",
-        "held", "owed", "stream_id", "task", "unsent", "unsent_began",
+        "_began", "_code", "_deadline_s", "_details", "_done", "_ended", "_expired", "_handler", "_head", "_loop",
+        "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed", "held", "owed", "task",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
         """CallRefused where its messages could not be read."""
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._wire, self.stream_id, self._head, self._handler = wire, stream_id, head, handler
         self._reader = MessageReader(head.encoding, wire.largest_message)
@@ -77,11 +81,8 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         self._began = self._ended = self._expired = False
         self.gone = False  # the client has left, or its connection
         self.half_closed = False  # the client sends nothing more
-        self.unsent: memoryview | None = None  # of the message that is being written
-        self.unsent_began = False  # a part of that message is out
         self.held = head.size  # bytes that the connection has counted for it
         self.owed = 0  # bytes that came and that the client does not know to be read
-        self._drained: asyncio.Future[None] | None = None
         self._code, self._details, self._trailing = grpc.StatusCode.OK, "", ()
         self._done: list[Callable[[Any], None]] = []
         self.task: asyncio.Task[None] | None = None
@@ -155,12 +156,6 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
             self._wire.drop(self)
         else:
             self.task.cancel()
-
-    def drained(self) -> None:
-        """All that was unsent is out."""
-        self.unsent, self.unsent_began = None, False
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
 
     def close(self) -> None:
         """Nobody works on it any more."""
@@ -246,11 +241,28 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         if not self._began:
             self._begin(())
         if self.unsent is not None:  # of a write that was cancelled
-            await self._drain()
-        serialize = self._handler.response_serializer
-        self.unsent = self._wire.send(self, framed(serialize(message) if serialize else message))
+            await self._until_drained()
+        self.unsent = self._wire.send(self, self._framed(message))
         if self.unsent is not None:
-            await self._drain()
+            await self._until_drained()
+
+    def _framed(self, message: Any) -> bytes:
+        serialize = self._handler.response_serializer
+        return framed(serialize(message) if serialize else message)
+
+    @property
+    def writable(self) -> bool:
+        """Whether ``push`` may be called."""
+        return self.unsent is None and not self._ended
+
+    def push(self, message: Any) -> None:
+        """``write`` without waiting, and all that the connection was to send goes out at once; while ``writable``."""
+        if self._ended:
+            raise asyncio.InvalidStateError("The call has ended.")
+        assert self.unsent is None, "look first whether it is writable"
+        if not self._began:
+            self._begin(())
+        self.unsent = self._wire.send_now(self, self._framed(message))
 
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
         assert not self._began, "it is out"
@@ -260,14 +272,6 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
     def _begin(self, metadata: Metadata) -> None:
         self._began = True
         self._wire.send_headers(self.stream_id, headers.beginning(metadata), last=False)
-
-    async def _drain(self) -> None:
-        mine = self._drained = self._loop.create_future()
-        try:
-            await mine
-        finally:
-            if self._drained is mine:  # whoever cancelled this write may wait by now
-                self._drained = None
 
     def _end(self, code: grpc.StatusCode, message: str, metadata: Metadata = ()) -> None:
         """The status goes out, nothing after it. Behind half a message none can: then the stream is reset."""
@@ -293,7 +297,7 @@ class ServerCall(grpc.aio.ServicerContext[Any, Any]):
         if self.unsent_began and not self._ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ABORT_S):
-                    await self._drain()
+                    await self._until_drained()
         self._end(code, details, (*self._trailing, *trailing_metadata))
         raise grpc.aio.AbortError(f"{code.name}: {details}")
 

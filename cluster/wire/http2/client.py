@@ -89,7 +89,7 @@ class ClientLink(Link):
             self._leave()
             return
         self._outbox.resume_if_opened()
-        self._flush()
+        self.flush()
         if self._h2.peer_leaves:
             self._stay_for_what_it_took(self._h2.peer_took)
 

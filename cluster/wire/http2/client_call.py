@@ -12,7 +12,7 @@ from h2.errors import ErrorCodes
 
 from cluster.wire.http2.headers import Headers
 from cluster.wire.http2.messages import CallRefused, MessageReader, framed
-from cluster.wire.http2.outbox import Sender
+from cluster.wire.http2.sending import Sending
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -30,13 +30,17 @@ class Wire(Protocol):
 
     def acknowledge(self, stream_id: int, size: int) -> None: ...
 
-    def send(self, call: Sender, data: bytes) -> memoryview | None:
+    def send(self, call: Sending, data: bytes) -> memoryview | None:
         """What there was no room for; it is ``call.unsent`` by the time that there is."""
+        ...
+
+    def send_now(self, call: Sending, data: bytes) -> memoryview | None:
+        """``send``, and it goes out with all that waits for the end of the event loop's turn."""
         ...
 
     def send_end(self, stream_id: int) -> None: ...
 
-    def forget_unsent(self, call: Sender) -> None: ...
+    def forget_unsent(self, call: Sending) -> None: ...
 
     def reset(self, stream_id: int, code: ErrorCodes) -> None: ...
 
@@ -45,35 +49,32 @@ class Wire(Protocol):
         ...
 
 
-class ClientCall(Generic[Request, Response]):
-    """Reads as grpcio's: ``write``, ``read``, ``cancel``; ``each`` saves a task's turn for each message.
+class ClientCall(Sending, Generic[Request, Response]):
+    """Reads as grpcio's: ``write``, ``read``, ``cancel``; ``each`` and ``push`` save a task's turn for each message.
 
     One task writes and one reads at a time. What nobody reads costs a window's bytes, then the other side waits. After
     the end, ``read`` raises AioRpcError with its status unless that is OK, and ``write`` with any.
     """
 
     __slots__ = (
-        "_deserialize", "_drained", "_left", "_news", "_owed", "_reader", "_serialize", "_take", "_wire", "headers",
-        "path", "status", "stream_id", "unsent", "unsent_began",
+        "_deserialize", "_left", "_news", "_owed", "_reader", "_serialize", "_take", "_wire", "headers", "path",
+        "status",
     )  # fmt: skip
 
     def __init__(
         self, path: str, serialize: Callable[[Request], bytes], deserialize: Callable[[bytes], Response]
     ) -> None:
+        super().__init__()
         self.path = path
         self._serialize, self._deserialize = serialize, deserialize
         self._wire: Wire | None = None
-        self.stream_id = 0
         self._reader: MessageReader | None = None
         self.headers: Headers = []  # what came last of them
         self.status: tuple[grpc.StatusCode, str] | None = None  # how it has ended
-        self.unsent: memoryview | None = None
-        self.unsent_began = False
         self._left = False  # by our side
         self._owed = 0  # bytes that came and that the other side does not know to be read
         self._take: Callable[[Response], None] | None = None
         self._news: asyncio.Future[None] | None = None  # whoever reads waits for it
-        self._drained: asyncio.Future[None] | None = None
 
     # ------------------------------------------------------------------------------------------------ for its user
 
@@ -92,10 +93,21 @@ class ClientCall(Generic[Request, Response]):
         wire = self._wire
         assert wire is not None, "it has begun"
         if self.unsent is not None:  # of a write that was cancelled
-            await self._until_drained()
+            await self._room()
         self.unsent = wire.send(self, framed(self._serialize(message)))
         if self.unsent is not None:
-            await self._until_drained()
+            await self._room()
+
+    @property
+    def writable(self) -> bool:
+        """Whether ``push`` may be called."""
+        return self.unsent is None and self.status is None
+
+    def push(self, message: Request) -> None:
+        """``write`` without waiting, and all that the connection was to send goes out at once; while ``writable``."""
+        assert self._wire is not None, "it has begun"
+        assert self.writable, "look first whether it is writable"
+        self.unsent = self._wire.send_now(self, framed(self._serialize(message)))
 
     def done_writing(self) -> None:
         """Nothing more comes from this side. After the last write has returned."""
@@ -165,11 +177,6 @@ class ClientCall(Generic[Request, Response]):
         """Whether the call goes on and ``each`` still waits for what comes."""
         return self.status is None and self._news is not None and not self._news.done()
 
-    def drained(self) -> None:
-        self.unsent, self.unsent_began = None, False
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
-
     def end(self, code: grpc.StatusCode, message: str) -> None:
         """The first end counts."""
         if self.status is not None:
@@ -179,8 +186,7 @@ class ClientCall(Generic[Request, Response]):
         if self._wire is not None:
             self._wire.forget_unsent(self)
             self._wire.drop(self)
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self._wake_writer()
         self._tell(None)
 
     # ------------------------------------------------------------------------------------------------------- inner
@@ -223,12 +229,8 @@ class ClientCall(Generic[Request, Response]):
         finally:
             self._news = None
 
-    async def _until_drained(self) -> None:
-        self._drained = asyncio.get_running_loop().create_future()
-        try:
-            await self._drained
-        finally:
-            self._drained = None
+    async def _room(self) -> None:
+        await self._until_drained()
         if self.status is not None:
             self._fail()
 

@@ -122,7 +122,7 @@ class Connection(Link):
         except Exception:  # boundary: what a stranger sends must not be able to do more than this
             _LOG.exception("a client's bytes could not be read")
             self._break("")
-        self._flush()
+        self.flush()
         transport = self._transport
         if self._outbox.paused and transport is not None and transport.get_write_buffer_size() > OUT_BYTES_MAX:
             transport.pause_reading()  # it is to read first; who never does is given up as any silent client is
@@ -256,7 +256,7 @@ class Connection(Link):
         if self._gone_away or self._transport is None:
             return
         self._gone_away = True
-        self._flush()
+        self.flush()
         # Not by h2, which would take the connection for closed.
         self._transport.write(GoAwayFrame(0, last_stream_id=self._last_stream, error_code=0).serialize())
         if not self._calls:
@@ -291,5 +291,5 @@ class Connection(Link):
             return
         self._pinged = True
         self._h2.ping(bytes(8))
-        self._flush()
+        self.flush()
         self._watch = self._loop.call_later(front.keepalive_timeout_s, self._look)

@@ -8,8 +8,9 @@ import logging
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 
-from cluster.wire.http2.outbox import Outbox, Sender
+from cluster.wire.http2.outbox import Outbox
 from cluster.wire.http2.protocol import ConnectionProtocol
+from cluster.wire.http2.sending import Sending
 
 _LOG = logging.getLogger(__name__)
 FLUSH_BYTES = 2**16  # of messages that wait for the end of the event loop's turn
@@ -36,7 +37,7 @@ class Link(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         self._peer = "" if not name else f"{'ipv6' if ':' in name[0] else 'ipv4'}:{name[0]}:{name[1]}"
         self._state.initiate_connection()
-        self._flush()
+        self.flush()
 
     def pause_writing(self) -> None:
         self._outbox.paused = True
@@ -54,10 +55,17 @@ class Link(asyncio.Protocol):
             self._over(stream_id, error)
         self._flush_soon()
 
-    def send(self, call: Sender, data: bytes) -> memoryview | None:
+    def send(self, call: Sending, data: bytes) -> memoryview | None:
         return self._outbox.send(call, data)
 
-    def forget_unsent(self, call: Sender) -> None:
+    def send_now(self, call: Sending, data: bytes) -> memoryview | None:
+        """``send``, and it goes out with all that waits for the end of the event loop's turn."""
+        self._flushing = True  # below, and not at that end
+        rest = self._outbox.send(call, data)
+        self.flush()
+        return rest
+
+    def forget_unsent(self, call: Sending) -> None:
         self._outbox.forget(call)
 
     def acknowledge(self, stream_id: int, size: int) -> None:
@@ -88,23 +96,23 @@ class Link(asyncio.Protocol):
         """What is sent in one turn of the event loop goes out in one system call."""
         if not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
     def _sent(self, size: int) -> None:
         """Much at once goes out at once, so that the transport can say when it is too much."""
         self._unflushed += size
         if self._unflushed > FLUSH_BYTES:
-            self._flush()
+            self.flush()
         else:
             self._flush_soon()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self._flushing, self._unflushed = False, 0
         data = self._state.data_to_send()
         if data and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     def _close(self) -> None:
-        self._flush()
+        self.flush()
         if self._transport is not None:
             self._transport.close()

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
 
 from h2.exceptions import ProtocolError
 
 from cluster.wire.http2.protocol import ConnectionProtocol
+from cluster.wire.http2.sending import Sending
 
 _LOG = logging.getLogger(__name__)
-
-
-class Sender(Protocol):
-    """A call, as its messages are sent."""
-
-    stream_id: int
-    unsent: memoryview | None  # of the message that is being written
-    unsent_began: bool  # a part of that message is out
-
-    def drained(self) -> None:
-        """All that was unsent is out."""
-        ...
 
 
 class Outbox:
@@ -36,11 +24,11 @@ class Outbox:
         """``sent`` hears of the bytes of each frame that is ready to go out."""
         self._h2, self._sent = h2, sent
         self.paused = False  # the transport has enough
-        self._waiting: dict[int, Sender] = {}
-        self._narrow: dict[int, Sender] = {}  # their streams' windows are closed
+        self._waiting: dict[int, Sending] = {}
+        self._narrow: dict[int, Sending] = {}  # their streams' windows are closed
         self._opened = False  # some window has opened since ``resume``
 
-    def send(self, call: Sender, data: bytes) -> memoryview | None:
+    def send(self, call: Sending, data: bytes) -> memoryview | None:
         """What there was no room for; it is ``call.unsent`` by the time that there is."""
         rest = self._push(call.stream_id, memoryview(data))
         call.unsent_began = rest is not None and len(rest) < len(data)
@@ -48,7 +36,7 @@ class Outbox:
             self._wait(call)
         return rest
 
-    def forget(self, call: Sender) -> None:
+    def forget(self, call: Sending) -> None:
         self._waiting.pop(call.stream_id, None)
         self._narrow.pop(call.stream_id, None)
 
@@ -79,7 +67,7 @@ class Outbox:
         while self._waiting and not self.paused and self._h2.outbound_flow_control_window > 0:
             self._send_rest(next(iter(self._waiting.values())))
 
-    def _send_rest(self, call: Sender) -> None:
+    def _send_rest(self, call: Sending) -> None:
         unsent = call.unsent
         assert unsent is not None, "it waits"
         del self._waiting[call.stream_id]
@@ -91,7 +79,7 @@ class Outbox:
             call.unsent, call.unsent_began = rest, True
         self._wait(call)
 
-    def _wait(self, call: Sender) -> None:
+    def _wait(self, call: Sending) -> None:
         """Behind the others."""
         has_room = self._h2.stream_has_room(call.stream_id)
         (self._waiting if has_room else self._narrow)[call.stream_id] = call

@@ -30,6 +30,7 @@ from cluster.domain.endpoint import Endpoint, EndpointTable
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.v1 import control_pb2_grpc, engine_pb2, engine_pb2_grpc, inference_pb2
 from cluster.wire import channel, convert
+from cluster.wire.http2.call import ServerCall
 from cluster.wire.http2.server import Http2Server
 
 MODEL, BLOCK_SIZE, DIGEST, VOCAB_SIZE = "mock", 16, "sha256:mock", 300
@@ -83,14 +84,17 @@ class Running:
 
 
 class Outgoing:
-    """The way down of a session: one write at a time, whoever asks."""
+    """The way down of a session: pushed, as a leader does; whoever finds no room waits for it."""
 
-    def __init__(self, context: Any) -> None:
-        self._context, self._turn = context, asyncio.Lock()
+    def __init__(self, call: ServerCall) -> None:
+        self._call, self._room = call, asyncio.Event()
+        call.on_room = self._room.set
 
     async def write(self, message: engine_pb2.SessionResponse) -> None:
-        async with self._turn:
-            await self._context.write(message)
+        while not self._call.writable:
+            self._room.clear()
+            await self._room.wait()
+        self._call.push(message)
 
 
 class MockEngine(engine_pb2_grpc.EngineServicer):
@@ -123,10 +127,10 @@ class MockEngine(engine_pb2_grpc.EngineServicer):
         hello = (await context.read()).hello
         if hello.expected != self._identity:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"this is {self._identity}")
-        await context.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity)))
+        down = Outgoing(context)
+        await down.write(engine_pb2.SessionResponse(welcome=engine_pb2.Welcome(identity=self._identity)))
         running: dict[int, dict[int, Running]] = {}
         steppers: dict[int, asyncio.Task[None]] = {}
-        down = Outgoing(context)
         beat = asyncio.create_task(self._beat(down))
         try:
             while (message := await context.read()) is not grpc.aio.EOF:

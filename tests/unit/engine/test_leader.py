@@ -17,6 +17,7 @@ from cluster.engine.loop import CancelSession, Published, Submit
 from cluster.engine.model.tensor_parallel import TensorParallelGroup, _configure_environment
 from cluster.engine.model_card import default_sampling, tokenizer_digest
 from cluster.engine.progress import RankProgress
+from cluster.engine.session_writer import SessionWriter
 from cluster.engine.sessions import Sessions
 from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.v1 import engine_pb2, inference_pb2
@@ -33,11 +34,19 @@ class FakeContext:
 
     def __init__(self, reads):
         self.reads, self.written, self.code = reads, [], None
+        self.on_room = None
 
-    async def write(self, message):
-        if len(self.written) >= self.reads:
-            await asyncio.Event().wait()
-        self.written.append(message)
+    @property
+    def writable(self):
+        return len(self.written) < self.reads
+
+    def push(self, message):
+        assert self.writable
+        self.written.append(engine_pb2.SessionResponse.FromString(message.SerializeToString()))
+
+    def read_on(self, reads):
+        self.reads += reads
+        self.on_room()
 
     async def abort(self, code, details):
         self.code = code
@@ -128,7 +137,7 @@ async def test_blocks_are_told_to_who_asked_after_the_tokens_and_again_when_some
     await until(lambda: len(blocks_of(hearing)) == 2)
     assert list(blocks_of(hearing)[1].stored) == [short_name(first), short_name(second)], "two steps, one message"
     kinds = [m.WhichOneof("message") for m in hearing.written if not m.HasField("beat")]
-    assert kinds == ["welcome", "blocks", "step", "blocks"]
+    assert kinds == ["welcome", "blocks", "step", "step", "blocks"]
     await commands.put(engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks()))
     await until(lambda: len(blocks_of(hearing)) == 3)
     again = blocks_of(hearing)[2]
@@ -177,19 +186,16 @@ async def test_a_long_account_waits_for_tokens(engine, monkeypatch):
     log.append({bytes([n]) * 32: True for n in range(20)})
     sessions = Sessions(log)
     number, outbox = sessions.open(block_events=True)
+    context = FakeContext(reads=1)
+    SessionWriter(outbox, context, engine_pb2.Beat).begin(engine_pb2.Welcome())
     outbox.tell_blocks(0.0)
-    order = []
-    while outbox.filled.is_set():
-        step, _ = outbox.take()
-        if step is not None:
-            order.append("step")
-        if len(order) < 5:
-            sessions.deliver(
-                Published(1, (SequenceProgress(SequenceKey(number, 1), 1, (5,)),), RankProgress(MonotonicClock()).load)
-            )
-        if outbox.take_blocks() is not None:
-            order.append("blocks")
-    assert order == ["step"] * 5 + ["blocks"] * 10
+    load = RankProgress(MonotonicClock()).load
+    while len(context.written) < 10:
+        sessions.deliver(Published(1, (SequenceProgress(SequenceKey(number, 1), 1, (5,)),), load))
+        context.read_on(2)
+    context.read_on(100)
+    kinds = [message.WhichOneof("message") for message in context.written]
+    assert kinds == ["welcome", *["step", "blocks"] * 5, *["blocks"] * 5], "tokens first, whenever there is room"
 
 
 async def test_a_router_of_many_replicas_hears_less_often(monkeypatch):

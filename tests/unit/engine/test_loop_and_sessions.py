@@ -202,9 +202,10 @@ def progress(number, *tokens, session=1, attempt=1, end=None):
     return SequenceProgress(SequenceKey(session, number), attempt, tokens, (), end)
 
 
-async def taken(outbox):
-    await asyncio.wait_for(outbox.filled.wait(), 1)
-    return outbox.take()[0]
+def taken(outbox):
+    """A copy: the outbox goes on with what it gave."""
+    message = outbox.take()
+    return None if message is None else engine_pb2.SessionResponse.FromString(message.SerializeToString()).step
 
 
 async def test_news_that_nobody_took_is_merged_by_sequence():
@@ -214,16 +215,16 @@ async def test_news_that_nobody_took_is_merged_by_sequence():
     last = SequenceProgress(SequenceKey(1, 8), 1, (), (), SequenceEnd.REJECTED_INVALID, "no")
     sessions.deliver(Published(1, (progress(7, 10), progress(8, 20), progress(7, 30, session=second)), LOAD))
     sessions.deliver(Published(2, (progress(7, 11), last), LOAD))
-    message = await taken(outbox)
+    message = taken(outbox)
     assert message.step == 2
     assert message.load.running_sequences == 1
     assert {u.sequence_id: list(u.token_ids) for u in message.sequences} == {7: [10, 11], 8: [20]}
     ends = [(u.end, u.detail) for u in message.sequences]
     assert ends == [(engine_pb2.SEQUENCE_END_UNSPECIFIED, ""), (engine_pb2.SEQUENCE_END_REJECTED_INVALID, "no")]
-    assert [list(u.token_ids) for u in (await taken(other)).sequences] == [[30]]
+    assert [list(u.token_ids) for u in taken(other).sequences] == [[30]]
     sessions.close(first)
     sessions.deliver(Published(3, (progress(7, 12),), LOAD))
-    assert not outbox.filled.is_set()
+    assert taken(outbox) is None
 
 
 def cached(number, count, *tokens):
@@ -264,20 +265,18 @@ async def test_messages_that_resemble_the_last_one_are_as_if_made_anew():
         outbox.put(number, news, LoadSnapshot(running_sequences=number))
         anew = Outbox()
         anew.put(number, news, LoadSnapshot(running_sequences=number))
-        message, _ = outbox.take()
-        assert message == anew.take()[0], news
+        message = taken(outbox)
+        assert message == taken(anew), news
         assert told(message), "there is something to compare"
     assert told(message) == [(1, 1, [6], 0, engine_pb2.SEQUENCE_END_UNSPECIFIED)]
 
 
 async def test_a_beat_is_asked_for_beside_the_news():
-    outbox = Outbox()
+    outbox, told = Outbox(), []
+    outbox.on_news = lambda: told.append((taken(outbox), outbox.take_beat()))
     outbox.ask_for_beat()
-    assert outbox.take() == (None, True)
     outbox.put(1, [progress(7, 10)], LOAD)
-    outbox.ask_for_beat()
-    step, beat_due = outbox.take()
-    assert (step.step, beat_due, outbox.filled.is_set()) == (1, True, False)
+    assert [(step and step.step, beat_due) for step, beat_due in told] == [(None, True), (1, False)]
 
 
 async def test_sessions_hear_of_loads_that_others_change(monkeypatch):
@@ -289,30 +288,23 @@ async def test_sessions_hear_of_loads_that_others_change(monkeypatch):
     _, other = sessions.open(load_pause_s=0.001)
     _, deaf = sessions.open()
     sessions.deliver(Published(2, (progress(1, 6),), busy))
-    assert not other.filled.is_set(), "nothing has changed"
+    assert taken(other) is None, "nothing has changed"
     sessions.deliver(Published(3, (progress(1, 7),), LoadSnapshot(running_sequences=1, kv_blocks_used=5)))
-    message, _ = other.take()
+    message = taken(other)
     assert (message.step, message.load.kv_blocks_used, len(message.sequences)) == (3, 5, 0)
-    assert not deaf.filled.is_set()
-    assert other.take() == (None, False)
+    assert taken(deaf) is taken(other) is None
+    heard = asyncio.Event()
+    other.on_news = lambda: taken(other).load.queued_prompt_tokens == 98 and heard.set()
     for tokens in range(2, 99):  # more changes than it wants to hear of
         sessions.load_changed(4, LoadSnapshot(queued_prompt_tokens=tokens), but=(mine,))
-    await asyncio.wait_for(wait_for_load(other, 98), 5)
-
-
-async def wait_for_load(outbox, queued_prompt_tokens):
-    while True:
-        await outbox.filled.wait()
-        message, _ = outbox.take()
-        if message.load.queued_prompt_tokens == queued_prompt_tokens:
-            return
+    await asyncio.wait_for(heard.wait(), 5)
 
 
 async def test_the_only_session_hears_nothing_but_its_own():
     sessions = Sessions()
     _, outbox = sessions.open(load_pause_s=0.001)
     sessions.load_changed(1, LoadSnapshot(running_sequences=1), but=())
-    assert not outbox.filled.is_set()
+    assert taken(outbox) is None
 
 
 async def test_a_message_with_tokens_brings_the_load_to_who_is_late():
@@ -392,13 +384,13 @@ async def test_tokens_that_wait_keep_the_number_of_their_step():
     outbox = Outbox(load_pause_s=1.0)
     outbox.put(10, [progress(1, 5)], LOAD)
     outbox.load_changed(11, LoadSnapshot(running_sequences=2), now_s=0.0)
-    outbox.refuse(11, progress(2, end=SequenceEnd.REJECTED_CAPACITY), LoadSnapshot(running_sequences=2))
-    message = await taken(outbox)
+    outbox.refuse(11, [progress(2, end=SequenceEnd.REJECTED_CAPACITY)], LoadSnapshot(running_sequences=2))
+    message = taken(outbox)
     assert (message.step, message.load.running_sequences, len(message.sequences)) == (10, 2, 2)
     outbox.load_changed(12, LOAD, now_s=0.0)
-    assert (await taken(outbox)).step == 12
-    outbox.refuse(13, progress(3, end=SequenceEnd.REJECTED_CAPACITY), LOAD)
-    assert (await taken(outbox)).step == 13
+    assert taken(outbox).step == 12
+    outbox.refuse(13, [progress(3, end=SequenceEnd.REJECTED_CAPACITY)], LOAD)
+    assert taken(outbox).step == 13
 
 
 async def test_a_session_that_never_reads_overflows(monkeypatch):
