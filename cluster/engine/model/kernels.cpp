@@ -690,63 +690,83 @@ constexpr int64_t AHEAD = 32;                // inputs of a panel that are asked
 constexpr int64_t DEPTH = 512;  // inputs whose products are summed up on their own, so that long sums stay exact
 constexpr int64_t BATCH = 64;   // rows that share one reading of the weight
 
-// out [m, PANEL] = or += x [m, depth] times inputs of a panel; each of them asks for ``lines`` lines of ``later``.
-template <int64_t lines>
-void multiply(int64_t m, int64_t depth, const float* x, int64_t stride, const float* panel, const float* later, float* out,
-              bool add = false) {
+// Cache lines that are asked for while something else is multiplied with: from ``from`` on, spread evenly over the inputs
+// of one pass or several. In 65536ths of a line: ``step`` for each input, ``begin`` before this pass.
+struct Later {
+  const float* from;
+  uint64_t step, begin = 0;
+
+  Later(const float* from, int64_t lines, int64_t inputs)
+      : from(from), step((uint64_t(lines) << 16) / std::max<int64_t>(1, inputs)) {}
+
+  // Lines that have to be asked for with each input, so that none is left out.
+  int64_t at_once() const { return int64_t((step + 0xffff) >> 16); }
+
+  // Into the second cache: the first one keeps what is worked with.
+  template <int64_t lines>
+  auto ask() const {
+    return [from = from, step = step, begin = begin](int64_t i) {
+      for (int64_t l = 0; l < lines; ++l)
+        __builtin_prefetch(from + ((begin + i * step + l * step / lines) >> 16) * (LINE / 4), 0, 2);
+    };
+  }
+};
+
+// out [m, PANEL] = or += x [m, depth] times inputs of a panel; ask(i) asks for something else with each of them.
+template <typename Ask>
+void multiply(int64_t m, int64_t depth, const float* x, int64_t stride, const float* panel, float* out, bool add, const Ask& ask) {
   const auto row = [=](int64_t i) {
-    for (int64_t l = 0; l < lines; ++l) __builtin_prefetch(later + (i * lines + l) * (LINE / 4));
+    ask(i);
     return panel + i * PANEL;
   };
   product(m, PANEL, depth, x, stride, row, out, PANEL, add);
 }
 
 // x [rows, k] times a weight in panels [ceil(n / PANEL)][packed_k][PANEL], which is how oneDNN packs float32 for
-// AVX-512. A slice of a panel (DEPTH inputs: 128 KiB) stays in the second cache for all rows. Few rows read it as fast
-// as memory gives it, that is all there is to them. Where there are LINES passes or more over a slice, each asks for a
-// line of the next one with every input: memory brings it while this one is multiplied with.
+// AVX-512. A slice of a panel (DEPTH inputs: 128 KiB) stays in the second cache for all rows, ROWS of them in a pass. One
+// pass reads it as fast as memory gives it, that is all there is to it. Where there are more, they ask for the next slice
+// all the while: memory brings it while this one is multiplied with. Evenly, since what comes faster than memory gives it
+// holds up the reads of this one, too.
 struct PackedProduct {
   const float *x, *weight, *bias;
   float* out;
   int64_t stride, packed_k, rows, n, k;
 
   int64_t panels() const { return (n + PANEL - 1) / PANEL; }
+  int64_t passes() const { return (rows + ROWS - 1) / ROWS; }
 
   // A thread's first panel is the one of its number; the others it takes, each while it is at the one before. So a thread
   // that loses its processor for a while leaves less than its share for the others to wait for.
   void work(int64_t thread, int64_t threads, std::atomic<int64_t>& taken) const {
-    const bool many = rows > (LINES - 1) * ROWS;
     bool here = false;  // the slice was asked for during the one before
     for (int64_t p = thread, following; p < panels(); p = following) {
       following = threads + taken++;
-      panel(p, following, many, here);
-      here = many;
+      panel(p, following, here);
+      here = passes() > 1;
     }
   }
 
  private:
-  void panel(int64_t p, int64_t following, bool many, bool here) const {
+  void panel(int64_t p, int64_t following, bool here) const {
     float whole[BATCH * PANEL], part[ROWS * PANEL];
-    for (int64_t first = 0; first < k; first += DEPTH, here = many) {
+    for (int64_t first = 0; first < k; first += DEPTH, here = passes() > 1) {
       const float* slice = weight + (p * packed_k + first) * PANEL;
       const int64_t depth = std::min(DEPTH, k - first), rest = k - first - depth;
       const bool last = following >= panels();
       const float* next = rest ? slice + depth * PANEL : weight + (last ? p : following) * packed_k * PANEL;
-      const float* stop = next + (rest ? std::min(DEPTH, rest) : last ? 0 : std::min(DEPTH, k)) * PANEL;
-      for (int64_t r = 0; r < rows; r += ROWS) {
-        const int64_t m = std::min<int64_t>(ROWS, rows - r);
+      const int64_t ahead = rest ? std::min(DEPTH, rest) : last ? 0 : std::min(DEPTH, k);
+      Later later(next, passes() > 1 ? ahead * LINES : 0, (passes() - !here) * depth);
+      for (int64_t r = 0, left = passes(); left > 0; --left) {
+        const int64_t m = (rows - r + left - 1) / left;  // as even as may be
         const float* from = x + r * stride + first;
         float *sum = whole + r * PANEL, *to = first ? part : sum;
         if (r == 0 && !here) {
-          const int64_t most = std::max<int64_t>(0, depth - AHEAD);
-          multiply<LINES>(m, most, from, stride, slice, slice + AHEAD * PANEL, to);
-          multiply<LINES>(m, depth - most, from + most, stride, slice + most * PANEL, next, to, true);
-        } else if (many && next < stop) {
-          multiply<1>(m, depth, from, stride, slice, next, to);
-          next += depth * (LINE / 4);
+          stream(m, depth, from, slice, next, to);
         } else {
-          multiply<0>(m, depth, from, stride, slice, nullptr, to);
+          beside(m, depth, from, slice, later, to);
+          later.begin += depth * later.step;
         }
+        r += m;
         if (first)
           for (int64_t i = 0; i < m * PANEL; ++i) sum[i] += part[i];
       }
@@ -755,6 +775,27 @@ struct PackedProduct {
     for (int64_t r = 0; r < rows; ++r) {
       float* to = out + r * n + p * PANEL;
       for (int64_t j = 0; j < width; ++j) to[j] = whole[r * PANEL + j] + (bias ? bias[p * PANEL + j] : 0.f);
+    }
+  }
+
+  // A slice that nobody has asked for before: lines are, a little ahead of their turn.
+  void stream(int64_t m, int64_t depth, const float* from, const float* slice, const float* next, float* to) const {
+    const int64_t most = std::max<int64_t>(0, depth - AHEAD);
+    const auto ahead = [](const float* lines) {
+      return [=](int64_t i) {
+        for (int64_t l = 0; l < LINES; ++l) __builtin_prefetch(lines + (i * LINES + l) * (LINE / 4));
+      };
+    };
+    multiply(m, most, from, stride, slice, to, false, ahead(slice + AHEAD * PANEL));
+    multiply(m, depth - most, from + most, stride, slice + most * PANEL, to, true, ahead(next));
+  }
+
+  void beside(int64_t m, int64_t depth, const float* from, const float* slice, const Later& later, float* to) const {
+    switch (later.at_once()) {
+      case 0: return multiply(m, depth, from, stride, slice, to, false, [](int64_t) {});
+      case 1: return multiply(m, depth, from, stride, slice, to, false, later.ask<1>());
+      case 2: return multiply(m, depth, from, stride, slice, to, false, later.ask<2>());
+      default: return multiply(m, depth, from, stride, slice, to, false, later.ask<LINES>());
     }
   }
 };
