@@ -154,9 +154,7 @@ class PrefillPace:
         alone = self._decodes_alone_s(num_decodes) if num_decodes else None
         if not num_decodes or not self._cost.known:
             return self._most_tokens
-        if alone is None:
-            return min(LEAST_CHUNK_TOKENS, self._most_tokens)
-        if self._must_look(num_decodes):
+        if alone is None or self._must_look(num_decodes):
             return 0
         if not self._cost.knows(start):
             return min(LEAST_CHUNK_TOKENS, self._most_tokens)

@@ -100,10 +100,28 @@ def test_a_prompt_is_short_up_to_eight_steps_of_the_decodes():
     assert pace.short_prompt(0) == 0
 
 
-def test_a_prompt_before_any_decode_was_seen_leaves_the_least_chunk():
+def test_streams_that_were_never_seen_alone_are_looked_at_first():
     pace = PrefillPace(2.0, 2048)
     pace.observe(0, at_start(2048), 0.5)
-    assert pace.budget(4) == LEAST_CHUNK_TOKENS
+    assert (pace.budget(4), pace.short_prompt(4)) == (0, 0)
+    pace.observe(4, NOTHING, 0.010)
+    assert 40 <= pace.budget(4) <= 80  # of one chunk nobody knows what reading its own beginning took
+
+
+def test_a_crowd_on_a_fresh_engine_is_computed_in_full_steps():
+    """Else the prompts that did not fit into the first step are computed by twos for as long as the first streams."""
+    pace, length = PrefillPace(2.0, 512), 64
+    decodes, left, steps = 0, 32 * length, 0
+    while left:
+        waiting = math.ceil(left / length)
+        tokens = pace.budget(decodes, waiting)
+        if decodes and pace.short_prompt(decodes) >= length:
+            tokens = 512
+        tokens = min(tokens, left)
+        pace.observe(decodes, at_start(tokens) if tokens else NOTHING, 0.005 + tokens * 0.0002)
+        left, steps = left - tokens, steps + 1
+        decodes = 32 - math.ceil(left / length)
+        assert steps < 10
 
 
 def test_a_budget_smaller_than_the_least_chunk_holds():
