@@ -7,7 +7,6 @@ falls silent fails every sequence on it at once and is opened again, with a boun
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -18,7 +17,7 @@ import grpc.aio
 from cluster.domain.endpoint import Endpoint
 from cluster.domain.errors import CheckpointError
 from cluster.router.cancellation import being_cancelled
-from cluster.router.command_batches import batches
+from cluster.router.command_writer import CommandWriter
 from cluster.router.endpoint_table import Candidate, LiveLoad
 from cluster.router.fleet_health import FleetHealth
 from cluster.router.handshake import HandshakeRefused, check_welcome, describe
@@ -33,7 +32,6 @@ from cluster.wire.http2.client_call import ClientCall
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
-OUTBOX_MAX = 16384
 SILENCE_CHECKS = 8  # per engine_silence_s
 DESCRIBE_TIMEOUT_S = 30.0
 SESSION_METHOD = f"/{engine_pb2.DESCRIPTOR.services_by_name['Engine'].full_name}/Session"
@@ -96,14 +94,9 @@ class EngineSession:
         self._log = log.bind(replica=str(endpoint.incarnation), address=endpoint.address)
         self._sequences: dict[int, tuple[SequenceStream, int]] = {}
         self._next_id = 1
-        self._submits: dict[int, engine_pb2.Submit] = {}
-        self._cancels: list[int] = []
+        self._commands = CommandWriter()
         self._index = index
         self._pauses = pauses or engine_pb2.Pauses()
-        self._asides: dict[str, engine_pb2.SessionRequest] = {}  # to be sent beside commands, the last of each kind
-        self._call: _Call | None = None  # while commands may be sent
-        self._sending = False  # at the end of this turn
-        self._unsent: deque[engine_pb2.SessionRequest] = deque()  # gathered, and there was no room
         self._heard = False
         self._stuck = False  # its step ran too long: it is down until it says that it works again
         self._task = asyncio.get_running_loop().create_task(self._keep_open(), name=f"session {endpoint.incarnation}")
@@ -125,16 +118,15 @@ class EngineSession:
         """
         if not self.up:
             raise SequenceLost(LossReason.BROKEN)
-        if len(self._submits) >= OUTBOX_MAX:
+        if self._commands.full:
             raise SequenceLost(LossReason.OVERFLOW)
         sequence_id, self._next_id = self._next_id, self._next_id + 1
         submit.sequence_id = sequence_id
         stream = SequenceStream(updates_max, submit.attempt)
         self._sequences[sequence_id] = stream, tokens
-        self._submits[sequence_id] = submit
+        self._commands.submit(submit)
         self.load.sent(tokens, cached_tokens)
         self._pulse.submitted(submit.attempt)
-        self._send_soon()
         return sequence_id, stream
 
     def release(self, sequence_id: int) -> None:
@@ -145,15 +137,13 @@ class EngineSession:
         stream, tokens = entry
         self.load.ended(tokens)
         self._on_load(self)
-        unsent = self._submits.pop(sequence_id, None)
-        if self.up and unsent is None and not stream.ended:
-            self._cancels.append(sequence_id)
-            self._send_soon()
+        if not self._commands.take_back(sequence_id) and self.up and not stream.ended:
+            self._commands.cancel(sequence_id)
 
     def pace(self, pauses: engine_pb2.Pauses) -> None:
         """Makes the engine send its news with other pauses from now on."""
         self._pauses = pauses
-        self._send_aside("pauses", engine_pb2.SessionRequest(pauses=pauses))
+        self._commands.say("pauses", engine_pb2.SessionRequest(pauses=pauses))
 
     def forget_blocks(self) -> None:
         """The endpoint leaves the table: what it holds interests nobody any more, nor what it may still say."""
@@ -200,7 +190,7 @@ class EngineSession:
                 )
                 if self._index is not None:
                     self._index.interrupted(self.endpoint.incarnation)
-                self._asides = {}  # a stream begins with all that they would say
+                self._commands.forget_asides()
                 hello = engine_pb2.Hello(
                     router_id=self._settings.router_id,
                     expected=convert.identity_of(self.endpoint),
@@ -218,15 +208,13 @@ class EngineSession:
             silent = asyncio.Event()
             spawn = asyncio.get_running_loop().create_task
             watching = spawn(self._watch_silence(call, silent))
-            self._call, call.on_room = call, self._send
-            self._send_soon()
+            self._commands.begin(call)
             if not self._stuck:
                 self._came_up()
             await self._read(call)
             raise SequenceLost(LossReason.SILENT if silent.is_set() else LossReason.BROKEN)
         finally:
-            self._call = None
-            self._unsent.clear()
+            self._commands.end()
             if call is not None:
                 call.cancel()
             if watching is not None:
@@ -288,12 +276,8 @@ class EngineSession:
     def _hear_blocks(self, index: PrefixIndex, events: engine_pb2.BlockEvents) -> None:
         if not index.apply(self.endpoint.incarnation, events):
             self._log.warning("block_events_missed", sequence_number=events.sequence_number)
-            self._send_aside("resync", engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks()))
+            self._commands.say("resync", engine_pb2.SessionRequest(resync_blocks=engine_pb2.ResyncBlocks()))
         self._settings.index_changed(self.endpoint.model, index)
-
-    def _send_aside(self, kind: str, request: engine_pb2.SessionRequest) -> None:
-        self._asides[kind] = request
-        self._send_soon()
 
     def _judge(self, step_age_s: float) -> None:
         if step_age_s <= self._settings.engine_step_deadline_s:
@@ -303,26 +287,6 @@ class EngineSession:
         elif not self._stuck:
             self._stuck = True
             raise SequenceLost(LossReason.STUCK)
-
-    def _send_soon(self) -> None:
-        """At the end of this turn of the event loop: all of it joins in."""
-        if not self._sending and self._call is not None:
-            self._sending = True
-            asyncio.get_running_loop().call_soon(self._send)
-
-    def _send(self) -> None:
-        """What was gathered, as far as the engine takes it; the call goes on with the rest by itself."""
-        self._sending, call = False, self._call
-        if call is None or not call.writable:  # it hears of room
-            return
-        if not self._unsent:
-            submits, self._submits = self._submits, {}
-            cancels, self._cancels = self._cancels, []
-            asides, self._asides = self._asides, {}
-            self._unsent.extend(engine_pb2.SessionRequest(commands=c) for c in batches(submits.values(), cancels))
-            self._unsent.extend(asides.values())
-        while self._unsent and call.writable:
-            call.push(self._unsent.popleft())
 
     async def _watch_silence(self, call: _Call, silent: asyncio.Event) -> None:
         """Cancels the call at most ``engine_silence_s`` after the last message, and not much earlier.
@@ -348,7 +312,7 @@ class EngineSession:
 
     def _went_down(self, reason: LossReason) -> None:
         was_up, self.up = self.up, False
-        self._submits, self._cancels = {}, []
+        self._commands.forget_commands()
         if was_up:
             self._pulse.went_down(reason, len(self._sequences))
         self._fail_sequences(reason)

@@ -701,6 +701,8 @@ struct Later {
 
   // Lines that have to be asked for with each input, so that none is left out.
   int64_t at_once() const { return int64_t((step + 0xffff) >> 16); }
+  // More than LINES are not: there is too little to multiply with for all of them.
+  bool all() const { return at_once() <= LINES; }
 
   // Into the second cache: the first one keeps what is worked with.
   template <int64_t lines>
@@ -741,15 +743,15 @@ struct PackedProduct {
     bool here = false;  // the slice was asked for during the one before
     for (int64_t p = thread, following; p < panels(); p = following) {
       following = threads + taken++;
-      panel(p, following, here);
-      here = passes() > 1;
+      here = panel(p, following, here);
     }
   }
 
  private:
-  void panel(int64_t p, int64_t following, bool here) const {
+  // Whether the following panel's first slice is here now.
+  bool panel(int64_t p, int64_t following, bool here) const {
     float whole[BATCH * PANEL], part[ROWS * PANEL];
-    for (int64_t first = 0; first < k; first += DEPTH, here = passes() > 1) {
+    for (int64_t first = 0; first < k; first += DEPTH) {
       const float* slice = weight + (p * packed_k + first) * PANEL;
       const int64_t depth = std::min(DEPTH, k - first), rest = k - first - depth;
       const bool last = following >= panels();
@@ -770,12 +772,14 @@ struct PackedProduct {
         if (first)
           for (int64_t i = 0; i < m * PANEL; ++i) sum[i] += part[i];
       }
+      here = passes() > 1 && later.all();
     }
     const int64_t width = std::min(PANEL, n - p * PANEL);
     for (int64_t r = 0; r < rows; ++r) {
       float* to = out + r * n + p * PANEL;
       for (int64_t j = 0; j < width; ++j) to[j] = whole[r * PANEL + j] + (bias ? bias[p * PANEL + j] : 0.f);
     }
+    return here;
   }
 
   // A slice that nobody has asked for before: lines are, a little ahead of their turn.

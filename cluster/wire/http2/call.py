@@ -67,8 +67,8 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     """
 
     __slots__ = (
-        "_began", "_code", "_deadline_s", "_details", "_done", "_ended", "_expired", "_handler", "_head", "_loop",
-        "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed", "held", "owed", "task",
+        "_aborted", "_began", "_code", "_deadline_s", "_details", "_done", "_ended", "_expired", "_handler", "_head",
+        "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed", "held", "owed", "task",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
@@ -78,7 +78,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         self._wire, self.stream_id, self._head, self._handler = wire, stream_id, head, handler
         self._reader = MessageReader(head.encoding, wire.largest_message)
         self._more: asyncio.Event | None = None  # a handler waits for messages or the end of them
-        self._began = self._ended = self._expired = False
+        self._aborted = self._began = self._ended = self._expired = False
         self.gone = False  # the client has left, or its connection
         self.half_closed = False  # the client sends nothing more
         self.held = head.size  # bytes that the connection has counted for it
@@ -252,14 +252,14 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
 
     @property
     def writable(self) -> bool:
-        """Whether ``push`` may be called."""
-        return self.unsent is None and not self._ended
+        """Whether ``push`` may be called; not while ``abort`` waits to be the last."""
+        return self.unsent is None and not self._ended and not self._aborted
 
     def push(self, message: Any) -> None:
         """``write`` without waiting, and all that the connection was to send goes out at once; while ``writable``."""
         if self._ended:
             raise asyncio.InvalidStateError("The call has ended.")
-        assert self.unsent is None, "look first whether it is writable"
+        assert self.writable, "look first"
         if not self._began:
             self._begin(())
         self.unsent = self._wire.send_now(self, self._framed(message))
@@ -294,6 +294,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
 
     async def abort(self, code: Any, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
         """Waits for a message that is half out, so that the status can follow it; without that the stream is reset."""
+        self._aborted = True
         if self.unsent_began and not self._ended:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ABORT_S):

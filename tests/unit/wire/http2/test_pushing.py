@@ -53,6 +53,13 @@ class Service:
         async for _ in requests:
             pass
 
+    async def give_up(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        """A client that does not read is told so, behind the message that is half out."""
+        del requests
+        self.calls.append(context)
+        self.pushers.append(Pusher(context, numbered()))
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "read it as it comes")
+
     async def late(self, requests: AsyncIterator[bytes], context: Any) -> None:
         self.calls.append(context)
         await self.go_on.wait()
@@ -64,7 +71,9 @@ class Service:
 @pytest.fixture
 async def served() -> AsyncIterator[tuple[Service, Http2Channel]]:
     service, server = Service(), Http2Server()
-    methods = {name: grpc.stream_stream_rpc_method_handler(getattr(service, name)) for name in ("count", "late")}
+    methods = {
+        name: grpc.stream_stream_rpc_method_handler(getattr(service, name)) for name in ("count", "give_up", "late")
+    }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("t.T", methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -123,6 +132,21 @@ async def test_what_is_pushed_goes_out_in_the_same_turn_and_takes_along_what_wai
     call.push(b"now")
     assert not link._h2.has_outgoing
     assert not link._flushing, "nothing is left for the end of the turn"
+
+
+async def test_a_call_that_gives_up_pushes_nothing_more_and_says_why(served: tuple[Service, Http2Channel]) -> None:
+    """Else the next message would be half out when the status is due, and the stream could only be reset."""
+    service, channel = served
+    call = await begin(channel, "give_up")
+    await until(lambda: service.pushers and service.pushers[0].stops)
+    (pusher,) = service.pushers
+    left = len(pusher.left)
+    with pytest.raises(grpc.RpcError) as caught:
+        await call.each(lambda _: None)
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.details() == "read it as it comes"
+    assert len(pusher.left) == left
+    assert not service.calls[0].writable
 
 
 async def test_nothing_is_pushed_on_a_call_that_has_ended(served: tuple[Service, Http2Channel]) -> None:
