@@ -116,10 +116,23 @@ class Starter:
     def _mock(self, name: str, started: list[subprocess.Popen]) -> dict:
         return self._json(name, started, [sys.executable, "-m", "ops.bench.router.mock_replica"], lambda _: True)
 
+    def envoy_before(self, backend: Contender) -> Contender:
+        """A plain balancer before one that serves already; it is ended by itself."""
+        started: list[subprocess.Popen] = []
+        try:
+            found = self._envoy_to(int(backend.address.rpartition(":")[2]), started)
+        except (OSError, ContenderError):
+            Contender("envoy", "", "", [], started).end()
+            raise
+        found.started = started
+        return found
+
     def _envoy(self, started: list[subprocess.Popen]) -> Contender:
-        mock, port = self._mock("envoy", started), _free_port()
-        settings = self._folder / "envoy.json"
-        settings.write_text(json.dumps(_envoy_settings(port, mock["port"])))
+        return self._envoy_to(self._mock("envoy", started)["port"], started)
+
+    def _envoy_to(self, backend: int, started: list[subprocess.Popen]) -> Contender:
+        port, settings = _free_port(), self._folder / "envoy.json"
+        settings.write_text(json.dumps(_envoy_settings(port, backend)))
         command = [str(self._peer("envoy")), "-c", str(settings), "--concurrency", "1", "--disable-hot-restart"]
         process = self._spawn("envoy", started, command)
         _until_open(port, process)
