@@ -55,7 +55,8 @@ class Clients:
 
     def _k6(self, address: str) -> Iterator[tuple[str, str | None]]:
         command = [str(self._programs["k6"]), "run", "--quiet", "--no-usage-report", "--log-format", "raw",
-                   "--address", "127.0.0.1:0", "-e", f"ADDRESS={address}", "-e", f"PROTOS={PROTOS}", str(HERE / "k6.js")]  # fmt: skip
+                   "--address", "127.0.0.1:0", "-e", f"ADDRESS={address}", "-e", f"PROTOS={PROTOS}",
+                   str(HERE / "k6.js")]  # fmt: skip
         yield from told(self._run(command))
 
     def _node(self, address: str) -> Iterator[tuple[str, str | None]]:
