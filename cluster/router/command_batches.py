@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from cluster.v1 import engine_pb2
 
@@ -10,20 +10,24 @@ COMMANDS_BYTES_MAX = 8 * 2**20  # of one message, far below what a channel carri
 
 
 def batches(
-    submits: Iterable[engine_pb2.Submit], cancels: Iterable[int], bytes_max: int = COMMANDS_BYTES_MAX
-) -> Iterator[engine_pb2.Commands]:
+    submits: Sequence[engine_pb2.Submit], cancels: Iterable[int], bytes_max: int = COMMANDS_BYTES_MAX
+) -> Iterator[engine_pb2.SessionRequest]:
     """All of them in order, in as few messages as have at most ``bytes_max`` of submits each.
 
     A single submit may be larger than that. ``cancels`` leave first: they free what the submits need.
     """
-    commands = engine_pb2.Commands(cancels=[engine_pb2.Cancel(sequence_id=i) for i in cancels])
-    size = 0
+    request = engine_pb2.SessionRequest()
+    commands = request.commands  # filled in place: a message that is put into another one is copied
+    for sequence_id in cancels:
+        commands.cancels.add(sequence_id=sequence_id)
+    size, alone = 0, len(submits) == 1
     for submit in submits:
-        submit_bytes = submit.ByteSize()
+        submit_bytes = 0 if alone else submit.ByteSize()
         if commands.submits and size + submit_bytes > bytes_max:
-            yield commands
-            commands, size = engine_pb2.Commands(), 0
+            yield request
+            request = engine_pb2.SessionRequest()
+            commands, size = request.commands, 0
         commands.submits.append(submit)
         size += submit_bytes
     if commands.submits or commands.cancels:
-        yield commands
+        yield request

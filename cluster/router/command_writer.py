@@ -94,7 +94,7 @@ class CommandWriter:
         submits, self._submits = self._submits, {}
         cancels, self._cancels = self._cancels, []
         asides, self._asides = self._asides, {}
-        commands = batches(submits.values(), cancels, self._bytes_max)
-        self._gathered.extend(engine_pb2.SessionRequest(commands=c) for c in commands)
+        if submits or cancels:
+            self._gathered.extend(batches(tuple(submits.values()), cancels, self._bytes_max))
         self._gathered.extend(asides.values())
         return bool(self._gathered)

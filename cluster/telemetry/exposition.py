@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import selectors
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -66,15 +67,24 @@ class MetricsServer:
         pages = {"/healthz": _alive, "/readyz": _readiness(ready or (lambda: True)), **(routes or {})}
         self._server = _bind(_request_class(_metrics_page(metrics), pages), host, first_port)
         self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="metrics", daemon=True
-        )
+        self._closed, self._close = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
         self._thread.start()
 
+    def _serve(self) -> None:
+        """Sleeps while nobody asks: ``serve_forever`` would wake up, and take the interpreter, many times a second."""
+        self._server.timeout = 0  # whoever asked may have left
+        with selectors.DefaultSelector() as asked:
+            asked.register(self._server, selectors.EVENT_READ)
+            asked.register(self._closed, selectors.EVENT_READ)
+            while all(key.fileobj is self._server for key, _ in asked.select()):
+                self._server.handle_request()
+
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._close.close()
         self._thread.join(timeout=5)
+        self._server.server_close()
+        self._closed.close()
 
 
 class _Server(ThreadingHTTPServer):

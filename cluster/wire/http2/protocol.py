@@ -7,11 +7,19 @@ import struct
 from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, H2Connection
 from h2.errors import ErrorCodes
-from h2.events import Event
+from h2.events import Event, WindowUpdated
 from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError
 from h2.settings import ChangedSetting, SettingCodes, Settings
 from h2.stream import H2Stream, StreamInputs, StreamState
-from hyperframe.frame import ContinuationFrame, DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
+from hyperframe.frame import (
+    ContinuationFrame,
+    DataFrame,
+    Frame,
+    GoAwayFrame,
+    HeadersFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
 
 from cluster.wire.http2.header_decoder import KeepingDecoder
 from cluster.wire.http2.headers import METADATA_BYTES_MAX
@@ -24,6 +32,9 @@ SETTINGS_MAX = 100  # frames of settings between two looks
 PAYLOAD_BYTES = 1024  # of a frame whose head is no noise
 _HEAD = struct.Struct(">HBBBI")  # of a frame: the length in three bytes, kind, flags, stream
 _END_STREAM, _END_HEADERS = 0x1, 0x4
+_WHOLE_BLOCKS = {_END_HEADERS: ("END_HEADERS",), _END_HEADERS | _END_STREAM: ("END_HEADERS", "END_STREAM")}
+_INCREMENT = struct.Struct(">I")  # of a window
+_MOST = 2**31 - 1  # that a window may be, and a stream's number
 _OF_BLOCKS = (HeadersFrame.type, ContinuationFrame.type)
 _SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)  # streams whose other side has not ended
 _PREFACE_BYTES = 24  # with which a client's connection begins
@@ -98,7 +109,7 @@ class ConnectionProtocol(H2Connection):
         self._data_to_send += body
 
     def take_in(self, data: bytes) -> list[Event]:
-        """``receive_data``; DATA frames of streams that run do not become objects first. ProtocolError."""
+        """``receive_data``; what every call sends does not go through h2's buffer of frames first. ProtocolError."""
         events: list[Event] = []
         if self._preface_left:
             preface, data = data[: self._preface_left], data[self._preface_left :]
@@ -116,28 +127,59 @@ class ConnectionProtocol(H2Connection):
             if body + length > size:
                 break
             start = body + length
-            plain = kind == DataFrame.type and not flags & ~_END_STREAM and not self._in_block
-            stream = self.streams.get(stream_id) if plain else None
-            if stream is None or stream.state_machine.state not in _SENDING:
-                events += self.receive_data(data[body - _HEAD.size : start])
-                if kind in _OF_BLOCKS:
-                    self._in_block = not flags & _END_HEADERS
-            else:
-                events += self._receive_plain(stream, data[body:start], ended=bool(flags))
+            quick = self._take_quickly(kind, flags, stream_id, data[body:start]) if not self._in_block else None
+            if quick is not None:
+                events += quick
+                continue
+            events += self.receive_data(data[body - _HEAD.size : start])
+            if kind in _OF_BLOCKS:
+                self._in_block = not flags & _END_HEADERS
         self._rest = data[start:]
         return events
+
+    def _take_quickly(self, kind: int, flags: int, stream_id: int, body: bytes) -> list[Event] | None:
+        """What every call sends, without h2's buffer of frames; None for what is unusual: that is h2's to judge."""
+        try:
+            if kind == DataFrame.type:
+                stream = None if flags & ~_END_STREAM else self.streams.get(stream_id)
+                if stream is not None and stream.state_machine.state in _SENDING:
+                    return self._receive_plain(stream, body, ended=bool(flags))
+            elif kind == WindowUpdateFrame.type:
+                return self._open_window(stream_id, body)
+            elif kind == HeadersFrame.type and flags in _WHOLE_BLOCKS and self._may_begin(stream_id):
+                frame = HeadersFrame(stream_id, flags=_WHOLE_BLOCKS[flags])
+                frame.data, frame.body_len = body, len(body)
+                return self._receive_frame(frame)
+        except ProtocolError as error:
+            self._terminate_connection(error.error_code)
+            raise
+        return None
+
+    def _may_begin(self, stream_id: int) -> bool:
+        """Whether the other side may begin this stream next."""
+        return not self.config.client_side and self.highest_inbound_stream_id < stream_id <= _MOST
+
+    def _open_window(self, stream_id: int, body: bytes) -> list[Event] | None:
+        stream = self.streams.get(stream_id)
+        window = self.outbound_flow_control_window if stream is None else stream.outbound_flow_control_window
+        if (stream is None and stream_id) or len(body) != _INCREMENT.size:
+            return None
+        (increment,) = _INCREMENT.unpack(body)
+        if not 1 <= increment <= _MOST - max(window, 0):
+            return None
+        self.noise_bytes += _HEAD.size + len(body)
+        self.state_machine.process_input(ConnectionInputs.RECV_WINDOW_UPDATE)
+        if stream is not None:
+            return stream.receive_window_update(increment)[1]
+        self.outbound_flow_control_window += increment
+        return [WindowUpdated(stream_id=0, delta=increment)]
 
     def _receive_plain(self, stream: H2Stream, body: bytes, *, ended: bool) -> list[Event]:
         if len(body) < PAYLOAD_BYTES:
             self.noise_bytes += _HEAD.size
-        try:
-            self.state_machine.process_input(ConnectionInputs.RECV_DATA)
-            self._inbound_flow_control_window_manager.window_consumed(len(body))
-            _, events = stream.receive_data(body, ended, len(body))
-        except ProtocolError as error:
-            self._terminate_connection(error.error_code)
-            raise
-        return events
+        self.state_machine.process_input(ConnectionInputs.RECV_DATA)
+        self._inbound_flow_control_window_manager.window_consumed(len(body))
+        return stream.receive_data(body, ended, len(body))[1]
 
     def _receive_frame(self, frame: Frame) -> list[Event]:
         """h2 writes down each frame in full first, for a log that nobody keeps; not so those that begin a stream."""

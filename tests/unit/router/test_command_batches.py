@@ -12,8 +12,9 @@ def submit(sequence_id: int, tokens: int) -> engine_pb2.Submit:
     return engine_pb2.Submit(sequence_id=sequence_id, prompt_token_ids=[300] * tokens)  # two bytes each
 
 
-def shape(messages: list[engine_pb2.Commands]) -> list[tuple[list[int], list[int]]]:
-    return [([s.sequence_id for s in m.submits], [c.sequence_id for c in m.cancels]) for m in messages]
+def shape(messages: list[engine_pb2.SessionRequest]) -> list[tuple[list[int], list[int]]]:
+    found = [message.commands for message in messages]
+    return [([s.sequence_id for s in m.submits], [c.sequence_id for c in m.cancels]) for m in found]
 
 
 def test_what_fits_is_one_message() -> None:
@@ -46,7 +47,7 @@ def test_the_limit_is_far_below_the_channels() -> None:
 @given(st.lists(st.integers(0, 60), max_size=20), st.integers(1, 400))
 def test_everything_leaves_once_in_order_within_the_limit(sizes: list[int], bytes_max: int) -> None:
     submits = [submit(i, tokens) for i, tokens in enumerate(sizes, 1)]
-    messages = list(batches(submits, [], bytes_max))
+    messages = [message.commands for message in batches(submits, [], bytes_max)]
     assert [s for m in messages for s in m.submits] == submits
     for message in messages:
         assert len(message.submits) == 1 or sum(s.ByteSize() for s in message.submits) <= bytes_max

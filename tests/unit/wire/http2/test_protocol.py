@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import struct
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import StreamReset
+from h2.events import Event, StreamReset
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from hyperframe.frame import DataFrame
 from hypothesis import given, settings
@@ -37,11 +39,17 @@ def told(events: list[Any]) -> list[tuple[Any, ...]]:
 def sent_by(client: H2Connection, steps: list[tuple[str, int]]) -> bytes:
     """What a client sends that does ``steps``, each with a number, on its streams."""
     running: list[int] = []
+    sent = b""
     for kind, number in steps:
         if kind == "call":
             running.append(client.get_next_available_stream_id())
             # More than a frame of headers now and then.
             client.send_headers(running[-1], [*HEAD, ("x-long", "v" * (20_000 if number == 0 else number))])
+        elif kind == "window":
+            # Of a stream that runs, of one that has ended or never began, or of the connection.
+            stream_id = (*running, 0, 1, 2 * number + 1)[number % (len(running) + 3)] if number % 3 else 0
+            sent += client.data_to_send()
+            sent += window_update(stream_id, INCREMENTS[number % len(INCREMENTS)])
         elif kind == "ping":
             client.ping(number.to_bytes(8, "big"))
         elif running and kind == "data":
@@ -53,11 +61,36 @@ def sent_by(client: H2Connection, steps: list[tuple[str, int]]) -> bytes:
                 client.send_data(over, bytes(number), end_stream=True)
             else:
                 client.reset_stream(over)
-    return client.data_to_send()
+    return sent + client.data_to_send()
+
+
+INCREMENTS = (1, 70, 2**16, 1, 2**20, 5, 2**30, 0, 2**31 - 1, 2**31 + 4)  # those behind 2**20 are too much now and then
+
+
+def window_update(stream_id: int, increment: int) -> bytes:
+    return struct.pack(">BHBBII", 0, 4, 8, 0, stream_id, increment)
+
+
+def all_of(take: Callable[[bytes], list[Event]], pieces: list[bytes]) -> tuple[list[Event], int | None]:
+    """The events of all pieces up to one that breaks the protocol, and how."""
+    events: list[Event] = []
+    for piece in pieces:
+        try:
+            events += take(piece)
+        except ProtocolError as error:
+            return events, error.error_code
+    return events, None
+
+
+def windows(connection: H2Connection) -> dict[int, int]:
+    return {number: stream.outbound_flow_control_window for number, stream in connection.streams.items()}
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["call", "call", "data", "data", "data", "end", "reset", "ping"]), st.integers(0, 200)),
+    st.tuples(
+        st.sampled_from(["call", "call", "data", "data", "data", "end", "reset", "ping", "window", "window"]),
+        st.integers(0, 200),
+    ),
     max_size=30,
 )
 
@@ -71,9 +104,14 @@ def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[st
     plain.data_to_send()
     sent = client.data_to_send() + sent_by(client, steps)
     edges = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
-    got = [event for start, end in itertools.pairwise(edges) for event in server.take_in(sent[start:end])]
-    assert told(got) == told(plain.receive_data(sent))
+    expected, error = all_of(plain.receive_data, [sent[start:end] for start, end in itertools.pairwise(edges)])
+    got, refused = all_of(server.take_in, [sent[start:end] for start, end in itertools.pairwise(edges)])
+    assert refused == error
+    # Of a piece that breaks the protocol h2 tells nothing; its events end the connection as well.
+    assert told(got) == told(expected)
     assert server.inbound_flow_control_window == plain.inbound_flow_control_window
+    assert server.outbound_flow_control_window == plain.outbound_flow_control_window
+    assert windows(server) == windows(plain)
     assert server.data_to_send() == plain.data_to_send()
 
 
