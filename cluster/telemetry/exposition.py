@@ -7,8 +7,10 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
@@ -20,6 +22,8 @@ from cluster.config.listening import refusal
 from cluster.domain.errors import PortTakenError
 
 PORTS_TRIED = 64
+NO_ROOM_PAUSE_S = 0.1
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +71,30 @@ class MetricsServer:
         pages = {"/healthz": _alive, "/readyz": _readiness(ready or (lambda: True)), **(routes or {})}
         self._server = _bind(_request_class(_metrics_page(metrics), pages), host, first_port)
         self.port: int = self._server.server_address[1]
-        self._closed, self._close = socket.socketpair()
+        try:
+            self._closed, self._close = socket.socketpair()
+        except OSError:
+            self._server.server_close()
+            raise
         self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         """Sleeps while nobody asks: ``serve_forever`` would wake up, and take the interpreter, many times a second."""
         self._server.timeout = 0  # whoever asked may have left
-        with selectors.DefaultSelector() as asked:
+        # Of a kind that needs no descriptor of its own.
+        with selectors.PollSelector() as asked, selectors.PollSelector() as closed:
             asked.register(self._server, selectors.EVENT_READ)
-            asked.register(self._closed, selectors.EVENT_READ)
+            for either in (asked, closed):
+                either.register(self._closed, selectors.EVENT_READ)
             while all(key.fileobj is self._server for key, _ in asked.select()):
                 self._server.handle_request()
+                if self._server.full and closed.select(NO_ROOM_PAUSE_S):
+                    return
 
     def close(self) -> None:
+        with suppress(OSError):  # closed before
+            self._close.shutdown(socket.SHUT_RDWR)  # heard even where a child has inherited it
         self._close.close()
         self._thread.join(timeout=5)
         self._server.server_close()
@@ -91,6 +105,19 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
     request_queue_size = 64
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.full = False  # there was no descriptor for who asked last: he is still there
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            asked = super().get_request()
+        except OSError as error:
+            self.full = error.errno in _NO_ROOM
+            raise
+        self.full = False
+        return asked
 
 
 class _Server6(_Server):

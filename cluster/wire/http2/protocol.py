@@ -17,6 +17,7 @@ from hyperframe.frame import (
     Frame,
     GoAwayFrame,
     HeadersFrame,
+    PushPromiseFrame,
     SettingsFrame,
     WindowUpdateFrame,
 )
@@ -35,7 +36,7 @@ _END_STREAM, _END_HEADERS = 0x1, 0x4
 _WHOLE_BLOCKS = {_END_HEADERS: ("END_HEADERS",), _END_HEADERS | _END_STREAM: ("END_HEADERS", "END_STREAM")}
 _INCREMENT = struct.Struct(">I")  # of a window
 _MOST = 2**31 - 1  # that a window may be, and a stream's number
-_OF_BLOCKS = (HeadersFrame.type, ContinuationFrame.type)
+_OF_BLOCKS = (HeadersFrame.type, PushPromiseFrame.type, ContinuationFrame.type)
 _SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)  # streams whose other side has not ended
 _PREFACE_BYTES = 24  # with which a client's connection begins
 _CALLS = (DataFrame, HeadersFrame)  # those that bring calls further

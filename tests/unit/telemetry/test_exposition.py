@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
+import selectors
 import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 
 import pytest
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
@@ -128,3 +131,65 @@ def test_a_process_may_have_pages_of_its_own() -> None:
         assert "/told" in get(server, "/elsewhere")[1]
     finally:
         server.close()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """How long the server was ready to wait, each time it did."""
+    found: list[float | None] = []
+
+    class Recording(selectors.PollSelector):
+        def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+            found.append(timeout)
+            return super().select(timeout)
+
+    monkeypatch.setattr(exposition.selectors, "PollSelector", Recording)
+    return found
+
+
+def test_nothing_wakes_up_while_nobody_asks(waits: list[float | None]) -> None:
+    server = MetricsServer(new_registry(), LOOPBACK, 0)
+    assert get(server, "/healthz")[0] == 200
+    server.close()
+    server.close()
+    assert len(waits) == 2
+    assert set(waits) == {None}
+    with pytest.raises(urllib.error.URLError):
+        get(server, "/healthz")
+
+
+def test_whoever_asks_while_no_descriptor_is_left_is_answered_when_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, waits: list[float | None]
+) -> None:
+    accept, refused = ThreadingHTTPServer.get_request, 0
+
+    def full(self: ThreadingHTTPServer) -> tuple[socket.socket, object]:
+        nonlocal refused
+        if refused < 3:
+            refused += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(self)
+
+    monkeypatch.setattr(ThreadingHTTPServer, "get_request", full)
+    monkeypatch.setattr(exposition, "NO_ROOM_PAUSE_S", 0.01)
+    server = MetricsServer(new_registry(), LOOPBACK, 0)
+    try:
+        assert get(server, "/healthz")[0] == 200
+    finally:
+        server.close()
+    assert waits.count(0.01) == 3, "it does not ask again and again at once"
+
+
+def test_a_server_that_cannot_be_built_leaves_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with socket.create_server((LOOPBACK, 0)) as probe:
+        port = probe.getsockname()[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(exposition.socket, "socketpair", full)
+        with pytest.raises(OSError, match="Too many open files"):
+            MetricsServer(new_registry(), LOOPBACK, port)
+    server = MetricsServer(new_registry(), LOOPBACK, port)
+    server.close()
+    assert server.port == port

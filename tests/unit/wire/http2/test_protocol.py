@@ -13,7 +13,7 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import Event, StreamReset
 from h2.exceptions import FrameTooLargeError, ProtocolError
-from hyperframe.frame import DataFrame
+from hyperframe.frame import DataFrame, Frame, HeadersFrame, PushPromiseFrame, WindowUpdateFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,6 +113,21 @@ def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[st
     assert server.outbound_flow_control_window == plain.outbound_flow_control_window
     assert windows(server) == windows(plain)
     assert server.data_to_send() == plain.data_to_send()
+
+
+@pytest.mark.parametrize("begun_by", [HeadersFrame(1), PushPromiseFrame(1, promised_stream_id=2)], ids=["head", "push"])
+@pytest.mark.parametrize(
+    "then", [HeadersFrame(3, flags=("END_HEADERS",)), WindowUpdateFrame(0, 5), DataFrame(1)], ids=str
+)
+def test_nothing_comes_into_a_block_of_headers_that_goes_on(begun_by: Frame, then: Frame) -> None:
+    client, server = pair()
+    block = client.encoder.encode(HEAD)
+    begun_by.data = block  # type: ignore[attr-defined]
+    if isinstance(then, HeadersFrame):
+        then.data = block
+    sent = client.data_to_send() + begun_by.serialize() + then.serialize()
+    with pytest.raises(ProtocolError, match="header block"):
+        server.take_in(sent)
 
 
 @pytest.mark.parametrize("late", [False, True])
