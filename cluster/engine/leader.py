@@ -19,13 +19,14 @@ from cluster.engine.block_events import BlockLog
 from cluster.engine.loop import Cancel, CancelSession, EngineLoop, Published, Submit, refused_for_capacity
 from cluster.engine.progress import RankProgress
 from cluster.engine.sequence import Sequence
-from cluster.engine.session_writer import PushedCall, SessionWriter
+from cluster.engine.session_writer import SessionWriter
 from cluster.engine.sessions import Outbox, Sessions
 from cluster.engine.step import SequenceKey, SequenceProgress
 from cluster.telemetry.logs import get_logger
 from cluster.v1 import engine_pb2, engine_pb2_grpc
 from cluster.wire.channel import bind
 from cluster.wire.convert import load_to_message, sampling_from_message
+from cluster.wire.http2.sending import PushedCall
 from cluster.wire.http2.server import Http2Server
 
 BEAT_S = 0.5
@@ -34,7 +35,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _START_DEADLINE_S = 30.0
 
 
-class SessionCall(PushedCall, Protocol):
+class SessionCall(PushedCall[engine_pb2.SessionResponse], Protocol):
     """A session's context."""
 
     async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn: ...

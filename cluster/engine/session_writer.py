@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from cluster.engine.sessions import Outbox
 from cluster.v1 import engine_pb2
-
-
-class PushedCall(Protocol):
-    """A session's call, as what goes down is sent on it: ``cluster.wire.http2.call.ServerCall``."""
-
-    on_room: Callable[[], None] | None
-
-    @property
-    def writable(self) -> bool: ...
-    def push(self, message: engine_pb2.SessionResponse) -> None: ...
+from cluster.wire.http2.sending import PushedCall
 
 
 class SessionWriter:
@@ -25,7 +15,9 @@ class SessionWriter:
     ``beat`` makes the message when one is due.
     """
 
-    def __init__(self, outbox: Outbox, call: PushedCall, beat: Callable[[], engine_pb2.Beat]) -> None:
+    def __init__(
+        self, outbox: Outbox, call: PushedCall[engine_pb2.SessionResponse], beat: Callable[[], engine_pb2.Beat]
+    ) -> None:
         self._outbox, self._call, self._beat = outbox, call, beat
 
     def begin(self, welcome: engine_pb2.Welcome) -> None:

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
 
 from cluster.router.command_batches import COMMANDS_BYTES_MAX, batches
 from cluster.v1 import engine_pb2
+from cluster.wire.http2.sending import PushedCall
 
 WAITING_MAX = 16384  # submits that wait for an engine to take them
-
-
-class PushedCall(Protocol):
-    """A session's call, as what goes up is sent on it: ``cluster.wire.http2.client_call.ClientCall``."""
-
-    on_room: Callable[[], None] | None
-
-    @property
-    def writable(self) -> bool: ...
-    def push(self, message: engine_pb2.SessionRequest) -> None: ...
 
 
 class CommandWriter:
@@ -35,7 +24,7 @@ class CommandWriter:
         self._cancels: list[int] = []
         self._asides: dict[str, engine_pb2.SessionRequest] = {}  # beside commands, the last of each kind
         self._gathered: deque[engine_pb2.SessionRequest] = deque()
-        self._call: PushedCall | None = None
+        self._call: PushedCall[engine_pb2.SessionRequest] | None = None
         self._at_the_end = False  # of this turn, something is sent
 
     @property
@@ -61,7 +50,7 @@ class CommandWriter:
         self._asides[kind] = request
         self._send_soon()
 
-    def begin(self, call: PushedCall) -> None:
+    def begin(self, call: PushedCall[engine_pb2.SessionRequest]) -> None:
         """From now on all goes out on ``call``."""
         self._call, call.on_room = call, self._send
         self._send_soon()

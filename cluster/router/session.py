@@ -206,8 +206,7 @@ class EngineSession:
                 )
                 self.served, self.load.max_num_seqs = ServedModel(card, tokenizer), card.max_num_seqs
             silent = asyncio.Event()
-            spawn = asyncio.get_running_loop().create_task
-            watching = spawn(self._watch_silence(call, silent))
+            watching = asyncio.create_task(self._watch_silence(call, silent))
             self._commands.begin(call)
             if not self._stuck:
                 self._came_up()

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+Message_contra = TypeVar("Message_contra", contravariant=True)
+
+
+class PushedCall(Protocol[Message_contra]):
+    """A call of either side, for whoever pushes its messages on it: look whether it is ``writable`` before each."""
+
+    on_room: Callable[[], None] | None
+
+    @property
+    def writable(self) -> bool: ...
+    def push(self, message: Message_contra) -> None: ...
 
 
 class Sending:

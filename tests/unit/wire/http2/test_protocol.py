@@ -119,10 +119,12 @@ def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[st
 @pytest.mark.parametrize(
     "then", [HeadersFrame(3, flags=("END_HEADERS",)), WindowUpdateFrame(0, 5), DataFrame(1)], ids=str
 )
-def test_nothing_comes_into_a_block_of_headers_that_goes_on(begun_by: Frame, then: Frame) -> None:
+def test_nothing_comes_into_a_block_of_headers_that_goes_on(
+    begun_by: HeadersFrame | PushPromiseFrame, then: Frame
+) -> None:
     client, server = pair()
     block = client.encoder.encode(HEAD)
-    begun_by.data = block  # type: ignore[attr-defined]
+    begun_by.data = block
     if isinstance(then, HeadersFrame):
         then.data = block
     sent = client.data_to_send() + begun_by.serialize() + then.serialize()

@@ -82,6 +82,15 @@ async def served() -> AsyncIterator[tuple[Service, Http2Channel]]:
     await server.stop(None)
 
 
+async def held_up(served: tuple[Service, Http2Channel], name: str) -> tuple[Any, Pusher]:
+    """A call on which the server has pushed until there was no room."""
+    service, channel = served
+    call = await begin(channel, name)
+    await until(lambda: service.pushers and service.pushers[0].stops)
+    (pusher,) = service.pushers
+    return call, pusher
+
+
 async def begin(channel: Http2Channel, name: str) -> Any:
     return await channel.stream(f"/t.T/{name}", as_it_is, as_it_is)
 
@@ -92,10 +101,8 @@ async def until(condition: Any) -> None:
 
 
 async def test_a_server_pushes_as_fast_as_its_client_reads(served: tuple[Service, Http2Channel]) -> None:
-    service, channel = served
-    call = await begin(channel, "count")
-    await until(lambda: service.pushers and service.pushers[0].stops)
-    (pusher,) = service.pushers
+    service, _ = served
+    call, pusher = await held_up(served, "count")
     held = len(pusher.left)
     assert held > MANY // 2, "it does not fit between them"
     assert not service.calls[0].writable
@@ -136,10 +143,8 @@ async def test_what_is_pushed_goes_out_in_the_same_turn_and_takes_along_what_wai
 
 async def test_a_call_that_gives_up_pushes_nothing_more_and_says_why(served: tuple[Service, Http2Channel]) -> None:
     """Else the next message would be half out when the status is due, and the stream could only be reset."""
-    service, channel = served
-    call = await begin(channel, "give_up")
-    await until(lambda: service.pushers and service.pushers[0].stops)
-    (pusher,) = service.pushers
+    service, _ = served
+    call, pusher = await held_up(served, "give_up")
     left = len(pusher.left)
     with pytest.raises(grpc.RpcError) as caught:
         await call.each(lambda _: None)
@@ -164,10 +169,8 @@ async def test_nothing_is_pushed_on_a_call_that_has_ended(served: tuple[Service,
 async def test_who_waits_for_room_when_the_other_side_leaves_hears_of_none(
     served: tuple[Service, Http2Channel],
 ) -> None:
-    service, channel = served
-    call = await begin(channel, "count")
-    await until(lambda: service.pushers and service.pushers[0].stops)
-    (pusher,) = service.pushers
+    service, _ = served
+    call, pusher = await held_up(served, "count")
     stops = pusher.stops
     call.cancel()
     await until(lambda: service.calls[0].done())
