@@ -226,8 +226,7 @@ class RequestRun:
             series.time_to_first_token[self._request.model,].observe(now_s - self._timing.arrived_s)
         elif count:
             gap_s = (now_s - last_s) / count
-            for _ in range(count):
-                self._itl.observe(gap_s)
+            self._itl.observe(gap_s, count)
         self._timing.took(count, now_s)
         self._uncounted += count
         if self._uncounted >= COUNTED_TOGETHER:

@@ -152,7 +152,7 @@ class EndpointSearch:
         if self._interruption.error is not None:
             self._not_used()
             self._interruption.check()
-        self._around.metrics.of_request.endpoint_picks[session.replica_name, choice.scorer].inc()
+        self._around.metrics.of_request.endpoint_picks[session.replica_name, choice.scorer].inc(1)
         self._digest = session.endpoint.checkpoint_digest
         self.cached_tokens = choice.candidate.cached_tokens
         self._session = session

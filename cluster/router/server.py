@@ -227,14 +227,14 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
 
     def count_undecodable(self) -> None:
         """A Generate or Complete ended because what came was no request."""
-        self._around.metrics.of_request.requests[UNKNOWN_MODEL, Outcome.REJECTED_INVALID.value].inc()
+        self._around.metrics.of_request.requests[UNKNOWN_MODEL, Outcome.REJECTED_INVALID.value].inc(1)
 
     def _count(self, call: _Call, outcome: Outcome) -> None:
         series, now_s = self._around.metrics.of_request, self._around.clock.now()
-        series.requests[call.model, outcome.value].inc()
+        series.requests[call.model, outcome.value].inc(1)
         series.request_duration[call.model,].observe(now_s - call.arrived_s)
         if outcome is Outcome.COMPLETED and call.run is not None and call.run.good(now_s):
-            series.goodput_requests[call.model,].inc()
+            series.goodput_requests[call.model,].inc(1)
 
     async def _abort(self, error: Exception, call: _Call, context: _Context) -> NoReturn:
         """Ends the call with the status of ``error``; always raises."""
@@ -276,8 +276,8 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         if self._drained:
             call.run.interrupt(_draining())
         running = self._around.metrics.of_request.running[call.model,]
-        running.inc()
-        call.leave = running.dec
+        running.inc(1)
+        call.leave = lambda: running.inc(-1)
         return call.run, request.return_token_ids or tokenizer is None
 
     async def _valid(self, request: inference_pb2.GenerateRequest, call: _Call) -> tuple[ValidRequest, ServedModel]:

@@ -163,7 +163,7 @@ def resolve(
         frequency_penalty=sampling.frequency_penalty,
         stop_token_ids=frozenset((*sampling.stop_token_ids, *ends)),
         min_tokens=sampling.min_tokens,
-        logit_bias=dict(sampling.logit_bias),
+        logit_bias=dict(sampling.logit_bias) if sampling.logit_bias else {},
         logprobs=request.logprobs,
     )
     return ValidRequest(

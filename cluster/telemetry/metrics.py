@@ -5,8 +5,9 @@ Labels come from closed sets (model, replica slot, outcome ...): never an id of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TypeVar
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -25,24 +26,50 @@ ALIKE_IN_PROCESSES = frozenset(
     }
 )
 
-Metric = TypeVar("Metric", Counter, Gauge, Histogram)
+
+class Counted(Protocol):
+    """A series that is added to."""
+
+    def inc(self, amount: float) -> None: ...
 
 
-class Children(dict[tuple[str, ...], Metric]):
+class Observations:
+    """A histogram's series: what ``Histogram.observe`` does for each value, once for several that are alike."""
+
+    __slots__ = ("_bounds", "_buckets", "_sum")
+
+    def __init__(self, histogram: Histogram) -> None:
+        """``histogram`` has all of its labels."""
+        self._bounds, self._buckets, self._sum = histogram._upper_bounds, histogram._buckets, histogram._sum  # noqa: SLF001
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._sum.inc(value * times)
+        self._buckets[bisect_left(self._bounds, value)].inc(times)
+
+
+def _counted(child: Counter | Gauge) -> Counted:
+    series: Counted = child._value  # noqa: SLF001 - ``inc`` of the child itself asks first what it is, each time
+    return series
+
+
+Metric = TypeVar("Metric", Counter | Gauge, Histogram)
+Series = TypeVar("Series")
+
+
+class Children(dict[tuple[str, ...], Series]):
     """The series of one metric by the values of its labels; each is looked up, and begun, once.
 
     Half of what counting costs is finding what to count. ``clear`` it whenever series of the metric are removed: one
     that is kept would go on counting unseen.
     """
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric, series: Callable[[Metric], Series]) -> None:
         super().__init__()
-        self._metric: Metric = metric
+        self._begin: Callable[[tuple[str, ...]], Series] = lambda values: series(metric.labels(*values))
 
-    def __missing__(self, values: tuple[str, ...]) -> Metric:
-        child: Metric = self._metric.labels(*values)
-        self[values] = child
-        return child
+    def __missing__(self, values: tuple[str, ...]) -> Series:
+        self[values] = begun = self._begin(values)
+        return begun
 
 
 class RouterMetrics:
@@ -196,18 +223,18 @@ class RequestSeries:
     """
 
     def __init__(self, metrics: RouterMetrics) -> None:
-        self.requests = Children(metrics.requests)
-        self.request_duration = Children(metrics.request_duration)
-        self.time_to_first_token = Children(metrics.time_to_first_token)
-        self.inter_token_latency = Children(metrics.inter_token_latency)
-        self.queue_seconds = Children(metrics.queue_seconds)
-        self.goodput_requests = Children(metrics.goodput_requests)
-        self.prompt_tokens = Children(metrics.prompt_tokens)
-        self.generation_tokens = Children(metrics.generation_tokens)
-        self.expected_cached_tokens = Children(metrics.expected_cached_tokens)
-        self.cached_tokens = Children(metrics.cached_tokens)
-        self.running = Children(metrics.running)
-        self.endpoint_picks = Children(metrics.endpoint_picks)
+        self.requests = Children(metrics.requests, _counted)
+        self.request_duration = Children(metrics.request_duration, Observations)
+        self.time_to_first_token = Children(metrics.time_to_first_token, Observations)
+        self.inter_token_latency = Children(metrics.inter_token_latency, Observations)
+        self.queue_seconds = Children(metrics.queue_seconds, Observations)
+        self.goodput_requests = Children(metrics.goodput_requests, _counted)
+        self.prompt_tokens = Children(metrics.prompt_tokens, _counted)
+        self.generation_tokens = Children(metrics.generation_tokens, _counted)
+        self.expected_cached_tokens = Children(metrics.expected_cached_tokens, _counted)
+        self.cached_tokens = Children(metrics.cached_tokens, _counted)
+        self.running = Children(metrics.running, _counted)
+        self.endpoint_picks = Children(metrics.endpoint_picks, _counted)
 
 
 class EngineMetrics:

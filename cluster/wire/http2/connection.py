@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import grpc
@@ -77,6 +77,7 @@ class Connection(Link):
         self._pinged = False
         self._watch = self._loop.call_later(min(FIRST_BYTES_S, front.keepalive_s), self._look)
         self._began = False
+        self._asked: tuple[Iterable[tuple[bytes, bytes]], headers.CallHead] | None = None  # by the last call
         self._on: dict[type[Event], Callable[[Any], None]] = {
             RequestReceived: self._request, DataReceived: self._data, StreamEnded: self._stream_ended,
             StreamReset: self._stream_reset, WindowUpdated: self._window, RemoteSettingsChanged: self._settings,
@@ -157,7 +158,7 @@ class Connection(Link):
             return
         self._last_stream = stream_id
         try:
-            head = headers.call_head(event.headers)
+            head = self._head(event.headers)
             call = ServerCall(self, stream_id, head, self._front.method_at(head.path))
         except headers.NotGrpc as refused:
             self._answer(event, headers.refusal(refused.status))
@@ -169,6 +170,13 @@ class Connection(Link):
         self._unfinished += call.held
         if call.can_start:
             self._start(call)
+
+    def _head(self, fields: Iterable[tuple[bytes, bytes]]) -> headers.CallHead:
+        """``call_head``, once for calls one after the other that ask alike (``KeepingDecoder``)."""
+        asked = self._asked
+        if asked is None or asked[0] is not fields:
+            asked = self._asked = fields, headers.call_head(fields)
+        return asked[1]
 
     def _answer(self, event: RequestReceived, block: bytes) -> None:
         self.send_headers(event.stream_id, block, last=True)

@@ -29,6 +29,7 @@ _OF_HTTP = frozenset({b"content-type", b"te", b"host", b"content-length"})
 _PLAIN = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # what a grpc-message has as it is
 _CODES = {b"%d" % code.value[0]: code for code in grpc.StatusCode}
 _STATUS_200 = b"\x88"  # of HPACK's static table
+_LENGTHS = [bytes((size,)) for size in range(127)]  # those of one byte (RFC 7541, 5.1)
 
 
 def _literal(name: bytes, value: bytes) -> bytes:
@@ -37,7 +38,8 @@ def _literal(name: bytes, value: bytes) -> bytes:
 
 
 def _sized(text: bytes) -> bytes:
-    return bytes(encode_integer(len(text), 7)) + text
+    size = len(text)
+    return (_LENGTHS[size] if size < len(_LENGTHS) else bytes(encode_integer(size, 7))) + text
 
 
 _BEGINNING = (

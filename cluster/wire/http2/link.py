@@ -69,10 +69,7 @@ class Link(asyncio.Protocol):
         self._outbox.forget(call)
 
     def acknowledge(self, stream_id: int, size: int) -> None:
-        try:
-            self._state.acknowledge_received_data(size, stream_id)
-        except ProtocolError as error:
-            self._over(stream_id, error)
+        self._state.give_back(stream_id, size)
         if self._state.has_outgoing:
             Link._flush_soon(self)  # a window says nothing to the caller
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
+from typing import cast
 
 from h2.config import H2Configuration
-from h2.connection import ConnectionInputs, H2Connection
+from h2.connection import AllowedStreamIDs, ConnectionInputs, ConnectionState, H2Connection, _decode_headers
 from h2.errors import ErrorCodes
-from h2.events import Event, WindowUpdated
-from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError
+from h2.events import DataReceived, Event, RequestReceived, StreamEnded, WindowUpdated
+from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError, TooManyStreamsError
 from h2.settings import ChangedSetting, SettingCodes, Settings
 from h2.stream import H2Stream, StreamInputs, StreamState
+from h2.windows import WindowManager
 from hyperframe.frame import (
     ContinuationFrame,
     DataFrame,
@@ -33,11 +35,12 @@ SETTINGS_MAX = 100  # frames of settings between two looks
 PAYLOAD_BYTES = 1024  # of a frame whose head is no noise
 _HEAD = struct.Struct(">HBBBI")  # of a frame: the length in three bytes, kind, flags, stream
 _END_STREAM, _END_HEADERS = 0x1, 0x4
-_WHOLE_BLOCKS = {_END_HEADERS: ("END_HEADERS",), _END_HEADERS | _END_STREAM: ("END_HEADERS", "END_STREAM")}
+_WHOLE_BLOCKS = frozenset({_END_HEADERS, _END_HEADERS | _END_STREAM})
 _INCREMENT = struct.Struct(">I")  # of a window
 _MOST = 2**31 - 1  # that a window may be, and a stream's number
 _OF_BLOCKS = (HeadersFrame.type, PushPromiseFrame.type, ContinuationFrame.type)
 _SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)  # streams whose other side has not ended
+_ANSWERED = (StreamState.OPEN, StreamState.HALF_CLOSED_REMOTE)  # those that we have not ended
 _PREFACE_BYTES = 24  # with which a client's connection begins
 _CALLS = (DataFrame, HeadersFrame)  # those that bring calls further
 LOOKS_AT_ONCE = 64  # new streams before the open ones are counted anew
@@ -64,7 +67,9 @@ class ConnectionProtocol(H2Connection):
         self.local_settings = Settings(client=client_side, initial_values=wanted)
         self.decoder = KeepingDecoder()
         self.decoder.max_header_list_size = HEADER_BYTES_MAX
+        self._is_client = client_side
         self._preface_left = 0 if client_side else _PREFACE_BYTES
+        self._open = ConnectionState.CLIENT_OPEN if client_side else ConnectionState.SERVER_OPEN
         self._rest = b""  # of a frame that is not whole
         self._in_block = False  # of headers, which goes on in the next frame
         self.peer_leaves, self.peer_took = False, 2**31 - 1  # in peace, with streams up to that one
@@ -75,11 +80,17 @@ class ConnectionProtocol(H2Connection):
         self.increment_flow_control_window(CONNECTION_WINDOW - self.inbound_flow_control_window)
 
     # What every message costs, without the objects and checks that h2 has for what we never send. Its state of the
-    # connection and the streams goes on as if it had sent the frames itself.
+    # connection and the streams goes on as if it had sent the frames itself: where its tables say that nothing
+    # changes, which is nearly always, they are not asked.
+
+    def _check(self, step: ConnectionInputs) -> None:
+        """Of the steps that calls take, none changes the state of a connection that is open; ProtocolError."""
+        if self.state_machine.state is not self._open:
+            self.state_machine.process_input(step)
 
     def put_headers(self, stream_id: int, block: bytes, *, last: bool) -> None:
         """``send_headers``, encoded without tables, on a stream that the other side has opened; ProtocolError."""
-        self.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
+        self._check(ConnectionInputs.SEND_HEADERS)
         stream = self._get_stream_by_id(stream_id).state_machine
         stream.process_input(StreamInputs.SEND_HEADERS)
         if last:
@@ -96,13 +107,26 @@ class ConnectionProtocol(H2Connection):
 
     def put_data(self, stream_id: int, data: memoryview) -> None:
         """``send_data`` of no more than there is room for in the windows and a frame; ProtocolError."""
-        self.state_machine.process_input(ConnectionInputs.SEND_DATA)
+        self._check(ConnectionInputs.SEND_DATA)
         stream = self._get_stream_by_id(stream_id)
-        stream.state_machine.process_input(StreamInputs.SEND_DATA)
+        if stream.state_machine.state not in _ANSWERED:
+            stream.state_machine.process_input(StreamInputs.SEND_DATA)
         stream.outbound_flow_control_window -= len(data)
         self.outbound_flow_control_window -= len(data)
         assert min(stream.outbound_flow_control_window, self.outbound_flow_control_window) >= 0, "there was room"
         self._put(DataFrame.type, 0, stream_id, data)
+
+    def give_back(self, stream_id: int, size: int) -> None:
+        """``acknowledge_received_data``: so many bytes of a stream's DATA are done with."""
+        self._open_inbound(0, self._inbound_flow_control_window_manager, size)
+        stream = self.streams.get(stream_id)
+        if stream is not None and stream.state_machine.state in _SENDING:
+            self._open_inbound(stream_id, stream._inbound_window_manager, size)  # noqa: SLF001
+
+    def _open_inbound(self, stream_id: int, window: WindowManager, size: int) -> None:
+        increment = window.process_bytes(size)
+        if increment:
+            self._put(WindowUpdateFrame.type, 0, stream_id, _INCREMENT.pack(increment))
 
     def _put(self, kind: int | None, flags: int, stream_id: int, body: bytes | memoryview) -> None:
         size = len(body)
@@ -148,9 +172,7 @@ class ConnectionProtocol(H2Connection):
             elif kind == WindowUpdateFrame.type:
                 return self._open_window(stream_id, body)
             elif kind == HeadersFrame.type and flags in _WHOLE_BLOCKS and self._may_begin(stream_id):
-                frame = HeadersFrame(stream_id, flags=_WHOLE_BLOCKS[flags])
-                frame.data, frame.body_len = body, len(body)
-                return self._receive_frame(frame)
+                return self._begin(stream_id, body, ended=bool(flags & _END_STREAM))
         except ProtocolError as error:
             self._terminate_connection(error.error_code)
             raise
@@ -158,7 +180,20 @@ class ConnectionProtocol(H2Connection):
 
     def _may_begin(self, stream_id: int) -> bool:
         """Whether the other side may begin this stream next."""
-        return not self.config.client_side and self.highest_inbound_stream_id < stream_id <= _MOST
+        return not self._is_client and self.highest_inbound_stream_id < stream_id <= _MOST and stream_id % 2 == 1
+
+    def _begin(self, stream_id: int, block: bytes, *, ended: bool) -> list[Event]:
+        """A request's header block, the first frame of its stream."""
+        self.noise_bytes += _HEAD.size
+        if self.open_inbound_streams >= STREAMS_MAX:
+            raise TooManyStreamsError(f"{STREAMS_MAX} streams are open, which is the limit")
+        fields = _decode_headers(self.decoder, block)
+        self._check(ConnectionInputs.RECV_HEADERS)
+        stream = self._begin_new_stream(stream_id, AllowedStreamIDs.ODD)
+        events = stream.receive_headers(fields, ended, None)[1]
+        # Not a copy: callers that ask alike share them.
+        cast("RequestReceived", events[0]).headers = fields  # type: ignore[assignment]  # nobody adds to them
+        return events
 
     def _open_window(self, stream_id: int, body: bytes) -> list[Event] | None:
         stream = self.streams.get(stream_id)
@@ -169,28 +204,32 @@ class ConnectionProtocol(H2Connection):
         if not 1 <= increment <= _MOST - max(window, 0):
             return None
         self.noise_bytes += _HEAD.size + len(body)
-        self.state_machine.process_input(ConnectionInputs.RECV_WINDOW_UPDATE)
-        if stream is not None:
+        self._check(ConnectionInputs.RECV_WINDOW_UPDATE)
+        if stream is None:
+            self.outbound_flow_control_window += increment
+        elif stream.open:
+            stream.outbound_flow_control_window += increment
+        else:
             return stream.receive_window_update(increment)[1]
-        self.outbound_flow_control_window += increment
-        return [WindowUpdated(stream_id=0, delta=increment)]
+        return [WindowUpdated(stream_id=stream_id, delta=increment)]
 
     def _receive_plain(self, stream: H2Stream, body: bytes, *, ended: bool) -> list[Event]:
-        if len(body) < PAYLOAD_BYTES:
+        """DATA without padding, for a stream whose other side may send them."""
+        size, machine = len(body), stream.state_machine
+        if size < PAYLOAD_BYTES:
             self.noise_bytes += _HEAD.size
-        self.state_machine.process_input(ConnectionInputs.RECV_DATA)
-        self._inbound_flow_control_window_manager.window_consumed(len(body))
-        return stream.receive_data(body, ended, len(body))[1]
-
-    def _receive_frame(self, frame: Frame) -> list[Event]:
-        """h2 writes down each frame in full first, for a log that nobody keeps; not so those that begin a stream."""
-        if self.config.client_side or not isinstance(frame, HeadersFrame):
-            return super()._receive_frame(frame)
-        if frame.stream_id <= self.highest_inbound_stream_id:
-            return super()._receive_frame(frame)
-        frames, events = self._receive_headers_frame(frame)
-        self._prepare_for_sending(frames)
-        return events
+        self._check(ConnectionInputs.RECV_DATA)
+        self._inbound_flow_control_window_manager.window_consumed(size)
+        if not machine.headers_received:
+            machine.process_input(StreamInputs.RECV_DATA)
+        stream._inbound_window_manager.window_consumed(size)  # noqa: SLF001
+        stream._track_content_length(size, ended)  # noqa: SLF001
+        news = DataReceived(stream_id=stream.stream_id, data=body, flow_controlled_length=size)
+        if not ended:
+            return [news]
+        (end,) = machine.process_input(StreamInputs.RECV_END_STREAM)
+        news.stream_ended = cast("StreamEnded", end)
+        return [news, end]
 
     @property
     def has_outgoing(self) -> bool:

@@ -53,7 +53,7 @@ def test_counters_outlive_a_replica_and_end_with_the_model() -> None:
     page = Page()
     page.series.follow({"a": 1, "b": 1}, frozenset({"a/0", "b/0"}))
     page.metrics.generation_tokens.labels(model="a").inc(7)
-    page.metrics.endpoint_picks.labels(replica="a/0", scorer="only").inc()
+    page.metrics.endpoint_picks.labels(replica="a/0", scorer="only").inc(1)
     page.series.follow({"a": 0, "b": 1}, frozenset({"b/0"}))
     assert page.samples()["cluster_router_generation_tokens_total", (("model", "a"),)] == 7
     assert page.of("replica", "a/0") == []
@@ -66,7 +66,7 @@ def test_a_late_request_of_a_gone_model_leaves_nothing_behind() -> None:
     page = Page()
     page.series.follow({"a": 1, "b": 1}, frozenset({"a/0", "b/0"}))
     page.series.follow({"b": 1}, frozenset({"b/0"}))
-    page.metrics.requests.labels(model="a", outcome="completed").inc()
+    page.metrics.requests.labels(model="a", outcome="completed").inc(1)
     page.series.follow({"b": 0}, frozenset())
     assert page.of("model", "a") == []
 
@@ -75,9 +75,9 @@ def test_what_is_kept_at_hand_counts_on_the_page_when_a_model_comes_back() -> No
     page = Page()
     for _ in range(2):
         page.series.follow({"a": 1}, frozenset({"a/0"}))
-        page.metrics.of_request.requests["a", "completed"].inc()
+        page.metrics.of_request.requests["a", "completed"].inc(1)
         page.metrics.of_request.prompt_tokens["a",].inc(3)
-        page.metrics.of_request.endpoint_picks["a/0", "only"].inc()
+        page.metrics.of_request.endpoint_picks["a/0", "only"].inc(1)
         found = page.samples()
         assert found["cluster_router_requests_total", (("model", "a"), ("outcome", "completed"))] == 1
         assert found["cluster_router_prompt_tokens_total", (("model", "a"),)] == 3
@@ -94,7 +94,7 @@ def test_series_are_bounded_by_models_and_replicas_whatever_comes_and_goes() -> 
         slots = {f"{name}/{slot}" for name in names for slot in range(replicas)}
         page.series.follow(dict.fromkeys(names, replicas), frozenset(slots))
         for replica in slots:
-            page.metrics.endpoint_picks.labels(replica=replica, scorer="least_load").inc()
+            page.metrics.endpoint_picks.labels(replica=replica, scorer="least_load").inc(1)
         for name in names:
             page.metrics.time_to_first_token.labels(model=name).observe(0.1)
     assert len(page.samples()) == PER_ROUTER + models * (PER_MODEL + PER_REPLICA * replicas)

@@ -11,7 +11,7 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import Event, StreamReset
+from h2.events import Event, StreamReset, WindowUpdated
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from hyperframe.frame import DataFrame, Frame, HeadersFrame, PushPromiseFrame, WindowUpdateFrame
 from hypothesis import given, settings
@@ -32,8 +32,11 @@ def pair() -> tuple[H2Connection, ServerProtocol]:
 
 
 def told(events: list[Any]) -> list[tuple[Any, ...]]:
-    fields = ("stream_id", "data", "flow_controlled_length", "headers", "error_code", "ping_data", "delta")
-    return [(type(event), *(getattr(event, name, None) for name in fields)) for event in events]
+    fields = ("stream_id", "data", "flow_controlled_length", "error_code", "ping_data", "delta")
+    return [
+        (type(event), *(getattr(event, name, None) for name in fields), list(getattr(event, "headers", ())))
+        for event in events
+    ]
 
 
 def sent_by(client: H2Connection, steps: list[tuple[str, int]]) -> bytes:
@@ -182,6 +185,41 @@ def test_answers_are_read_as_they_were_meant(size: int) -> None:
     assert end.stream_id == 1
     assert server.streams[1].closed
     assert server.outbound_flow_control_window == client.inbound_flow_control_window
+
+
+def test_windows_are_opened_when_h2_would_open_them() -> None:
+    frame, bytes_each = DataFrame(1), 16_384
+    frame.data = bytes(bytes_each)
+    (client, server), (other, plain) = pair(), pair()
+    for side, taker in ((client, server), (other, plain)):
+        taker.take_in(sent_by(side, [("call", 1), ("call", 1)]))
+    sent = []
+    for _ in range(400):
+        frame.stream_id = 4 - frame.stream_id  # 1 and 3 in turns
+        for taker in (server, plain):
+            taker.take_in(frame.serialize())
+        server.give_back(frame.stream_id, bytes_each)
+        plain.acknowledge_received_data(bytes_each, frame.stream_id)
+        sent.append(server.data_to_send())
+        assert sent[-1] == plain.data_to_send()
+    opened = [int.from_bytes(update[5:9], "big") for update in sent if update]
+    assert {0, 1, 3} == set(opened), "the connection's and both streams'"
+
+
+def test_bytes_of_streams_that_are_over_are_given_back_to_the_others() -> None:
+    client, server = pair()
+    frame = DataFrame(1)
+    frame.data = bytes(16_384)
+    for stream_id in (1, 3, 5, 7):
+        frame.stream_id = stream_id
+        server.take_in(sent_by(client, [("call", 1)]) + frame.serialize() * 40)
+        client.reset_stream(stream_id)
+        server.take_in(client.data_to_send())
+    for stream_id in (1, 3, 5, 7):
+        server.give_back(stream_id, 40 * 16_384)
+    (update,) = [event for event in client.receive_data(server.data_to_send()) if isinstance(event, WindowUpdated)]
+    assert update.stream_id == 0
+    assert update.delta == 4 * 40 * 16_384
 
 
 def test_nothing_is_put_on_a_stream_that_is_over() -> None:
