@@ -13,6 +13,7 @@ from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolErro
 from h2.settings import ChangedSetting, SettingCodes, Settings
 from h2.stream import H2Stream, StreamInputs, StreamState
 from h2.windows import WindowManager
+from hpack.struct import Header
 from hyperframe.frame import (
     ContinuationFrame,
     DataFrame,
@@ -71,6 +72,7 @@ class ConnectionProtocol(H2Connection):
         self._preface_left = 0 if client_side else _PREFACE_BYTES
         self._open = ConnectionState.CLIENT_OPEN if client_side else ConnectionState.SERVER_OPEN
         self._rest = b""  # of a frame that is not whole
+        self._asked: list[Header] | None = None  # by the last request whose fields h2 looked at and keeps nothing of
         self._in_block = False  # of headers, which goes on in the next frame
         self.peer_leaves, self.peer_took = False, 2**31 - 1  # in peace, with streams up to that one
         self.noise_bytes = 0  # that came beside what DATA and HEADERS carry; whoever looks sets it back
@@ -190,9 +192,14 @@ class ConnectionProtocol(H2Connection):
         fields = _decode_headers(self.decoder, block)
         self._check(ConnectionInputs.RECV_HEADERS)
         stream = self._begin_new_stream(stream_id, AllowedStreamIDs.ODD)
+        if fields is self._asked and not ended:
+            machine = stream.state_machine
+            machine.state, machine.client, machine.headers_received = StreamState.OPEN, False, True
+            return [RequestReceived(stream_id=stream_id, headers=self._asked)]
         events = stream.receive_headers(fields, ended, None)[1]
-        # Not a copy: callers that ask alike share them.
-        cast("RequestReceived", events[0]).headers = fields  # type: ignore[assignment]  # nobody adds to them
+        # Callers that ask alike share them, not copies: nobody adds to them.
+        cast("RequestReceived", events[0]).headers = asked = cast("list[Header]", fields)
+        self._asked = asked if stream._expected_content_length is None else None  # noqa: SLF001
         return events
 
     def _open_window(self, stream_id: int, body: bytes) -> list[Event] | None:

@@ -14,7 +14,7 @@ from h2.errors import ErrorCodes
 from h2.events import Event, StreamReset, WindowUpdated
 from h2.exceptions import FrameTooLargeError, ProtocolError
 from hyperframe.frame import DataFrame, Frame, HeadersFrame, PushPromiseFrame, WindowUpdateFrame
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.wire.http2 import headers
@@ -46,8 +46,12 @@ def sent_by(client: H2Connection, steps: list[tuple[str, int]]) -> bytes:
     for kind, number in steps:
         if kind == "call":
             running.append(client.get_next_available_stream_id())
-            # More than a frame of headers now and then.
-            client.send_headers(running[-1], [*HEAD, ("x-long", "v" * (20_000 if number == 0 else number))])
+            # More than a frame of headers now and then, and mostly such as have come before.
+            length = 20_000 if number == 0 else number if number % 4 == 0 else number % 2
+            of_content = [("content-length", str(number))] if number % 16 == 7 else []
+            client.send_headers(running[-1], [*HEAD, ("x-long", "v" * length), *of_content], end_stream=number % 9 == 5)
+            if number % 9 == 5:
+                running.pop()
         elif kind == "window":
             # Of a stream that runs, of one that has ended or never began, or of the connection.
             stream_id = (*running, 0, 1, 2 * number + 1)[number % (len(running) + 3)] if number % 3 else 0
@@ -98,8 +102,14 @@ STEPS = st.lists(
 )
 
 
+# The third call is known again; then others, which change the tables, and one like the first ones after them.
+ALIKE = [*[("call", 1)] * 4, ("data", 3), ("call", 5), ("call", 7), ("end", 1), ("call", 8), *[("call", 1)] * 3]
+
+
 @settings(deadline=None)
 @given(steps=STEPS, cuts=st.lists(st.integers(0, 60_000), max_size=12))
+@example(steps=ALIKE, cuts=[])
+@example(steps=[*ALIKE, ("reset", 1), *ALIKE], cuts=[300])
 def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[str, int]], cuts: list[int]) -> None:
     client, server = pair()
     plain = ServerProtocol()
