@@ -102,6 +102,7 @@ class FakeEngine:
     blocks: BlockLog = field(default_factory=BlockLog)
     _work: asyncio.Event = field(default_factory=asyncio.Event)
     submits: list[engine_pb2.Submit] = field(default_factory=list)
+    submitted_s: list[float] = field(default_factory=list)  # when each came, by the event loop's clock
     submitters: set[int] = field(default_factory=set)  # sessions
     commands: int = 0
     cancels: list[int] = field(default_factory=list)
@@ -237,6 +238,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             engine.commands += message.HasField("commands")
             for submit in message.commands.submits:
                 engine.submits.append(submit)
+                engine.submitted_s.append(asyncio.get_running_loop().time())
                 engine.submitters.add(session)
                 sequence = _Sequence(submit, list(submit.generated_token_ids))
                 if engine.tell_blocks:
