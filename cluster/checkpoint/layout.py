@@ -75,8 +75,7 @@ def read_checkpoint(
     config = read_config(path)
     refuse_custom_code(path, config)
     generation_config = _optional_json(path / GENERATION_CONFIG_FILE)
-    there = {file.name for file in path.iterdir() if file.is_file()} if elsewhere is None else frozenset(elsewhere)
-    files = _weight_files(path, there)
+    files = weight_files(path) if elsewhere is None else _weight_files(path, frozenset(elsewhere))
     headers = tuple(read_header(file) if elsewhere is None else elsewhere[file.name] for file in files)
     tensors = _tensors_by_name(path, headers)
     if manifest:
@@ -92,6 +91,11 @@ def read_checkpoint(
         tokenizer_files=tokenizer_files,
         digest=digest_of(path, tokenizer_files, headers),
     )
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The shards in directory ``path``; CheckpointError where some are missing."""
+    return _weight_files(path, {file.name for file in path.iterdir() if file.is_file()})
 
 
 def find_tokenizer_files(path: Path) -> tuple[Path, ...]:

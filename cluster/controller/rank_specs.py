@@ -46,6 +46,7 @@ def rank_specs(
     facts: tuple[HostFacts, ...],
     devices: Mapping[str, int],
     shared: ClusterFacts,
+    served_digest: str,
 ) -> tuple[RankSpec, ...]:
     """One spec per rank; ReplicaError when a host has too few free rendezvous ports. ``devices``: by node's id."""
     model, layout, config = order.model, order.model.layout, order.model.config
@@ -68,6 +69,7 @@ def rank_specs(
             checkpoint_path=model.checkpoint_path,
             revision=model.revision,
             checkpoint_digest=model.checkpoint_digest,
+            served_digest=served_digest,
             dtype=model.dtype,
             device=model.device,
             collective=collectives[stage],

@@ -19,6 +19,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.controller.actuator import StartOrder, Talk
+from cluster.controller.desired import DesiredModel
 from cluster.controller.node_sweep import sweep_node
 from cluster.controller.placement import place_replica
 from cluster.controller.rank_actor import RANK_ENTRY, RankActor
@@ -33,6 +34,7 @@ from cluster.controller.rank_marker import (
 )
 from cluster.controller.rank_specs import ClusterFacts, HostFacts, rank_specs
 from cluster.controller.ray_observer import RayCalls, RayObserver
+from cluster.controller.served_digest import served_digest, weights_seen
 from cluster.domain.errors import ReplicaError
 from cluster.domain.hardware import DeviceKind, Inventory
 from cluster.domain.ids import Incarnation, RankId
@@ -43,6 +45,7 @@ ROOM_POLL_S = 2.0
 LOOK_KEPT_S = 0.5  # hundreds that wait for room share one look at the nodes
 GROUP_DEADLINE_S = 10.0
 ACTOR_DEADLINE_S = 120.0
+FILES_DEADLINE_S = 60.0
 SWEEP_DEADLINE_S = 20.0
 
 
@@ -145,10 +148,19 @@ class RayActuator:
         ]
         facts: tuple[HostFacts, ...] = tuple(await self._results(asked))
         devices = {node.node_id: node.devices for node in inventory.nodes}
-        specs = rank_specs(order, placement, facts, devices, self._shared)
+        served = await self._served_digest(order.model)  # last: ranks read the files that are there from now on
+        specs = rank_specs(order, placement, facts, devices, self._shared, served)
         self._check_wanted(order.incarnation)
         self._holds[order.incarnation] = [actor.hold.remote() for actor in actors]
         await self._results([actor.launch.remote(spec, self._entry) for actor, spec in zip(actors, specs, strict=True)])
+
+    async def _served_digest(self, model: DesiredModel) -> str:
+        try:
+            weights = await asyncio.wait_for(asyncio.to_thread(weights_seen, model), FILES_DEADLINE_S)
+        except TimeoutError as error:
+            where, limit = model.checkpoint_path, f"{FILES_DEADLINE_S:.0f} s"
+            raise ReplicaError(f"the files in {where} did not answer the controller within {limit}") from error
+        return served_digest(model, weights)
 
     def _make_actors(self, order: StartOrder, placement: Placement, group: PlacementGroup) -> list[Any]:
         self._check_wanted(order.incarnation)

@@ -9,7 +9,10 @@ from cluster.domain.ids import Incarnation
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The leader of a ready replica; ``address`` is HOST:PORT of its Engine service."""
+    """The leader of a ready replica; ``address`` is HOST:PORT of its Engine service.
+
+    ``checkpoint_digest``: of what it serves: source, weights, element type, rope scaling (``RankSpec.served_digest``).
+    """
 
     incarnation: Incarnation
     address: str

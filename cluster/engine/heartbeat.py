@@ -99,7 +99,7 @@ class Heartbeat:
             failure=progress.failure,
             log_file=spec.log_file,
             peak_host_bytes=progress.peak_host_bytes,
-            checkpoint_digest=spec.checkpoint_digest,
+            checkpoint_digest=spec.served_digest,
             block_size=spec.block_size,
             waits_for_peer=progress.waits_for_peer,
             needs_change=progress.needs_change,

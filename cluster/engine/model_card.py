@@ -49,7 +49,7 @@ def identity(spec: RankSpec) -> engine_pb2.ReplicaIdentity:
         model=incarnation.replica.model,
         slot=incarnation.replica.slot,
         generation=incarnation.generation,
-        checkpoint_digest=spec.checkpoint_digest,
+        checkpoint_digest=spec.served_digest,
         block_size=spec.block_size,
     )
 
@@ -63,7 +63,7 @@ def model_card(
         name=spec.rank_id.incarnation.replica.model,
         max_model_len=spec.max_model_len,
         vocab_size=vocab_size,
-        checkpoint_digest=spec.checkpoint_digest,
+        checkpoint_digest=spec.served_digest,
         tokenizer_digest=tokenizer_digest(files),
         end_token_ids=end_token_ids,
         default_sampling=default_sampling(generation_config),

@@ -19,15 +19,16 @@ class RankSpec:
     """Everything a rank needs to know; nothing is read from its environment.
 
     ``checkpoint_path`` is a directory that exists on the rank's node, or a hub id that is resolved there at
-    ``revision``. ``stages``: the decoder layers of every pipeline stage; () for one with all of them. ``master_*`` is
-    the torch store of this rank's stage, ``plan_*`` where the leader hands out step plans, ``link_port`` where this
-    rank takes hidden states from its tensor rank in the stage before (0 in the first stage), ``next_*`` the same of
-    the stage after it ("" and 0 in the last); all these ports belong to this incarnation alone. ``engine_port`` and
-    ``metrics_port`` are the
-    first ones tried. ``weight_bytes``: what this rank will read, from the plan. ``threads``: for torch.
-    ``node_dir``: where the rank leaves its record for whoever watches its node; "" for nowhere. ``load_format``:
-    "dummy" makes the weights up from ``seed`` instead of reading any. ``prefill_slowdown``: how many times its own time
-    a step with decodes may take because of a prompt beside them. ``rope_scaling``: JSON that replaces the checkpoint's.
+    ``revision``; its files must have ``checkpoint_digest``. ``served_digest``: the controller's name for these weights
+    loaded in this way, which routers compare. ``stages``: the decoder layers of every pipeline stage; () for one with
+    all of them. ``master_*`` is the torch store of this rank's stage, ``plan_*`` where the leader hands out step plans,
+    ``link_port`` where this rank takes hidden states from its tensor rank in the stage before (0 in the first stage),
+    ``next_*`` the same of the stage after it ("" and 0 in the last); all these ports belong to this incarnation alone.
+    ``engine_port`` and ``metrics_port`` are the first ones tried. ``weight_bytes``: what this rank will read, from the
+    plan. ``threads``: for torch. ``node_dir``: where the rank leaves its record for whoever watches its node; "" for
+    nowhere. ``load_format``: "dummy" makes the weights up from ``seed`` instead of reading any. ``prefill_slowdown``:
+    how many times its own time a step with decodes may take because of a prompt beside them. ``rope_scaling``: JSON
+    that replaces the checkpoint's.
     """
 
     cluster_name: str
@@ -38,6 +39,7 @@ class RankSpec:
     checkpoint_path: str
     revision: str | None
     checkpoint_digest: str
+    served_digest: str
     dtype: Dtype
     device: DeviceKind
     collective: Collective

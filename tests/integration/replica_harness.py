@@ -82,8 +82,8 @@ class Replica:
         masters, links = ports[:pp], ports[pp:]
         common = {
             "cluster_name": "test", "layout": ParallelLayout(tp, pp), "model_name": "tiny", "checkpoint_path": str(folder),
-            "revision": None, "checkpoint_digest": self.checkpoint.digest, "dtype": Dtype.FLOAT32, "device": DeviceKind.CPU,
-            "collective": collective, "master_host": "127.0.0.1", "plan_host": "127.0.0.1",
+            "revision": None, "checkpoint_digest": self.checkpoint.digest, "served_digest": self.checkpoint.digest,
+            "dtype": Dtype.FLOAT32, "device": DeviceKind.CPU, "collective": collective, "master_host": "127.0.0.1", "plan_host": "127.0.0.1",
             "plan_port": plan_port, "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64,
             "max_num_waiting": 64, "block_size": 4, "kv_blocks": 128, "control_address": f"127.0.0.1:{port}",
             "bind_host": "127.0.0.1", "engine_port": 0, "metrics_port": 0, "node_id": "node", "host": "127.0.0.1",

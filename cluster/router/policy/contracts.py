@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Demand:
     """What one request asks of an endpoint.
 
-    ``checkpoint_digest``: the weights it was tokenized for, empty for any; a continuation must find the same.
+    ``checkpoint_digest``: what it was tokenized for, as ``Endpoint`` has it, empty for any; a continuation must find
+    the same: other weights, or these in another element type or with another rope, would go on with another text.
     ``refused``: incarnations that said no; ``failed``: incarnations that broke under this request. With
     ``needs_room`` an endpoint that would only queue it does not qualify; then one that is slow or ejected does not
     either, as long as a sound one is full for now; who ``settles`` takes a slow one. ``prompt_tokens``: those to be

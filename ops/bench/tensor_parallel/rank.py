@@ -44,8 +44,8 @@ def spec_of(given: dict[str, Any]) -> RankSpec:
     return RankSpec(
         cluster_name="bench", rank_id=RankId(incarnation, given["rank"]), layout=ParallelLayout(given["tp"], 1),
         stages=(), model_name="bench", checkpoint_path=given["folder"], revision=None, checkpoint_digest="",
-        dtype=Dtype.FLOAT32, device=DeviceKind.CPU, collective=given["collective"], master_host="127.0.0.1",
-        master_port=given["master_port"], plan_host="127.0.0.1", plan_port=given["plan_port"],
+        served_digest="", dtype=Dtype.FLOAT32, device=DeviceKind.CPU, collective=given["collective"],
+        master_host="127.0.0.1", master_port=given["master_port"], plan_host="127.0.0.1", plan_port=given["plan_port"],
         max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_TOKENS, max_num_waiting=64,
         block_size=BLOCK_SIZE, kv_blocks=KV_BLOCKS, control_address="", bind_host="127.0.0.1", engine_port=0,
         metrics_port=0, node_id="", host="127.0.0.1", log_file="", threads=given["threads"], weight_bytes=0,

@@ -85,6 +85,6 @@ class FakeRank:
             activity=control_pb2.Activity(
                 running_sequences=1 if fault == "busy" else 0, kv_blocks_total=spec.kv_blocks
             ),
-            checkpoint_digest=spec.checkpoint_digest,
+            checkpoint_digest=spec.served_digest,
             block_size=spec.block_size,
         )

@@ -44,7 +44,7 @@ def test_every_rank_is_told(name: str) -> None:
     placement = place_replica(order.model.layout, inventory(node("a", 8)), {})
     assert isinstance(placement, Placement)
     facts = (HostFacts(1, 4, (20000, 20001)), HostFacts(2, 4, ()))
-    specs = rank_specs(order, placement, facts, {"a": 8}, ClusterFacts("c", "/run", SETTINGS))
+    specs = rank_specs(order, placement, facts, {"a": 8}, ClusterFacts("c", "/run", SETTINGS), "served")
     assert {getattr(spec, name) for spec in specs} == {getattr(order.model.config, name)}
 
 
@@ -54,7 +54,7 @@ def test_a_step_that_nobody_sized_is_as_large_as_its_device_likes(device: Device
     placement = place_replica(order.model.layout, inventory(node("a", 8)), {})
     assert isinstance(placement, Placement)
     facts = (HostFacts(1, 4, (20000, 20001)), HostFacts(2, 4, ()))
-    specs = rank_specs(order, placement, facts, {"a": 8}, ClusterFacts("c", "/run", SETTINGS))
+    specs = rank_specs(order, placement, facts, {"a": 8}, ClusterFacts("c", "/run", SETTINGS), "served")
     assert {spec.max_num_batched_tokens for spec in specs} == {budget}
 
 

@@ -127,7 +127,9 @@ def specs_for(free_ports=PORTS, total_ranks=2, cores=4, devices=8, nodes=("a",),
     placement = place_replica(order.model.layout, inventory(*(node(name, devices) for name in nodes)), {})
     assert isinstance(placement, Placement)
     facts = tuple(HostFacts(rank, cores, free_ports) for rank in range(order.model.layout.world_size))
-    return rank_specs(order, placement, facts, dict.fromkeys(nodes, devices), ClusterFacts("c", "/run", SETTINGS))
+    return rank_specs(
+        order, placement, facts, dict.fromkeys(nodes, devices), ClusterFacts("c", "/run", SETTINGS), "served"
+    )
 
 
 def pipeline(**options):
@@ -190,12 +192,12 @@ def test_a_port_must_be_free_where_it_is_listened_on():
     )
     placement = place_replica(order.model.layout, inventory(node("a", 1), node("b", 1)), {})
     facts = (HostFacts(1, 4, (20001, 20003)), HostFacts(2, 4, (20003, 20004, 20005)))
-    first, second = rank_specs(order, placement, facts, {"a": 1, "b": 1}, ClusterFacts("c", "/run", SETTINGS))
+    first, second = rank_specs(order, placement, facts, {"a": 1, "b": 1}, ClusterFacts("c", "/run", SETTINGS), "served")
     assert (first.master_port, first.plan_port) == (20001, 20003)
     assert (second.master_port, second.link_port) == (20004, 20005)
     busy = (facts[0], HostFacts(2, 4, (20001, 20003)))
     with pytest.raises(ReplicaError, match=r"host-b has too few free ports .* rank_ports"):
-        rank_specs(order, placement, busy, {"a": 1, "b": 1}, ClusterFacts("c", "/run", SETTINGS))
+        rank_specs(order, placement, busy, {"a": 1, "b": 1}, ClusterFacts("c", "/run", SETTINGS), "served")
 
 
 @pytest.mark.parametrize(("total", "collective", "threads"), [(2, "shm", 2), (4, "shm", 1), (6, "gloo", 1)])
