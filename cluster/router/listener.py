@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc.aio
-
 from cluster.wire import channel
 from cluster.wire.http2.server import Http2Server
 
@@ -13,14 +11,14 @@ from cluster.wire.http2.server import Http2Server
 class Listener:
     """Owns the public gRPC server from its creation to ``stop``."""
 
-    def __init__(self, *, shared: bool = False) -> None:
+    def __init__(self, *, client_stall_s: float, shared: bool = False) -> None:
         """``shared``: the port that ``bind`` is given is held for several processes (``reserve_port``)."""
         self._shared = shared
-        self._server = Http2Server(shared=shared)
+        self._server = Http2Server(shared=shared, answer_stall_s=client_stall_s)
         self._leaving: asyncio.Task[None] | None = None
 
     @property
-    def server(self) -> grpc.aio.Server:
+    def server(self) -> Http2Server:
         """For registering services."""
         return self._server
 

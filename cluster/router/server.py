@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, TypeVar
@@ -154,7 +154,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         call = self._call(request.model, "", context, counted=False)
 
         async def answer() -> inference_pb2.TokenizeResponse:
-            return inference_pb2.TokenizeResponse(ids=await self._tokenize(request))
+            return inference_pb2.TokenizeResponse(ids=await self._tokenize(request, call.tenant))
 
         return await self._inside(call, context, answer)
 
@@ -197,6 +197,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         outcome = Outcome.FAILED_INTERNAL
         try:
             validation.check_request_id(call.request_id)
+            call.echo = ((REQUEST_ID_KEY, call.request_id),)
             validation.check_caller(call.tenant, call.session_key)
             self._admit(call)
             answered = await answer()
@@ -225,9 +226,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             if call.counted:
                 self._count(call, outcome)
 
-    def count_undecodable(self) -> None:
-        """A Generate or Complete ended because what came was no request."""
-        self._around.metrics.of_request.requests[UNKNOWN_MODEL, Outcome.REJECTED_INVALID.value].inc(1)
+    def count_unserved(self, outcome: Outcome) -> None:
+        """A Generate or Complete ended before there was a request to look at."""
+        self._around.metrics.of_request.requests[UNKNOWN_MODEL, outcome.value].inc(1)
 
     def _count(self, call: _Call, outcome: Outcome) -> None:
         series, now_s = self._around.metrics.of_request, self._around.clock.now()
@@ -285,7 +286,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         served = self._around.fleet.served(request.model)
         call.model = served.card.name
         sampling = validation.check_fields(request, served.card, has_tokenizer=served.tokenizer is not None)
-        prompt = await self._prompt_ids(request, served)
+        prompt = await self._prompt_ids(request, served, call.tenant)
         valid = validation.resolve(
             request, call.request_id, sampling, served.card, prompt, tenant=call.tenant, session_key=call.session_key
         )
@@ -297,27 +298,35 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         spent_s = self._around.clock.now() - call.arrived_s
         return await run.run(emit, max(0.0, call.deadline_s - spent_s))
 
-    async def _prompt_ids(self, request: inference_pb2.GenerateRequest, served: ServedModel) -> list[int]:
+    async def _prompt_ids(
+        self, request: inference_pb2.GenerateRequest, served: ServedModel, tenant: str
+    ) -> Sequence[int]:
         if request.WhichOneof("prompt") == "token_ids":
-            return list(request.token_ids.ids)
-        assert served.tokenizer is not None, "checked before"
+            return request.token_ids.ids
         if request.WhichOneof("prompt") == "text":
-            return await self._encode(served, request.text, add_special_tokens=True)
-        return await self._encode(served, await self._render(served, request.chat), add_special_tokens=False)
+            return await self._encode(served, request.text, tenant, add_special_tokens=True)
+        return await self._encode_chat(served, request.chat, tenant)
 
-    async def _render(self, served: ServedModel, chat: inference_pb2.Chat) -> str:
+    async def _encode_chat(self, served: ServedModel, chat: inference_pb2.Chat, tenant: str) -> list[int]:
         """The prompt that the chat ``chat``, checked before, makes."""
-        assert served.tokenizer is not None, "checked before"
-        validation.check_chat_length(chat, served.tokenizer.longest_token_characters, served.card)
+        tokenizer, card = served.tokenizer, served.card
+        assert tokenizer is not None, "checked before"
+        longest = tokenizer.longest_token_characters
+        validation.check_chat_length(chat, longest, card)
         messages = [{"role": m.role, "content": m.content} for m in chat.messages]
-        return await self._tokenizers.render_chat(served.tokenizer, messages)
 
-    async def _encode(self, served: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
-        assert served.tokenizer is not None, "checked before"
-        validation.check_text_length(text, served.tokenizer.longest_token_characters, served.card)
-        return await self._tokenizers.encode(served.tokenizer, text, add_special_tokens=add_special_tokens)
+        def check(prompt: str) -> None:
+            validation.check_text_length(prompt, longest, card)
 
-    async def _tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
+        return await self._tokenizers.encode_chat(tokenizer, messages, check, tenant=tenant)
+
+    async def _encode(self, served: ServedModel, text: str, tenant: str, *, add_special_tokens: bool) -> list[int]:
+        tokenizer = served.tokenizer
+        assert tokenizer is not None, "checked before"
+        validation.check_text_length(text, tokenizer.longest_token_characters, served.card)
+        return await self._tokenizers.encode(tokenizer, text, add_special_tokens=add_special_tokens, tenant=tenant)
+
+    async def _tokenize(self, request: inference_pb2.TokenizeRequest, tenant: str) -> list[int]:
         served = self._around.fleet.served(request.model)
         if served.tokenizer is None:
             raise RequestRejected(RejectReason.INVALID, f"Model {served.card.name} has no tokenizer.")
@@ -325,9 +334,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         if kind is None:
             raise RequestRejected(RejectReason.INVALID, "There is nothing to tokenize; set text or chat.")
         if kind == "text":
-            return await self._encode(served, request.text, add_special_tokens=request.add_special_tokens)
+            return await self._encode(served, request.text, tenant, add_special_tokens=request.add_special_tokens)
         validation.check_chat(request.chat)
-        return await self._encode(served, await self._render(served, request.chat), add_special_tokens=False)
+        return await self._encode_chat(served, request.chat, tenant)
 
 
 async def _tell_id(call: _Call, context: _Context) -> None:
@@ -336,10 +345,10 @@ async def _tell_id(call: _Call, context: _Context) -> None:
     gRPC sends initial metadata together with nothing else, at a third of the price of the simplest call.
     """
     if call.named:
-        call.echo = ((REQUEST_ID_KEY, call.request_id),)
         context.set_trailing_metadata(call.echo)
     else:
-        await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
+        echo, call.echo = call.echo, ()
+        await context.send_initial_metadata(echo)
 
 
 async def _nothing() -> None:

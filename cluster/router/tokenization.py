@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import jinja2
@@ -20,11 +21,15 @@ import tokenizers
 
 from cluster.domain.errors import CheckpointError, RejectReason, RequestRejected
 from cluster.router.detokenizer import Vocabulary
+from cluster.router.prompt_turns import PromptTurns
 
-# Shorter texts are tokenized on the event loop: about a millisecond, less than a trip to a thread is worth.
+# Shorter prompts are tokenized on the event loop: about a millisecond, less than a trip to a thread is worth. A chat
+# has few messages as well, since templates work for each of them.
 INLINE_CHARACTERS = 4096
-PENDING_MAX = 512  # prompts that wait for a thread or are in one
+INLINE_MESSAGES = 32
+WAITING_MAX = 512  # prompts that wait for a thread
 Result = TypeVar("Result")
+Messages = Sequence[Mapping[str, str]]
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -61,7 +66,7 @@ class Tokenizer:
         """The text of ``token_ids`` without special tokens."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Messages) -> str:
         """The prompt of a conversation, ready for the assistant's turn; INVALID when it cannot be rendered."""
         if self._chat_template is None:
             raise RequestRejected(
@@ -76,6 +81,14 @@ class Tokenizer:
             raise RequestRejected(
                 RejectReason.INVALID, f"The model's chat template refuses these messages: {error}."
             ) from error
+
+    def prepare(self) -> None:
+        """Works out what would otherwise be when it is first asked for; takes a while."""
+        self.vocabulary  # noqa: B018
+        self.longest_token_characters  # noqa: B018
+        if self._chat_template is not None:
+            with suppress(Exception):  # boundary: a template is foreign code; whoever sends a chat is told
+                self._compiled_template  # noqa: B018
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -119,15 +132,25 @@ class Tokenizer:
         return silent
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """What a thread is to do, and who waits for that."""
+
+    work: Callable[[], Any]
+    result: asyncio.Future[Any]
+
+
 class TokenizerCache:
     """Tokenizers by digest, built once each, and the threads that long prompts are tokenized in.
 
-    ``render_chat`` and ``encode`` raise RequestRejected QUEUE_FULL when ``pending_max`` prompts are there already.
+    Prompts that wait for a thread take turns by tenant (``prompt_turns``). ``encode`` and ``encode_chat`` raise
+    RequestRejected QUEUE_FULL when ``waiting_max`` wait, for whoever those turns refuse. For one event loop.
     """
 
-    def __init__(self, threads: int = 2, pending_max: int = PENDING_MAX) -> None:
+    def __init__(self, threads: int = 2, waiting_max: int = WAITING_MAX) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
-        self._room = threading.BoundedSemaphore(pending_max)
+        self._idle = threads
+        self._turns: PromptTurns[_Job] = PromptTurns(waiting_max)
         self._by_digest: dict[str, Tokenizer] = {}
 
     def get(self, digest: str) -> Tokenizer | None:
@@ -142,57 +165,80 @@ class TokenizerCache:
             known = self._by_digest.setdefault(digest, built)
         return known
 
-    async def encode(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def encode(self, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, tenant: str = "") -> list[int]:
         """Token ids; a long text is tokenized in a thread so that no stream waits for it."""
         if len(text) <= INLINE_CHARACTERS:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await self._in_thread(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await self._in_turn(tenant, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    async def render_chat(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
-        """``Tokenizer.render_chat`` in a thread: a template is foreign code, and no stream waits for it."""
-        return await self._in_thread(lambda: tokenizer.render_chat(messages))
+    async def encode_chat(
+        self, tokenizer: Tokenizer, messages: Messages, check: Callable[[str], None], *, tenant: str = ""
+    ) -> list[int]:
+        """Token ids of the prompt that ``messages`` make, unless ``check`` refuses it, which may run in a thread."""
+        if _is_short(messages):
+            prompt = tokenizer.render_chat(messages)
+            check(prompt)
+            return await self.encode(tokenizer, prompt, add_special_tokens=False, tenant=tenant)
 
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        if not self._room.acquire(blocking=False):
+        def render_and_encode() -> list[int]:
+            prompt = tokenizer.render_chat(messages)
+            check(prompt)
+            return tokenizer.encode(prompt, add_special_tokens=False)
+
+        return await self._in_turn(tenant, render_and_encode)
+
+    async def _in_turn(self, tenant: str, work: Callable[[], Result]) -> Result:
+        job = _Job(work, asyncio.get_running_loop().create_future())
+        refused = self._turns.add(tenant, job)
+        if refused is not None and not refused.result.done():
             message = "This router has too many prompts to tokenize; try again in a moment."
-            raise RequestRejected(RejectReason.QUEUE_FULL, message)
-        left = threading.Event()
-
-        def run() -> Result:
-            try:
-                if left.is_set():
-                    raise _Abandoned
-                return work()
-            finally:
-                self._room.release()
-
-        # Shielded, because a cancelled entry would stay in the executor's queue without being counted.
-        running = asyncio.get_running_loop().run_in_executor(self._executor, run)
+            refused.result.set_exception(RequestRejected(RejectReason.QUEUE_FULL, message))
+        self._start_next()
         try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            left.set()
-            running.add_done_callback(_look_at)
-            raise
+            result: Result = await job.result
+        finally:
+            self._turns.discard(job)
+            del job  # its error knows this frame
+        return result
+
+    def _start_next(self) -> None:
+        while self._idle and (job := self._turns.next()) is not None:
+            if not job.result.done():  # its request may have left a moment ago
+                running = asyncio.get_running_loop().run_in_executor(self._executor, job.work)
+                self._idle -= 1
+                running.add_done_callback(partial(self._ended, job))
+
+    def _ended(self, job: _Job, running: asyncio.Future[Any]) -> None:
+        self._idle += 1
+        self._start_next()
+        if running.cancelled():
+            job.result.cancel()
+            return
+        error = running.exception()
+        if job.result.done():  # its request has left
+            return
+        if error is None:
+            job.result.set_result(running.result())
+        else:
+            job.result.set_exception(error)
 
     def close(self) -> None:
+        """Whoever still waits is cancelled."""
+        while (job := self._turns.next()) is not None:
+            job.result.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-class _Abandoned(Exception):  # noqa: N818 - nobody is there to catch it
-    """The request left before its turn came."""
-
-
-def _look_at(result: asyncio.Future[Result]) -> None:
-    """Whatever it is: asyncio reports errors that nobody has looked at."""
-    if not result.cancelled():
-        result.exception()
+def _is_short(messages: Messages) -> bool:
+    """Whether rendering and tokenizing them takes no longer than a short text."""
+    if len(messages) > INLINE_MESSAGES:
+        return False
+    return sum(len(value) for message in messages for value in message.values()) <= INLINE_CHARACTERS
 
 
 def _build(files: Mapping[str, bytes]) -> Tokenizer:
     tokenizer = Tokenizer(files)
-    tokenizer.vocabulary  # noqa: B018 - computed here, in the thread, rather than on the event loop
-    tokenizer.longest_token_characters  # noqa: B018
+    tokenizer.prepare()  # here, in the thread, rather than on the event loop
     return tokenizer
 
 

@@ -88,6 +88,7 @@ def check_fields(
     if kind == "chat":
         check_chat(request.chat)
     if kind == "token_ids":
+        _check_prompt_tokens(len(request.token_ids.ids), card)  # before they are looked at: there may be millions
         _check_token_ids("token_ids", request.token_ids.ids, card.vocab_size)
     if len(request.generated_token_ids) > card.max_model_len:  # turning them into text takes a while for each
         raise _invalid(
@@ -188,20 +189,25 @@ def derived_seed(request_id: str) -> int:
 
 
 def _max_tokens(asked: int, prompt_tokens: int, card: engine_pb2.ModelCard) -> int:
-    if prompt_tokens == 0:
-        raise _invalid("The prompt is empty; send at least one token.")
+    _check_prompt_tokens(prompt_tokens, card)
     room = card.max_model_len - prompt_tokens
-    if room < 1:
-        raise _invalid(
-            f"The prompt has {prompt_tokens} tokens and model {card.name} takes {card.max_model_len} for prompt and "
-            "output together; shorten the prompt."
-        )
     if asked > room:
         raise _invalid(
             f"The prompt's {prompt_tokens} tokens and max_tokens {asked} make {prompt_tokens + asked}, and model "
             f"{card.name} takes {card.max_model_len}; shorten the prompt or ask for at most {room} tokens."
         )
     return asked or room
+
+
+def _check_prompt_tokens(prompt_tokens: int, card: engine_pb2.ModelCard) -> None:
+    """There is a prompt, and room for a token behind it."""
+    if prompt_tokens == 0:
+        raise _invalid("The prompt is empty; send at least one token.")
+    if prompt_tokens >= card.max_model_len:
+        raise _invalid(
+            f"The prompt has {prompt_tokens} tokens and model {card.name} takes {card.max_model_len} for prompt and "
+            "output together; shorten the prompt."
+        )
 
 
 def _check_numbers(sampling: inference_pb2.Sampling, vocab_size: int) -> None:

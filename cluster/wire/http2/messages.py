@@ -19,6 +19,9 @@ _DECOMPRESSORS: dict[str, Callable[[], zlib._Decompress]] = {
     "deflate": zlib.decompressobj,
 }
 ENCODINGS = ("identity", *_DECOMPRESSORS)
+# Decompressed. A prompt of 1,000,000 tokens is 3 MB as ids and some 8 MB as text; without a bound of its own, a few
+# kilobytes of zeros would be as large as any message, and stop all calls while they are decoded.
+INFLATED_BYTES_MAX = 16 * 2**20
 
 
 class CallRefused(Exception):  # noqa: N818 - an answer
@@ -116,19 +119,24 @@ class MessageReader:
         text = f"The message is longer than {self._largest} bytes, which is the limit; send less at once."
         return CallRefused(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
+    def _inflated_too_long(self, limit: int) -> CallRefused:
+        text = f"The message is longer than {limit} bytes when it is decompressed, which is the limit for that"
+        advice = "send it as it is" if limit < self._largest else "send less at once"
+        return CallRefused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{text}; {advice}.")
+
     def _decompressed(self, message: bytes) -> bytes:
         try:
             make = _DECOMPRESSORS[self._encoding]
         except KeyError:
             text = "The message is compressed and its grpc-encoding does not say how; name it."
             raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text) from None
-        decompressor = make()
+        decompressor, limit = make(), min(self._largest, INFLATED_BYTES_MAX)
         try:
-            plain = decompressor.decompress(message, self._largest + 1)
+            plain = decompressor.decompress(message, limit + 1)
         except zlib.error:
             plain = b""
-        if len(plain) > self._largest:
-            raise self._too_long()
+        if len(plain) > limit:
+            raise self._inflated_too_long(limit)
         if not decompressor.eof:
             text = f"The message cannot be decompressed as {self._encoding}, which its grpc-encoding says."
             raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text)

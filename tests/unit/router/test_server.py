@@ -134,6 +134,27 @@ async def test_tokenize_is_admitted_and_not_counted(monkeypatch: pytest.MonkeyPa
     router.tokenizers.close()
 
 
+@pytest.mark.parametrize("prompt", [{"text": "x"}, {"chat": CHAT}])
+async def test_prompts_wait_for_their_turn_as_their_tenants(
+    monkeypatch: pytest.MonkeyPatch, prompt: dict[str, Any]
+) -> None:
+    router = Router()
+    router.serve(monkeypatch)
+    context, tenants = Context(), []
+
+    async def encode(*_: Any, tenant: str, **__: Any) -> list[int]:
+        tenants.append(tenant)
+        return [1]
+
+    for name in ("encode", "encode_chat"):
+        monkeypatch.setattr(TokenizerCache, name, encode)
+    monkeypatch.setattr(context, "invocation_metadata", lambda: (("x-tenant", "acme"),))
+    await router.server.Tokenize(inference_pb2.TokenizeRequest(**prompt), context)
+    await router.server.ExplainRoute(inference_pb2.GenerateRequest(**prompt), context)
+    assert tenants == ["acme", "acme"]
+    router.tokenizers.close()
+
+
 async def test_draining_waits_for_a_tokenize(monkeypatch: pytest.MonkeyPatch) -> None:
     router = Router()
     router.serve(monkeypatch)

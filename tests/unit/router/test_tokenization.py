@@ -3,15 +3,17 @@
 import asyncio
 import json
 import threading
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 
 from cluster.domain.errors import CheckpointError, RejectReason, RequestRejected
-from cluster.router.tokenization import INLINE_CHARACTERS, Tokenizer, TokenizerCache
+from cluster.router.tokenization import INLINE_CHARACTERS, INLINE_MESSAGES, Tokenizer, TokenizerCache
 from tests.contract import small_tokenizers
 
 FILES = small_tokenizers.files(small_tokenizers.byte_level())
 MESSAGES = [{"role": "user", "content": "fox?"}]
+LONG = "x" * (INLINE_CHARACTERS + 1)
 
 
 def with_config(**config: object) -> Tokenizer:
@@ -81,31 +83,137 @@ async def test_tokenizers_are_built_once_and_long_texts_go_to_a_thread() -> None
     cache.close()
 
 
-async def test_prompts_that_wait_for_a_thread_are_bounded() -> None:
-    cache = TokenizerCache(threads=1, pending_max=2)
-    tokenizer = await cache.build("d", FILES)
-    gate, started, rendered = threading.Event(), threading.Event(), []
+@pytest.fixture
+def cache() -> Iterator[TokenizerCache]:
+    """With one thread, for which two may wait."""
+    made = TokenizerCache(threads=1, waiting_max=2)
+    yield made
+    made.close()
 
-    class Slow:
-        def render_chat(self, messages: list[str]) -> str:
-            started.set()
-            assert gate.wait(5)
-            rendered.append(messages[0])
-            return messages[0]
 
-    running, leaving = (asyncio.create_task(cache.render_chat(Slow(), [name])) for name in ("running", "leaving"))
-    await asyncio.to_thread(started.wait, 5)
+class Slow:
+    """A tokenizer that notes what it renders; "slow" takes until ``go_on`` is set."""
+
+    def __init__(self) -> None:
+        self.started, self.go_on = threading.Event(), threading.Event()
+        self.rendered: list[str] = []
+        self.threads: set[int] = set()
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        name = messages[0]["role"]
+        self.rendered.append(name)
+        self.threads.add(threading.get_ident())
+        if name == "slow":
+            self.started.set()
+            assert self.go_on.wait(5)
+        return name
+
+    def encode(self, text: str, **_: bool) -> list[int]:
+        return [len(text)]
+
+    async def encoded(self, cache: TokenizerCache, name: str, tenant: str = "", content: str = LONG) -> list[int]:
+        return await cache.encode_chat(self, [{"role": name, "content": content}], lambda _: None, tenant=tenant)
+
+    def task(self, cache: TokenizerCache, name: str, tenant: str = "") -> asyncio.Task[list[int]]:
+        return asyncio.create_task(self.encoded(cache, name, tenant))
+
+    async def occupied(self, cache: TokenizerCache) -> asyncio.Task[list[int]]:
+        """The cache's thread works until ``go_on``."""
+        task = self.task(cache, "slow")
+        await asyncio.to_thread(self.started.wait, 5)
+        return task
+
+
+async def test_prompts_that_wait_for_a_thread_are_bounded(cache: TokenizerCache) -> None:
+    tokenizer, slow = await cache.build("d", FILES), Slow()
+    running = await slow.occupied(cache)
+    waiting = [slow.task(cache, name) for name in ("leaving", "staying")]
+    await asyncio.sleep(0)
     with pytest.raises(RequestRejected, match="too many prompts") as caught:
-        await cache.encode(tokenizer, "x" * (INLINE_CHARACTERS + 1), add_special_tokens=True)
+        await cache.encode(tokenizer, LONG, add_special_tokens=True)
     assert caught.value.reject_reason is RejectReason.QUEUE_FULL
     assert await cache.encode(tokenizer, "fox", add_special_tokens=True) == tokenizer.encode("fox")
-    leaving.cancel()
-    await asyncio.wait([leaving])
-    with pytest.raises(RequestRejected):  # it still stands in the queue
-        await cache.render_chat(Slow(), ["third"])
-    gate.set()
-    assert await asyncio.wait_for(running, 5) == "running"
-    await cache.build("e", FILES)  # the thread has passed by whoever left
-    assert await cache.render_chat(Slow(), ["fourth"]) == "fourth"
-    assert rendered == ["running", "fourth"]
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    waiting.append(slow.task(cache, "after whoever left"))
+    await asyncio.sleep(0)
+    slow.go_on.set()
+    assert await asyncio.wait_for(asyncio.gather(running, *waiting[1:]), 5) == [[4], [7], [18]]
+    assert slow.rendered == ["slow", "staying", "after whoever left"]
+
+
+async def test_tenants_take_turns_and_the_one_with_the_most_makes_room(cache: TokenizerCache) -> None:
+    slow = Slow()
+    running = await slow.occupied(cache)
+    heavy = [slow.task(cache, name, "heavy") for name in ("first", "second")]
+    await asyncio.sleep(0)
+    light = slow.task(cache, "light", "light")
+    with pytest.raises(RequestRejected, match="too many prompts"):
+        await asyncio.wait_for(heavy[1], 5)
+    with pytest.raises(RequestRejected):
+        await slow.encoded(cache, "third", "heavy")
+    slow.go_on.set()
+    await asyncio.wait_for(asyncio.gather(running, heavy[0], light), 5)
+    assert slow.rendered == ["slow", "first", "light"]
+
+
+async def test_who_leaves_while_a_thread_works_holds_the_thread_and_nobody_else(cache: TokenizerCache) -> None:
+    slow = Slow()
+    running = await slow.occupied(cache)
+    running.cancel()
+    await asyncio.wait([running])
+    following = slow.task(cache, "following")
+    await asyncio.sleep(0)
+    assert slow.rendered == ["slow"]
+    slow.go_on.set()
+    assert await asyncio.wait_for(following, 5) == [9]
+
+
+async def test_those_that_wait_are_told_when_the_threads_end(cache: TokenizerCache) -> None:
+    slow = Slow()
+    running = await slow.occupied(cache)
+    waiting = slow.task(cache, "waiting")
+    await asyncio.sleep(0)
     cache.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    slow.go_on.set()
+    assert await asyncio.wait_for(running, 5) == [4]
+
+
+async def test_short_chats_need_no_thread(cache: TokenizerCache) -> None:
+    slow = Slow()
+    running = await slow.occupied(cache)
+    slow.threads.clear()
+    assert await slow.encoded(cache, "here", content="x" * (INLINE_CHARACTERS - 4)) == [4]
+    assert slow.threads == {threading.get_ident()}
+    long_ones = [
+        asyncio.create_task(cache.encode_chat(slow, messages, lambda _: None))
+        for messages in ([{"role": "long", "content": LONG}], [{"role": "many", "content": ""}] * (INLINE_MESSAGES + 1))
+    ]
+    await asyncio.sleep(0)
+    assert slow.rendered == ["slow", "here"]
+    slow.go_on.set()
+    await asyncio.wait_for(asyncio.gather(running, *long_ones), 5)
+    assert slow.rendered[2:] == ["long", "many"]
+
+
+@pytest.mark.parametrize("content", ["short", LONG])
+async def test_a_rendered_chat_may_be_refused_before_it_is_tokenized(cache: TokenizerCache, content: str) -> None:
+    class Rendering:
+        render_chat = staticmethod(lambda messages: messages[0]["content"] + "!")
+        encode = staticmethod(lambda *_, **__: pytest.fail("it was tokenized"))
+
+    def refuse(prompt: str) -> None:
+        assert prompt == content + "!"
+        raise RequestRejected(RejectReason.INVALID, "no")
+
+    with pytest.raises(RequestRejected, match="no"):
+        await cache.encode_chat(Rendering(), [{"role": "user", "content": content}], refuse)
+
+
+async def test_a_template_that_cannot_be_compiled_does_not_keep_its_model_away(cache: TokenizerCache) -> None:
+    files = {**FILES, "chat_template.jinja": b"{% for %}"}
+    tokenizer = await cache.build("d", files)
+    with pytest.raises(RequestRejected, match="chat template"):
+        await cache.encode_chat(tokenizer, MESSAGES, lambda _: None)

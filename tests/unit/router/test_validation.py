@@ -1,5 +1,7 @@
 """Every bound of a request."""
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +104,33 @@ def test_what_is_wrong_is_refused_in_one_sentence(fields: dict[str, Any], names:
 )
 def test_every_bound_itself_is_allowed(fields: dict[str, Any]) -> None:
     assert validate(**fields).model == "demo"
+
+
+class Untouchable:
+    """As many ids as somebody may send, of which none may be looked at."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        raise AssertionError("it was read")
+
+
+@pytest.mark.parametrize("count", [32, 60_000_000])
+def test_a_prompt_that_is_too_long_is_refused_before_its_ids_are_read(count: int) -> None:
+    message = f"The prompt has {count} tokens and model demo takes 32 for prompt and output together"
+
+    class Request:
+        token_ids = SimpleNamespace(ids=Untouchable(count))
+        HasField = staticmethod(lambda _field: False)
+        WhichOneof = staticmethod(lambda _name: "token_ids")
+
+    with pytest.raises(RequestRejected, match=message) as caught:
+        check_fields(Request(), CARD, has_tokenizer=True)
+    assert caught.value.reject_reason is RejectReason.INVALID
 
 
 def test_too_many_biases() -> None:
