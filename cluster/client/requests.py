@@ -56,9 +56,10 @@ class Arguments(Options, total=False):
     session_id: str
     timeout_s: float | None
     generated_token_ids: Sequence[int]
+    received_characters: int
 
 
-def build_request(
+def build_request(  # noqa: PLR0913 - the message's fields
     prompt: Prompt,
     options: Options,
     *,
@@ -67,6 +68,7 @@ def build_request(
     logprobs: int = 0,
     priority: int = 0,
     generated_token_ids: Sequence[int] = (),
+    received_characters: int = 0,
     cache_salt: str = "",
 ) -> inference_pb2.GenerateRequest:
     """The message for one request, with an id, and a seed wherever sampling is asked for.
@@ -82,6 +84,7 @@ def build_request(
             priority=priority,
             return_token_ids=True,
             generated_token_ids=generated_token_ids,
+            received_characters=received_characters,
             cache_salt=cache_salt,
         )
     except (TypeError, ValueError) as error:

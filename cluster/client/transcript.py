@@ -60,6 +60,7 @@ class Transcript:
         self._rng = rng or random.Random(request.request_id)  # noqa: S311 - spreads pauses, keeps no secrets
         self._known = list(request.generated_token_ids)
         self._given = len(self._known)
+        self._received = request.received_characters
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._futile = 0  # calls in a row that brought nothing
@@ -80,8 +81,8 @@ class Transcript:
         if self.started:
             del self._request.generated_token_ids[:]
             self._request.generated_token_ids.extend(self._known)
-            if not self._given:  # else some of the text came before us
-                self._request.received_characters = sum(map(len, self._texts))
+            if self._received or not self._given:  # else nobody knows how much text came before us
+                self._request.received_characters = self._received + sum(map(len, self._texts))
         return self._request
 
     def take(self, chunk: inference_pb2.Chunk) -> Chunk:

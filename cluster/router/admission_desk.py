@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock
@@ -80,10 +81,12 @@ class AdmissionDesk:
         if line is None:
             line = ticket.line = self._line(ticket.model)
         entry, queue = ticket.entry, line.admission.queue
-        if queue.exempt and not entry.exempt:
-            self._place_continuations(line, self._clock.now())
         if not (queue.exempt if entry.exempt else queue.requests):
             found = self._fleet.choose(ticket.demand(True))
+            if found is not None and queue.exempt and not entry.exempt:  # those go first
+                found[1].not_used()
+                self._place_continuations(line, self._clock.now())
+                found = self._fleet.choose(ticket.demand(True))
             if found is not None:
                 line.admission.pass_through(entry)
                 return found
@@ -113,7 +116,7 @@ class AdmissionDesk:
         self._arm(line)
         placed: Placed | None = None
         try:
-            with interruption.calls(lambda error: _fail(answer, error)):
+            with interruption.calls(partial(_fail, answer)):
                 placed = await answer
         except _NoEndpointLeft:
             return None
@@ -121,6 +124,7 @@ class AdmissionDesk:
             if line.waiting.pop(entry, None) is not None and entry.queued:
                 admission.withdraw(entry, self._clock.now())
             self._settle(line, ticket, answer, used=placed is not None)
+            del answer  # its error knows this frame
         return placed
 
     def _settle(self, line: _Line, ticket: Ticket, answer: asyncio.Future[Placed], *, used: bool) -> None:

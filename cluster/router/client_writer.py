@@ -58,6 +58,7 @@ class ClientWriter:
         """Nothing more is written."""
         if self._timer is not None:
             self._timer.cancel()
+        self._task = None
 
     def _look(self) -> None:
         now_s = self._loop.time()

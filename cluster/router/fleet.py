@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -30,6 +31,7 @@ BLOCK_MESSAGES_PER_S = 500  # from all replicas together: so news of blocks take
 LOAD_MESSAGES_PER_S = 200  # from all replicas together, beside those that bring tokens
 REGROUPED_MAX = 16  # endpoints that change with one table, for which groups are changed rather than made anew
 EXPECTED_BLOCKS_MAX = 2048  # of one prompt: what a longer one holds beyond is known when its replica tells it
+ASKED_FOR_PLACES_MAX = 16  # endpoints of each checkpoint, where there are several
 NAME_CHARACTERS = 128  # of an unknown name, in an answer: a status has to fit into headers
 NO_HOLDERS = Holders((), (), {})
 
@@ -64,7 +66,7 @@ class Fleet:
         self._paced_for = 0  # endpoints, when their sessions were last told how often to send news
         self._replicas: frozenset[str] = frozenset()
         self._taking: dict[str, set[Incarnation]] = {}  # endpoints that take new work, by model
-        self._speaking: dict[str, EngineSession] = {}  # who was found to tell what a model is
+        self._kinds: dict[str, tuple[_Kind, ...]] = {}  # of what serves a model; found when asked for
         self._groups = FleetGroups(profile, self._standings)
         self._indexes: dict[tuple[str, str, int], PrefixIndex] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -158,14 +160,21 @@ class Fleet:
             called = f"No model is called {model[:NAME_CHARACTERS]!r}"
             what = called if model else "Several models are served, so the request must name one"
             raise ModelNotFound(f"{what}; served are: {names}.")
-        speaker = self._speaking.get(named)
-        if speaker is not None and speaker.up and speaker.served is not None:
-            return speaker.served
-        for session in self._sessions.values():
-            if session.endpoint.model == named and session.up and session.served is not None:
-                self._speaking[named] = session
-                return session.served
-        raise RequestRejected(RejectReason.NO_ENDPOINT, f"No replica of model {named} is ready; try again in a moment.")
+        kinds = self._kinds.get(named) or self._find_kinds(named)
+        if not kinds:
+            message = f"No replica of model {named} is ready; try again in a moment."
+            raise RequestRejected(RejectReason.NO_ENDPOINT, message)
+        return kinds[0].served if len(kinds) == 1 else max(kinds, key=_Kind.room).served
+
+    def _find_kinds(self, model: str) -> tuple[_Kind, ...]:
+        """By checkpoint: several while replicas of another one take over. Of those that take new work, if any does."""
+        up = [s for s in self._sessions.values() if s.endpoint.model == model and s.up and s.served is not None]
+        taking = [session for session in up if not session.endpoint.draining]
+        found: dict[str, list[EngineSession]] = {}
+        for session in taking or up:
+            found.setdefault(session.endpoint.checkpoint_digest, []).append(session)
+        kinds = self._kinds[model] = tuple(_Kind(tuple(sessions)) for sessions in found.values())
+        return kinds
 
     @property
     def profile(self) -> Profile:
@@ -274,7 +283,7 @@ class Fleet:
 
     def _note_readiness(self, incarnation: Incarnation) -> None:
         session, model = self._sessions.get(incarnation), incarnation.replica.model
-        self._speaking.pop(model, None)
+        self._kinds.pop(model, None)
         taking = self._taking.setdefault(model, set())
         if session is not None and session.up and not session.endpoint.draining:
             taking.add(incarnation)
@@ -311,6 +320,24 @@ class Fleet:
                 if places >= wanted:
                     return wanted
         return places
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Sessions, one at least, with endpoints of one model and checkpoint."""
+
+    sessions: tuple[EngineSession, ...]
+
+    @property
+    def served(self) -> ServedModel:
+        served = self.sessions[0].served
+        assert served is not None, "it was asked"
+        return served
+
+    def room(self) -> tuple[float, int]:
+        """What a new request goes by: free places, as far as some of the endpoints tell; then their number."""
+        asked = self.sessions[:ASKED_FOR_PLACES_MAX]
+        return sum(session.load.places for session in asked) * len(self.sessions) / len(asked), len(self.sessions)
 
 
 def _index_key(endpoint: Endpoint) -> tuple[str, str, int]:

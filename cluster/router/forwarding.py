@@ -74,7 +74,7 @@ class RequestRun:
         self._stream: SequenceStream | None = None
         self._cached_prompt_tokens = 0
         self._queued_s: float | None = None  # from arrival to the last submit that no loss came before
-        self._flushed_characters = 0  # of the text's end, which comes with no token: the client has them already
+        self._ahead = 0  # characters of the text to come that the client has: they came with the end of an earlier call
         series = surroundings.metrics.of_request
         self._itl = series.inter_token_latency[request.model,]
         self._generated = series.generation_tokens[request.model,]
@@ -122,6 +122,7 @@ class RequestRun:
             self._count_generated()
             generated, complete = self._journal.generated_tokens, ended is not None
             self._search.close(generated, self._cached_prompt_tokens, complete=complete)
+            self._interruption.forget()
 
     async def _replay(self, emit: Emit) -> Ended | None:
         """Brings the text up to the tokens generated before this call; they may already be the end."""
@@ -133,7 +134,7 @@ class RequestRun:
                 if self._text.stopped:
                     return self._ended(inference_pb2.FINISH_REASON_STOP)
                 await asyncio.sleep(0)
-            self._flushed_characters = max(0, self._request.received_characters - characters)
+            self._ahead = max(0, self._request.received_characters - characters)
         return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH) if self._journal.full else None
 
     async def _attempt(self, emit: Emit, until_s: float | None) -> Ended | None:
@@ -158,6 +159,7 @@ class RequestRun:
         finally:
             self._stream = None
             session.release(sequence_id)
+            stream.close()
 
     def _submit(self, session: EngineSession, attempt: int, until_s: float | None) -> tuple[int, SequenceStream]:
         request = self._request
@@ -212,11 +214,19 @@ class RequestRun:
             text, kept = self._text.push(token_ids)
             if kept < len(token_ids):
                 token_ids = token_ids[:kept]
+            if self._ahead:
+                text = self._unseen(text)
         self._journal.append(token_ids)
         self._search.made_progress()
         self._observe_tokens(len(token_ids))
         logprobs = news.logprobs[first : first + len(token_ids)] if news.logprobs else ()
         return Progress(text, token_ids, logprobs)
+
+    def _unseen(self, text: str) -> str:
+        """What of ``text``, which comes next, the client has not got."""
+        seen = min(self._ahead, len(text))
+        self._ahead -= seen
+        return text[seen:]
 
     def _observe_tokens(self, count: int) -> None:
         now_s, last_s = self._around.clock.now(), self._timing.last_token_s
@@ -260,7 +270,7 @@ class RequestRun:
     async def _finish(self, emit: Emit, reason: inference_pb2.FinishReason) -> Ended:
         """Lets the held-back text out; a stop string found in it beats LENGTH."""
         if self._text is not None:
-            text = self._text.flush()[self._flushed_characters :]
+            text = self._unseen(self._text.flush())
             if self._text.stopped:
                 reason = inference_pb2.FINISH_REASON_STOP
             if text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -11,8 +12,10 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from cluster.domain.errors import RejectReason, RequestRejected
+from cluster.domain.request import Outcome
 from cluster.router.server import InferenceServer
 from cluster.v1 import inference_pb2, routing_pb2
+from cluster.wire.http2.server import Http2Server
 from cluster.wire.status import to_rpc_status
 
 _SERVICES = (
@@ -20,6 +23,14 @@ _SERVICES = (
     routing_pb2.DESCRIPTOR.services_by_name["Routing"],
 )
 _METHODS = tuple(method for service in _SERVICES for method in service.methods)
+_COUNTED = ("Generate", "Complete")  # requests, which are counted by how they end
+_COUNTED_PATHS = frozenset(f"/{_SERVICES[0].full_name}/{name}" for name in _COUNTED)
+_UNSERVED = {  # outcomes of calls that ended before their request was read, by what their clients were told
+    None: Outcome.ABORTED_CLIENT,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Outcome.EVICTED_DEADLINE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Outcome.REJECTED_CAPACITY,
+    grpc.StatusCode.UNAVAILABLE: Outcome.REJECTED_UNAVAILABLE,
+}
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Method = Callable[[Message | None, _Context], Awaitable[Message | None]]
 _UNDECODABLE = "The message is no {} of cluster.v1; send one that was made from its protos."
@@ -50,8 +61,8 @@ def _method(server: InferenceServer, name: str, message: str) -> Method:
 
     async def handle(request: Message | None, context: _Context) -> Message | None:
         if request is None:
-            if name in ("Generate", "Complete"):
-                server.count_undecodable()
+            if name in _COUNTED:
+                server.count_unserved(Outcome.REJECTED_INVALID)
             error = RequestRejected(RejectReason.INVALID, _UNDECODABLE.format(message))
             await context.abort_with_status(to_rpc_status(error))
         answered: Message | None = await answer(request, context)
@@ -60,8 +71,14 @@ def _method(server: InferenceServer, name: str, message: str) -> Method:
     return handle
 
 
-def add_inference(server: InferenceServer, grpc_server: grpc.aio.Server) -> None:
+def _count_unserved(server: InferenceServer, path: str, code: grpc.StatusCode | None) -> None:
+    if path in _COUNTED_PATHS:
+        server.count_unserved(_UNSERVED.get(code, Outcome.REJECTED_INVALID))
+
+
+def add_inference(server: InferenceServer, grpc_server: Http2Server) -> None:
     """In place of the generated functions ``add_..._to_server`` of both services."""
+    grpc_server.on_unserved = partial(_count_unserved, server)
     handlers = inference_handlers(server)
     for service in _SERVICES:
         made = {}

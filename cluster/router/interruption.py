@@ -29,6 +29,10 @@ class Interruption:
         if self.error is not None:
             raise self.error
 
+    def forget(self) -> None:
+        """The request has ended; its error is not kept alive by what it came through."""
+        self.error = None
+
     @contextmanager
     def calls(self, callback: Callable[[Exception], None]) -> Iterator[None]:
         """Meanwhile ``callback`` hears the reason, at once if there is one already."""

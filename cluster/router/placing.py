@@ -179,6 +179,7 @@ class EndpointSearch:
             series, model = self._around.metrics.of_request, self._request.model
             series.expected_cached_tokens[model,].inc(self.cached_tokens)
             series.cached_tokens[model,].inc(cached_prompt_tokens)
+        self._ticket = None  # which knows us: what has ended is not to wait for the collector
 
     def _new_ticket(self, now_s: float, deadline_s: float | None) -> Ticket:
         request = self._request

@@ -109,6 +109,10 @@ class SequenceStream:
         news, self._news, self._untaken = self._news, None, 0
         return news
 
+    def close(self) -> None:
+        """Nobody receives any more; a failure that was raised is not kept alive by us."""
+        self._failure, self.ended = None, True
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -92,7 +92,7 @@ async def serve_router(
     stopping = asyncio.Event()
     async with AsyncExitStack() as exits:
         registry = new_registry()
-        listener = Listener(shared=one_of is not None)
+        listener = Listener(client_stall_s=config.client_stall_s, shared=one_of is not None)
         exits.push_async_callback(listener.stop, STOP_GRACE_S)
         metrics = RouterMetrics(registry)
         parts = _build(config, router_id, listener, metrics, stopping, exits, log, clock or MonotonicClock())
@@ -222,7 +222,7 @@ def run_router(
     import uvloop
 
     # What was imported lives as long as the process: never looked at again. The rest is looked at less often, since
-    # streams leave no cycles behind.
+    # requests leave no cycles behind.
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)

@@ -12,28 +12,33 @@ class StopFilter:
     longest stop is held back.
     """
 
-    __slots__ = ("_held", "_longest", "_stops", "stopped")
+    __slots__ = ("_held", "_longest", "_stops", "_void", "stopped")
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string would stop everything"
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
+        self._void = 0  # characters of what is held that no stop may end in
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """The text that may go out now; after ``stopped`` nothing does."""
+    def push(self, text: str, *, searched: bool = True) -> str:
+        """The text that may go out now; after ``stopped`` nothing does.
+
+        No stop ends in a text that is not ``searched``, though one may begin there.
+        """
         assert not self.stopped
         if not self._stops:
             return text
         seen = self._held + text
-        found = [at for at in map(seen.find, self._stops) if at >= 0]
+        void = self._void if searched else len(seen)
+        found = [at for stop in self._stops if (at := seen.find(stop, max(0, void - len(stop) + 1))) >= 0]
         if found:
             self.stopped = True
             self._held = ""
             return seen[: min(found)]
         keep = self._held_from(seen)
-        self._held = seen[keep:]
+        self._held, self._void = seen[keep:], max(0, void - keep)
         return seen[:keep]
 
     def flush(self) -> str:

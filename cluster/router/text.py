@@ -19,7 +19,7 @@ class Emission(NamedTuple):
 class TextStream:
     """One request's text. Everything it says is a pure function of the tokens pushed so far.
 
-    A stop string does not count before ``min_tokens`` tokens: until then text passes unsearched.
+    A stop string that ends before ``min_tokens`` tokens does not count; one that only begins there does.
     """
 
     __slots__ = ("_detokenizer", "_filter", "_min_tokens", "_tokens")
@@ -58,6 +58,4 @@ class TextStream:
         return text if self._filter.stopped else text + self._filter.flush()
 
     def _filtered(self, text: str) -> str:
-        if self._tokens < self._min_tokens:
-            return text
-        return self._filter.push(text)
+        return self._filter.push(text, searched=self._tokens >= self._min_tokens)

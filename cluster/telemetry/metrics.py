@@ -34,7 +34,7 @@ class Counted(Protocol):
 
 
 class Observations:
-    """A histogram's series: what ``Histogram.observe`` does for each value, once for several that are alike."""
+    """A histogram's series: what ``Histogram.observe`` does for each number, once for several that are alike."""
 
     __slots__ = ("_bounds", "_buckets", "_sum")
 

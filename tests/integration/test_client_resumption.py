@@ -16,7 +16,7 @@ from cluster.router.tokenization import Tokenizer
 from cluster.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
 from tests.contract import small_tokenizers
 from tests.contract.fake_control import FakeControl
-from tests.contract.fake_engine import FakeEngine
+from tests.contract.fake_engine import FakeEngine, scripted_token
 from tests.contract.router_cluster import RouterCluster, eventually
 from tests.contract.router_processes import RouterProcess, own_connection
 
@@ -212,6 +212,31 @@ async def test_the_end_of_a_text_that_came_already_does_not_come_again(known: in
         again = await cluster.generate(request)
         assert again.text == ("" if known == TOKENS else rest.text)
         assert (again.token_ids, again.reason) == (whole.token_ids[known:], "LENGTH")
+    finally:
+        await cluster.close()
+
+
+async def test_a_text_whose_end_has_come_goes_on_behind_it() -> None:
+    """What might be a stop's beginning came with the end of the first call; the second one has more tokens."""
+    script = Tokenizer(FILES).encode("hello STO many times and goes home ST")
+    engine = FakeEngine(scripted_token(script), vocab_size=VOCAB, max_model_len=4096, tokenizer_files=FILES)
+    cluster = await RouterCluster().start(engine)
+    try:
+        request = inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=PROMPT), sampling=inference_pb2.Sampling(max_tokens=len(script)),
+            return_token_ids=True,
+        )  # fmt: skip
+        request.sampling.stop.append("STOP")
+        whole = await cluster.generate(request)
+        for known in range(1, len(script)):
+            request.ClearField("generated_token_ids")
+            request.received_characters, request.sampling.max_tokens = 0, known
+            first = await cluster.generate(request)
+            request.sampling.max_tokens = len(script)
+            request.generated_token_ids.extend(first.token_ids)
+            request.received_characters = len(first.text)
+            rest = await cluster.generate(request)
+            assert first.text + rest.text == whole.text
     finally:
         await cluster.close()
 

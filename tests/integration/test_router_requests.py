@@ -15,6 +15,7 @@ from cluster.domain.endpoint import Endpoint
 from cluster.router.placing import SENT_BACK_MAX
 from cluster.router.tokenization import Tokenizer
 from cluster.v1 import engine_pb2, inference_pb2
+from cluster.wire.http2.messages import INFLATED_BYTES_MAX
 from cluster.wire.status import from_rpc_error
 from tests.contract import small_tokenizers
 from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token, scripted_token
@@ -493,6 +494,20 @@ class TestTokenize:
         assert from_rpc_error(caught.value)[1] == "INVALID"
         assert ("x-request-id", "mine-2") in list(await call.trailing_metadata())
 
+    @pytest.mark.parametrize("request_id", ["mine-3", ""])
+    async def test_a_refusal_at_the_door_echoes_the_id_too(self, start: StartCluster, request_id: str) -> None:
+        cluster = await start(engine(), max_concurrent_requests=1)
+        cluster.engines[0].step_age_s = 0.1  # the first one stays
+        first = cluster.call(request(50))
+        await eventually(lambda: bool(cluster.engines[0].submits), "it is inside")
+        call = cluster.call(inference_pb2.GenerateRequest(model="demo", request_id=request_id))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drained(call)
+        assert from_rpc_error(caught.value)[1] == "QUEUE_FULL"
+        echoed = dict(await call.trailing_metadata())["x-request-id"]
+        assert echoed == request_id or len(echoed) == 32
+        first.cancel()
+
     async def test_what_cannot_fit_is_refused(self, start: StartCluster) -> None:
         cluster = await start(with_text(max_model_len=20))
         chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="x" * 10_000)])
@@ -501,6 +516,20 @@ class TestTokenize:
             assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID")
             assert "shorten" in text
         assert await cluster.outcomes() == {}
+
+    async def test_what_is_sent_compressed_is_bounded_as_it_is_read(self, start: StartCluster) -> None:
+        cluster = await start(with_text())
+        framing = inference_pb2.TokenizeRequest(text="x" * 2**22).ByteSize() - 2**22
+        for over, compression, code, named in (
+            (0, grpc.Compression.Gzip, grpc.StatusCode.INVALID_ARGUMENT, "shorten the prompt"),
+            (1, grpc.Compression.NoCompression, grpc.StatusCode.INVALID_ARGUMENT, "shorten the prompt"),
+            (1, grpc.Compression.Gzip, grpc.StatusCode.RESOURCE_EXHAUSTED, f"longer than {INFLATED_BYTES_MAX} bytes"),
+        ):
+            message = inference_pb2.TokenizeRequest(text="x" * (INFLATED_BYTES_MAX - framing + over))
+            assert message.ByteSize() == INFLATED_BYTES_MAX + over
+            refused, _, text, _ = await refusal(cluster.stub.Tokenize(message, compression=compression))
+            assert refused is code
+            assert named in text
 
     async def test_a_full_router_refuses_it_too(self, start: StartCluster) -> None:
         cluster = await start(with_text(step_s=0.01), max_concurrent_requests=1)

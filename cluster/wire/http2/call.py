@@ -20,6 +20,11 @@ from cluster.wire.http2.sending import Sending
 _LOG = logging.getLogger(__name__)
 TAKEN_TOGETHER_MAX = 256  # messages of one caller before others get their turn
 ABORT_S = 1.0  # for a message that is half out, so that a status can follow it
+# How gRPC's clients are told a status by the reset of a stream, where no status can follow; otherwise CANCEL.
+_RESETS = {
+    grpc.StatusCode.UNAVAILABLE: ErrorCodes.REFUSED_STREAM,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorCodes.ENHANCE_YOUR_CALM,
+}
 _EXPIRED = "Deadline Exceeded"
 _ONE_MESSAGE = "This method takes exactly one message; send one."
 
@@ -28,6 +33,7 @@ class Wire(Protocol):
     """The connection, as a call uses it. Streams that are gone are its business: nothing here fails for them."""
 
     largest_message: int
+    answer_stall_s: float
 
     def send_headers(self, stream_id: int, block: bytes, *, last: bool) -> None: ...
 
@@ -68,7 +74,8 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
 
     __slots__ = (
         "_aborted", "_began", "_code", "_deadline_s", "_details", "_done", "_ended", "_expired", "_handler", "_head",
-        "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "gone", "half_closed", "held", "owed", "task",
+        "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "ended_as", "gone", "half_closed", "held", "owed",
+        "served", "task",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
@@ -80,6 +87,8 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         self._more: asyncio.Event | None = None  # a handler waits for messages or the end of them
         self._aborted = self._began = self._ended = self._expired = False
         self.gone = False  # the client has left, or its connection
+        self.served = False  # its handler has seen it
+        self.ended_as: grpc.StatusCode | None = None  # what its client was told
         self.half_closed = False  # the client sends nothing more
         self.held = head.size  # bytes that the connection has counted for it
         self.owed = 0  # bytes that came and that the client does not know to be read
@@ -132,6 +141,10 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         return taken
 
     @property
+    def path(self) -> str:
+        return self._head.path
+
+    @property
     def can_start(self) -> bool:
         return self.task is None and not self._ended and (self._handler.request_streaming or self.half_closed)
 
@@ -169,6 +182,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
             self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
         for callback in self._done:
             callback(self)
+        self.task = None  # whose error knows us: what has ended is not to wait for the collector
 
     # --------------------------------------------------------------------------------------------------- the handler
 
@@ -176,6 +190,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         handler: Any = self._handler
         try:
             request: Any = self._requests() if handler.request_streaming else self._only_request()
+            self.served = True
             if handler.response_streaming:
                 behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
                 answered = behaviour(request, self)
@@ -186,7 +201,9 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
                     await answered
             else:
                 behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
-                await self.write(await behaviour(request, self))
+                self._send(await behaviour(request, self))
+                if self.unsent is not None:
+                    await self._until_read()
             self._end(self._code, self._details, self._trailing)
         except grpc.aio.AbortError:
             pass  # its status is out
@@ -236,15 +253,30 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         return grpc.aio.EOF
 
     async def write(self, message: Any) -> None:
+        if self.unsent is not None and not self._ended:  # of a write that was cancelled
+            await self._until_drained()
+        self._send(message)
+        if self.unsent is not None:
+            await self._until_drained()
+
+    def _send(self, message: Any) -> None:
+        """As much of it as there is room for."""
         if self._ended:
             raise asyncio.InvalidStateError("The call has ended.")
         if not self._began:
             self._begin(())
-        if self.unsent is not None:  # of a write that was cancelled
-            await self._until_drained()
         self.unsent = self._wire.send(self, self._framed(message))
-        if self.unsent is not None:
-            await self._until_drained()
+
+    async def _until_read(self) -> None:
+        """The only answer is out; CallRefused when the client does not read it, which holds it in our memory."""
+        limit_s = self._wire.answer_stall_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._until_drained()
+        except TimeoutError:
+            _LOG.warning("the client %s of %s has not read its answer", self.peer(), self._head.path)
+            text = f"The client has not read the answer for {limit_s:g} s; read it as it comes."
+            raise CallRefused(grpc.StatusCode.CANCELLED, text) from None
 
     def _framed(self, message: Any) -> bytes:
         serialize = self._handler.response_serializer
@@ -277,11 +309,11 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         """The status goes out, nothing after it. Behind half a message none can: then the stream is reset."""
         if self._ended:
             return
-        self._ended = True
+        self._ended, self.ended_as = True, code
         if self.unsent is not None:
             self._wire.forget_unsent(self)
         if self.unsent_began:
-            self._wire.reset(self.stream_id, ErrorCodes.CANCEL)
+            self._wire.reset(self.stream_id, _RESETS.get(code, ErrorCodes.CANCEL))
             return
         block = headers.ending(code, message, metadata)
         self._wire.send_headers(self.stream_id, block if self._began else headers.beginning() + block, last=True)
@@ -293,13 +325,18 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         self.refuse(grpc.StatusCode.DEADLINE_EXCEEDED, _EXPIRED)
 
     async def abort(self, code: Any, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        """Waits for a message that is half out, so that the status can follow it; without that the stream is reset."""
+        """Waits for a message that is half out, so that the status can follow it; without that the stream is reset.
+
+        The reset says what gRPC's clients take for the status, where there is such a one.
+        """
         self._aborted = True
-        if self.unsent_began and not self._ended:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(ABORT_S):
-                    await self._until_drained()
-        self._end(code, details, (*self._trailing, *trailing_metadata))
+        try:
+            if self.unsent_began and not self._ended:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(ABORT_S):
+                        await self._until_drained()
+        finally:  # whoever gives up waiting as well
+            self._end(code, details, (*self._trailing, *trailing_metadata))
         raise grpc.aio.AbortError(f"{code.name}: {details}")
 
     async def abort_with_status(self, status: Any) -> NoReturn:

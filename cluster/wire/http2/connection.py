@@ -34,6 +34,7 @@ UNFINISHED_BYTES_MAX = 2**28  # of messages of one connection whose end has not 
 IDLE_BYTES_MAX = 2**16  # beside payload, while no message moves, within ``keepalive_s``: what no honest client sends
 PARSED_BYTES = 2**14  # between two looks at that
 OUT_BYTES_MAX = 2**20  # of what is no message, to a client that does not read
+HEAD_KEPT_BYTES = 4096  # of the last call's, in case the next one's is the same
 _RESET_BYTES = 13  # a RST_STREAM
 FIRST_BYTES_S = 20.0  # to begin as HTTP/2 does
 
@@ -42,6 +43,7 @@ class Front(Protocol):
     """The server, as a connection uses it."""
 
     largest_message: int
+    answer_stall_s: float
     keepalive_s: float
     keepalive_timeout_s: float
 
@@ -58,7 +60,11 @@ class Front(Protocol):
 
     def closed(self, connection: Connection) -> None: ...
 
-    def call_ended(self) -> None: ...
+    def call_ended(self, call: ServerCall) -> None: ...
+
+    def unserved(self, path: str, code: grpc.StatusCode) -> None:
+        """A call was refused before there was one."""
+        ...
 
 
 class Connection(Link):
@@ -67,7 +73,7 @@ class Connection(Link):
     def __init__(self, front: Front) -> None:
         self._h2 = ServerProtocol()
         super().__init__(self._h2)
-        self._front, self.largest_message = front, front.largest_message
+        self._front, self.largest_message, self.answer_stall_s = front, front.largest_message, front.answer_stall_s
         self._calls: dict[int, ServerCall] = {}
         self._unfinished = 0  # bytes of calls that have not begun
         self._idle_bytes = 0
@@ -77,7 +83,7 @@ class Connection(Link):
         self._pinged = False
         self._watch = self._loop.call_later(min(FIRST_BYTES_S, front.keepalive_s), self._look)
         self._began = False
-        self._asked: tuple[Iterable[tuple[bytes, bytes]], headers.CallHead] | None = None  # by the last call
+        self._last_head: tuple[Iterable[tuple[bytes, bytes]], headers.CallHead] | None = None
         self._on: dict[type[Event], Callable[[Any], None]] = {
             RequestReceived: self._request, DataReceived: self._data, StreamEnded: self._stream_ended,
             StreamReset: self._stream_reset, WindowUpdated: self._window, RemoteSettingsChanged: self._settings,
@@ -156,7 +162,7 @@ class Connection(Link):
         if self._front.leaving:
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)  # which says that nothing was done: another may do it
             return
-        self._last_stream = stream_id
+        self._last_stream, head = stream_id, None
         try:
             head = self._head(event.headers)
             call = ServerCall(self, stream_id, head, self._front.method_at(head.path))
@@ -165,6 +171,8 @@ class Connection(Link):
             return
         except CallRefused as refused:
             self._answer(event, headers.beginning() + headers.ending(refused.code, str(refused)))
+            if head is not None:
+                self._front.unserved(head.path, refused.code)
             return
         self._calls[stream_id] = call
         self._unfinished += call.held
@@ -173,10 +181,11 @@ class Connection(Link):
 
     def _head(self, fields: Iterable[tuple[bytes, bytes]]) -> headers.CallHead:
         """``call_head``, once for calls one after the other that ask alike (``KeepingDecoder``)."""
-        asked = self._asked
-        if asked is None or asked[0] is not fields:
-            asked = self._asked = fields, headers.call_head(fields)
-        return asked[1]
+        if self._last_head is not None and self._last_head[0] is fields:
+            return self._last_head[1]
+        head = headers.call_head(fields)
+        self._last_head = (fields, head) if head.size <= HEAD_KEPT_BYTES else None
+        return head
 
     def _answer(self, event: RequestReceived, block: bytes) -> None:
         self.send_headers(event.stream_id, block, last=True)
@@ -253,7 +262,7 @@ class Connection(Link):
         self.forget_unsent(call)
         self._unfinished -= call.held
         call.close()
-        self._front.call_ended()
+        self._front.call_ended(call)
         if self._gone_away and not self._calls:
             self._close()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from typing import cast
+from collections.abc import Iterable
 
 from h2.config import H2Configuration
 from h2.connection import AllowedStreamIDs, ConnectionInputs, ConnectionState, H2Connection, _decode_headers
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, Event, RequestReceived, StreamEnded, WindowUpdated
+from h2.events import DataReceived, Event, RequestReceived, WindowUpdated
 from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError, TooManyStreamsError
 from h2.settings import ChangedSetting, SettingCodes, Settings
 from h2.stream import H2Stream, StreamInputs, StreamState
@@ -40,8 +40,8 @@ _WHOLE_BLOCKS = frozenset({_END_HEADERS, _END_HEADERS | _END_STREAM})
 _INCREMENT = struct.Struct(">I")  # of a window
 _MOST = 2**31 - 1  # that a window may be, and a stream's number
 _OF_BLOCKS = (HeadersFrame.type, PushPromiseFrame.type, ContinuationFrame.type)
-_SENDING = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)  # streams whose other side has not ended
-_ANSWERED = (StreamState.OPEN, StreamState.HALF_CLOSED_REMOTE)  # those that we have not ended
+_THEY_SEND = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)  # states of streams that the other side has not ended
+_WE_SEND = (StreamState.OPEN, StreamState.HALF_CLOSED_REMOTE)  # of those that we have not ended
 _PREFACE_BYTES = 24  # with which a client's connection begins
 _CALLS = (DataFrame, HeadersFrame)  # those that bring calls further
 LOOKS_AT_ONCE = 64  # new streams before the open ones are counted anew
@@ -72,7 +72,8 @@ class ConnectionProtocol(H2Connection):
         self._preface_left = 0 if client_side else _PREFACE_BYTES
         self._open = ConnectionState.CLIENT_OPEN if client_side else ConnectionState.SERVER_OPEN
         self._rest = b""  # of a frame that is not whole
-        self._asked: list[Header] | None = None  # by the last request whose fields h2 looked at and keeps nothing of
+        # What the last request asked, as far as h2 has found it sound and without a length of its content.
+        self._asked: Iterable[Header] | None = None
         self._in_block = False  # of headers, which goes on in the next frame
         self.peer_leaves, self.peer_took = False, 2**31 - 1  # in peace, with streams up to that one
         self.noise_bytes = 0  # that came beside what DATA and HEADERS carry; whoever looks sets it back
@@ -111,7 +112,7 @@ class ConnectionProtocol(H2Connection):
         """``send_data`` of no more than there is room for in the windows and a frame; ProtocolError."""
         self._check(ConnectionInputs.SEND_DATA)
         stream = self._get_stream_by_id(stream_id)
-        if stream.state_machine.state not in _ANSWERED:
+        if stream.state_machine.state not in _WE_SEND:
             stream.state_machine.process_input(StreamInputs.SEND_DATA)
         stream.outbound_flow_control_window -= len(data)
         self.outbound_flow_control_window -= len(data)
@@ -122,7 +123,7 @@ class ConnectionProtocol(H2Connection):
         """``acknowledge_received_data``: so many bytes of a stream's DATA are done with."""
         self._open_inbound(0, self._inbound_flow_control_window_manager, size)
         stream = self.streams.get(stream_id)
-        if stream is not None and stream.state_machine.state in _SENDING:
+        if stream is not None and stream.state_machine.state in _THEY_SEND:
             self._open_inbound(stream_id, stream._inbound_window_manager, size)  # noqa: SLF001
 
     def _open_inbound(self, stream_id: int, window: WindowManager, size: int) -> None:
@@ -169,7 +170,7 @@ class ConnectionProtocol(H2Connection):
         try:
             if kind == DataFrame.type:
                 stream = None if flags & ~_END_STREAM else self.streams.get(stream_id)
-                if stream is not None and stream.state_machine.state in _SENDING:
+                if stream is not None and stream.state_machine.state in _THEY_SEND:
                     return self._receive_plain(stream, body, ended=bool(flags))
             elif kind == WindowUpdateFrame.type:
                 return self._open_window(stream_id, body)
@@ -195,12 +196,10 @@ class ConnectionProtocol(H2Connection):
         if fields is self._asked and not ended:
             machine = stream.state_machine
             machine.state, machine.client, machine.headers_received = StreamState.OPEN, False, True
-            return [RequestReceived(stream_id=stream_id, headers=self._asked)]
-        events = stream.receive_headers(fields, ended, None)[1]
-        # Callers that ask alike share them, not copies: nobody adds to them.
-        cast("RequestReceived", events[0]).headers = asked = cast("list[Header]", fields)
-        self._asked = asked if stream._expected_content_length is None else None  # noqa: SLF001
-        return events
+            return [_request(stream_id, fields)]
+        ends = stream.receive_headers(fields, ended, None)[1][1:]
+        self._asked = fields if stream._expected_content_length is None else None  # noqa: SLF001
+        return [_request(stream_id, fields), *ends]
 
     def _open_window(self, stream_id: int, body: bytes) -> list[Event] | None:
         stream = self.streams.get(stream_id)
@@ -234,9 +233,7 @@ class ConnectionProtocol(H2Connection):
         news = DataReceived(stream_id=stream.stream_id, data=body, flow_controlled_length=size)
         if not ended:
             return [news]
-        (end,) = machine.process_input(StreamInputs.RECV_END_STREAM)
-        news.stream_ended = cast("StreamEnded", end)
-        return [news, end]
+        return [news, *machine.process_input(StreamInputs.RECV_END_STREAM)]
 
     @property
     def has_outgoing(self) -> bool:
@@ -259,6 +256,11 @@ class ConnectionProtocol(H2Connection):
             self.peer_leaves, self.peer_took = True, frame.last_stream_id
             return [], []
         return super()._receive_goaway_frame(frame)
+
+
+def _request(stream_id: int, fields: Iterable[Header]) -> RequestReceived:
+    """Callers that ask alike share their fields, which nobody adds to: h2 would copy them into a list."""
+    return RequestReceived(stream_id=stream_id, headers=fields)  # type: ignore[arg-type]
 
 
 class ServerProtocol(ConnectionProtocol):

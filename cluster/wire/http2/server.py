@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,12 @@ import grpc
 import grpc.aio
 
 from cluster.wire.channel import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, MAX_MESSAGE_BYTES
+from cluster.wire.http2.call import ServerCall
 from cluster.wire.http2.connection import Connection
 from cluster.wire.http2.messages import CallRefused
 
 LEAVE_S = 1.0  # for handlers that were cancelled, to end
+ANSWER_STALL_S = 60.0
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with
 
 
@@ -39,13 +41,18 @@ class Http2Server(grpc.aio.Server):
         *,
         shared: bool = False,
         largest_message: int = MAX_MESSAGE_BYTES,
+        answer_stall_s: float = ANSWER_STALL_S,
         keepalive_s: float = KEEPALIVE_S,
         keepalive_timeout_s: float = KEEPALIVE_TIMEOUT_S,
     ) -> None:
-        """``shared``: by SO_REUSEPORT with others of this user. A client silent for ``keepalive_s`` is pinged."""
-        self.largest_message, self.keepalive_s, self.keepalive_timeout_s = (
-            largest_message, keepalive_s, keepalive_timeout_s,
-        )  # fmt: skip
+        """``shared``: by SO_REUSEPORT with others of this user. A client silent for ``keepalive_s`` is pinged.
+
+        ``answer_stall_s``: how long the only message of a unary answer waits for its client to read it.
+        """
+        self.largest_message, self.answer_stall_s = largest_message, answer_stall_s
+        self.keepalive_s, self.keepalive_timeout_s = keepalive_s, keepalive_timeout_s
+        # Hears the path of each call whose handler never saw it, and what its client was told; None: it had left.
+        self.on_unserved: Callable[[str, grpc.StatusCode | None], None] | None = None
         self._shared = shared
         self._generic: list[grpc.GenericRpcHandler] = []
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
@@ -139,19 +146,29 @@ class Http2Server(grpc.aio.Server):
 
     def closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
-        self.call_ended()
+        self._look_whether_idle()
 
-    def call_ended(self) -> None:
-        if self.leaving and not any(connection.calls for connection in self._connections):
-            self._idle.set()
+    def call_ended(self, call: ServerCall) -> None:
+        if not call.served:
+            self.unserved(call.path, call.ended_as)
+        if self.leaving:
+            self._look_whether_idle()
+
+    def unserved(self, path: str, code: grpc.StatusCode | None) -> None:
+        if self.on_unserved is not None:
+            self.on_unserved(path, code)
 
     # ----------------------------------------------------------------------------------------------------------- inner
 
     async def _until_idle(self, limit_s: float) -> None:
         self._idle.clear()
-        self.call_ended()
+        self._look_whether_idle()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), limit_s)
+
+    def _look_whether_idle(self) -> None:
+        if not any(connection.calls for connection in self._connections):
+            self._idle.set()
 
     def _listen(self, host: str, port: int) -> socket.socket:
         """``host`` "": all addresses, of IPv6 and IPv4 where the machine has both."""

@@ -124,6 +124,10 @@ def test_text_that_came_is_told_too_unless_some_came_before_us() -> None:
     t = Transcript(build_request([1], {}, generated_token_ids=[8, 9]), ("a",))
     t.take(chunk(5, text="x"))
     assert t.next_request().received_characters == 0
+    t = Transcript(build_request([1], {}, generated_token_ids=[8, 9], received_characters=4), ("a",))
+    assert t.next_request().received_characters == 4
+    t.take(chunk(5, text="x"))
+    assert t.next_request().received_characters == 5
 
 
 def test_addresses_come_one_by_one_or_in_lists() -> None:

@@ -361,3 +361,25 @@ async def test_nothing_is_kept_of_models_that_are_gone() -> None:
     desk.end(ticket)
     gc.collect()
     desk.check_empty()
+
+
+async def test_a_newcomer_to_a_full_fleet_looks_for_nobody_else() -> None:
+    desk = Desk(2, max_queue_wait_s=60.0)
+    first = await desk.full(2)
+    going_on = [desk.ticket() for _ in range(40)]
+    for ticket in going_on:
+        ticket.entry.exempt, ticket.entry.due_s = True, desk.clock.now() + 60
+    waiting = [desk.start(f"lost {index}", ticket) for index, ticket in enumerate(going_on)]
+    await turns()
+    before = desk.fleet.picks
+    newcomers = [desk.start("new", desk.ticket()) for _ in range(3)]
+    await turns(1)
+    assert desk.fleet.picks - before <= 3, "one each"
+    desk.end(first[0])
+    late = desk.start("late", desk.ticket())  # before anybody has looked
+    await turns()
+    assert desk.served == ["lost 0"]
+    for task in (*waiting, *newcomers, late):
+        task.cancel()
+    await asyncio.wait([*waiting, *newcomers, late])
+    desk.check_empty()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
-from cluster.domain.endpoint import Endpoint, EndpointTable
+from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.fleet import Fleet
 from cluster.router.fleet_health import FleetHealth
@@ -138,6 +139,23 @@ async def test_who_tells_what_a_model_is_may_leave(site: Site) -> None:
     site.apply(endpoint("a", 1), endpoint("a", 2))
     site.up(Incarnation(ReplicaId("a", 2), 1))
     assert site.fleet.served("a") is site.sessions[Incarnation(ReplicaId("a", 2), 1)].served
+
+
+async def test_of_two_checkpoints_the_one_with_more_room_is_what_a_model_is(site: Site) -> None:
+    old, new = endpoint("a", 0), [endpoint("a", slot, 2, checkpoint_digest=DIGESTS[1]) for slot in (1, 2)]
+    site.apply(old, *new)
+    for incarnation in site.table:
+        site.up(incarnation)
+        site.sessions[incarnation].load.max_num_seqs = 4
+    session, (newer, newest) = site.sessions[old.incarnation], [site.sessions[e.incarnation] for e in new]
+    assert site.fleet.served("a") is newer.served
+    for each, running in ((newer, 4), (newest, 3)):
+        each.load.reported(LoadSnapshot(running_sequences=running))
+    assert site.fleet.served("a") is session.served, "5 places against 3"
+    site.apply(replace(old, draining=True), *new)
+    assert site.fleet.served("a") is newer.served, "the old one takes nothing new, however much room it has"
+    site.apply(replace(old, draining=True))
+    assert site.fleet.served("a") is session.served, "nobody else could say what it is"
 
 
 async def test_a_choice_that_is_not_used_leaves_no_trace(site: Site) -> None:

@@ -83,6 +83,21 @@ def test_stops_do_not_count_before_min_tokens() -> None:
     assert late.push(ids).text == "STOP fox "
 
 
+@pytest.mark.parametrize("min_tokens", range(9))
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_stop_that_ends_after_min_tokens_counts_wherever_it_begins(min_tokens: int, *, at_once: bool) -> None:
+    ids = [TOKENIZER.encode(character)[0] for character in "abSTOPcd"]
+    stream = TextStream(TOKENIZER.vocabulary, ["STOP", "STOPPED", "PS"], min_tokens)
+    text = ""
+    for some in [ids] if at_once else [[token] for token in ids]:
+        if not stream.stopped:
+            text += stream.push(some).text
+    if not stream.stopped:
+        text += stream.flush()
+    assert stream.stopped == (min_tokens <= len("abSTOP"))
+    assert text == ("ab" if stream.stopped else "abSTOPcd")
+
+
 def test_a_stop_in_the_held_back_end_is_found_by_flush() -> None:
     stream = TextStream(TOKENIZER.vocabulary, ["\ufffd"])
     ids = TOKENIZER.encode("a👩")[:-1]

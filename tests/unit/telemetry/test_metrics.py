@@ -4,15 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.telemetry.metrics import (
     ALIKE_IN_PROCESSES,
+    LATENCY_BUCKETS_S,
     ControllerMetrics,
     EngineMetrics,
     NodeMetrics,
+    Observations,
     RankMetrics,
     RouterMetrics,
 )
@@ -155,3 +157,20 @@ def test_every_declared_metric_is_fed(group: type) -> None:
         if not any(re.search(rf"metrics\.{name}{FED}|(of_request|series)\.{name}\[", text) for text in texts)
     ]
     assert unfed == []
+
+
+def test_observations_are_counted_as_the_library_counts_them() -> None:
+    registry = CollectorRegistry()
+    histogram = Histogram("a_seconds", "A.", ["by"], buckets=LATENCY_BUCKETS_S, registry=registry)
+    ours = Observations(histogram.labels("us"))
+    for value in (*LATENCY_BUCKETS_S, 0.0, -1.0, 0.003, 1000.0, float("inf")):
+        ours.observe(value, 3)
+        for _ in range(3):
+            histogram.labels("it").observe(value)
+
+    def of(by: str) -> dict[tuple[str, str | None], float]:
+        samples = [sample for metric in registry.collect() for sample in metric.samples if sample.labels["by"] == by]
+        return {(sample.name, sample.labels.get("le")): sample.value for sample in samples}
+
+    assert of("us") == pytest.approx(of("it"))
+    assert of("us")["a_seconds_count", None] == 3 * (len(LATENCY_BUCKETS_S) + 5)

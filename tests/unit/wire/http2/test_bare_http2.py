@@ -245,6 +245,54 @@ async def test_an_abort_does_not_wait_for_a_client_that_does_not_read(
     await eventually(lambda: site.service.ended == 1, "its handler has ended")
 
 
+@pytest.mark.parametrize(
+    ("window", "code"), [(0, None), (3, ErrorCodes.CANCEL)], ids=["nothing is out", "half of it is out"]
+)
+async def test_an_answer_that_nobody_reads_is_not_kept_for_ever(
+    start: Start, window: int, code: ErrorCodes | None
+) -> None:
+    site = await start(answer_stall_s=0.05)
+    async with bare(site) as client:
+        client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
+        stream_id = client.request()
+        client.h2.send_data(stream_id, framed(bytes(10_000)), end_stream=True)
+        if code is None:
+            assert (await client.status(stream_id))["grpc-status"] == "1"
+        else:
+            await client.until(lambda: bool(client.of(h2.events.StreamReset, stream_id)))
+            assert client.of(h2.events.StreamReset, stream_id)[0].error_code == code
+        (connection,) = site.server._connections
+        assert connection.calls == 0
+
+
+async def test_calls_that_no_handler_has_seen_are_told_of(start: Start) -> None:
+    site = await start()
+    told: list[tuple[str, grpc.StatusCode | None]] = []
+    site.server.on_unserved = lambda path, code: told.append((path, code))
+    async with bare(site) as client:
+        for more, body in (
+            ((), b""),  # no message
+            ((), b"\x00\x7f\xff\xff\xffx"),  # too long
+            ((("grpc-encoding", "gzip"),), b"\x01\x00\x00\x00\x01x"),  # not what it says
+            ((("grpc-encoding", "lzw"),), None),
+            ((("grpc-timeout", "1n"),), None),
+        ):
+            stream_id = client.request(*more)
+            if body is not None:
+                client.h2.send_data(stream_id, body, end_stream=True)
+            await client.status(stream_id)
+        left = client.request()
+        client.h2.send_data(left, framed(b"x"), end_stream=True)
+        client.h2.reset_stream(left)
+        served = client.request()
+        client.h2.send_data(served, framed(b"x"), end_stream=True)
+        assert (await client.status(served))["grpc-status"] == "0"
+    codes = grpc.StatusCode
+    expected = [codes.INVALID_ARGUMENT, codes.RESOURCE_EXHAUSTED, codes.INVALID_ARGUMENT, codes.UNIMPLEMENTED,
+                codes.DEADLINE_EXCEEDED, None]  # fmt: skip
+    await eventually(lambda: told == [("/t.T/echo", code) for code in expected], "all but the last")
+
+
 async def test_a_good_message_comes_before_a_bad_one(start: Start) -> None:
     site = await start(largest_message=100)
     async with bare(site) as client:

@@ -11,14 +11,14 @@ import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.events import Event, StreamReset, WindowUpdated
+from h2.events import Event, RequestReceived, StreamReset, WindowUpdated
 from h2.exceptions import FrameTooLargeError, ProtocolError
-from hyperframe.frame import DataFrame, Frame, HeadersFrame, PushPromiseFrame, WindowUpdateFrame
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, PushPromiseFrame, WindowUpdateFrame
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.wire.http2 import headers
-from cluster.wire.http2.protocol import ServerProtocol
+from cluster.wire.http2.protocol import ConnectionProtocol, ServerProtocol
 
 HEAD = [(":method", "POST"), (":scheme", "http"), (":path", "/a.B/C"), (":authority", "x"), ("te", "trailers")]
 
@@ -93,6 +93,10 @@ def windows(connection: H2Connection) -> dict[int, int]:
     return {number: stream.outbound_flow_control_window for number, stream in connection.streams.items()}
 
 
+def states(connection: H2Connection) -> dict[int, dict[str, Any]]:
+    return {number: vars(stream.state_machine) for number, stream in connection.streams.items()}
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["call", "call", "data", "data", "data", "end", "reset", "ping", "window", "window"]),
@@ -110,6 +114,8 @@ ALIKE = [*[("call", 1)] * 4, ("data", 3), ("call", 5), ("call", 7), ("end", 1), 
 @given(steps=STEPS, cuts=st.lists(st.integers(0, 60_000), max_size=12))
 @example(steps=ALIKE, cuts=[])
 @example(steps=[*ALIKE, ("reset", 1), *ALIKE], cuts=[300])
+@example(steps=[("call", 7)] * 4 + [("data", 11)], cuts=[])  # more than their content-length says
+@example(steps=[("call", 1), ("reset", 1), ("window", 1)], cuts=[])
 def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[str, int]], cuts: list[int]) -> None:
     client, server = pair()
     plain = ServerProtocol()
@@ -125,6 +131,7 @@ def test_the_same_events_come_out_however_the_bytes_are_cut(steps: list[tuple[st
     assert server.inbound_flow_control_window == plain.inbound_flow_control_window
     assert server.outbound_flow_control_window == plain.outbound_flow_control_window
     assert windows(server) == windows(plain)
+    assert states(server) == states(plain)
     assert server.data_to_send() == plain.data_to_send()
 
 
@@ -225,11 +232,55 @@ def test_bytes_of_streams_that_are_over_are_given_back_to_the_others() -> None:
         server.take_in(sent_by(client, [("call", 1)]) + frame.serialize() * 40)
         client.reset_stream(stream_id)
         server.take_in(client.data_to_send())
-    for stream_id in (1, 3, 5, 7):
+    server.data_to_send()
+    server.give_back(1, 40 * 16_384)
+    assert server.data_to_send() == b"", "the stream itself gets nothing back, and of the connection's it is too little"
+    for stream_id in (3, 5, 7):
         server.give_back(stream_id, 40 * 16_384)
     (update,) = [event for event in client.receive_data(server.data_to_send()) if isinstance(event, WindowUpdated)]
     assert update.stream_id == 0
     assert update.delta == 4 * 40 * 16_384
+
+
+@pytest.mark.parametrize("by_us", [True, False])
+def test_nothing_comes_or_goes_on_a_connection_that_is_over(*, by_us: bool) -> None:
+    client, server = pair()
+    server.take_in(sent_by(client, [("call", 1)] * 3))
+    if by_us:
+        server.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+    else:
+        server.take_in(GoAwayFrame(0, last_stream_id=0, error_code=1).serialize())
+    for attempt in (
+        lambda: server.put_data(1, memoryview(b"x")),
+        lambda: server.put_headers(3, headers.beginning(), last=True),
+        lambda: server.take_in(sent_by(client, [("call", 1)])),
+        lambda: server.take_in(DataFrame(1).serialize()),
+        lambda: server.take_in(window_update(0, 1)),
+    ):
+        with pytest.raises(ProtocolError):
+            attempt()
+
+
+def test_a_client_takes_no_data_before_headers() -> None:
+    client = ConnectionProtocol(client_side=True)
+    client.initiate_connection()
+    client.send_headers(1, headers.asking("/a.B/C", b"x"))
+    frame = DataFrame(1)
+    frame.data = b"x"
+    with pytest.raises(ProtocolError, match="before headers"):
+        client.take_in(frame.serialize())
+
+
+def test_callers_that_ask_alike_are_read_once() -> None:
+    client, server = pair()
+    asked = [
+        event.headers
+        for _ in range(4)
+        for event in server.take_in(client.data_to_send() + sent_by(client, [("call", 1)]))
+        if isinstance(event, RequestReceived)
+    ]
+    assert asked[1] is asked[2] is asked[3]
+    assert list(asked[0]) == list(asked[1])
 
 
 def test_nothing_is_put_on_a_stream_that_is_over() -> None:

@@ -248,3 +248,17 @@ async def test_nothing_of_a_call_is_left(start: Start) -> None:
     gc.collect()
     streams = connection._h2.streams
     assert len(streams) <= 2 * protocol.LOOKS_AT_ONCE + 100, "h2 forgets them with the streams that follow"
+
+
+async def test_who_reads_nothing_hears_of_the_servers_leaving_all_the_same(start: Start) -> None:
+    site = await start()
+    little = (("grpc.http2.lookahead_bytes", 16384), ("grpc.http2.bdp_probe", 0), LOCAL)
+    async with grpc.aio.insecure_channel(site.address, options=little) as channel:
+        call = site.stream("count", channel)(b"1000 30000", timeout=DEADLINE_S)
+        await eventually(lambda: bool(site.server._connections), "it has come")
+        (connection,) = site.server._connections
+        await eventually(lambda: any(c.unsent_began for c in connection._calls.values()), "a message is half out")
+        await site.server.stop(0)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            [message async for message in call]
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
