@@ -61,6 +61,7 @@ class Transcript:
         self._known = list(request.generated_token_ids)
         self._given = len(self._known)
         self._received = request.received_characters
+        self._digest = ""  # of what the tokens here were computed with
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._futile = 0  # calls in a row that brought nothing
@@ -79,6 +80,7 @@ class Transcript:
     def next_request(self) -> inference_pb2.GenerateRequest:
         """The request, with every token that is here already."""
         if self.started:
+            self._request.checkpoint_digest = self._digest or self._request.checkpoint_digest
             del self._request.generated_token_ids[:]
             self._request.generated_token_ids.extend(self._known)
             if self._received or not self._given:  # else nobody knows how much text came before us
@@ -88,6 +90,7 @@ class Transcript:
     def take(self, chunk: inference_pb2.Chunk) -> Chunk:
         logprobs = tuple(map(convert.logprob_from_message, chunk.logprobs))
         self._futile = 0
+        self._digest = self._digest or chunk.checkpoint_digest
         self._known += chunk.token_ids
         self._texts.append(chunk.text)
         self._logprobs += logprobs

@@ -150,8 +150,11 @@ class Fleet:
     def ready_replicas(self, model: str) -> int:
         return len(self._taking.get(model, ()))
 
-    def served(self, model: str) -> ServedModel:
-        """What ``model`` is, "" being the only one. ModelNotFound, or RequestRejected NO_ENDPOINT."""
+    def served(self, model: str, checkpoint_digest: str = "") -> ServedModel:
+        """What ``model`` is, "" being the only one; that with ``checkpoint_digest``, if it is given.
+
+        ModelNotFound, or RequestRejected NO_ENDPOINT.
+        """
         known, named = self.models, self.resolve(model)
         if not known:
             raise RequestRejected(RejectReason.NO_ENDPOINT, "No model is served yet; try again in a moment.")
@@ -164,6 +167,11 @@ class Fleet:
         if not kinds:
             message = f"No replica of model {named} is ready; try again in a moment."
             raise RequestRejected(RejectReason.NO_ENDPOINT, message)
+        if checkpoint_digest:
+            kinds = tuple(kind for kind in kinds if kind.checkpoint_digest == checkpoint_digest)
+            if not kinds:
+                text = f"No replica of model {named} serves what this request began with any more"
+                raise RequestRejected(RejectReason.NO_ENDPOINT, f"{text}; send it anew, without its tokens.")
         return kinds[0].served if len(kinds) == 1 else max(kinds, key=_Kind.room).served
 
     def _find_kinds(self, model: str) -> tuple[_Kind, ...]:
@@ -333,6 +341,10 @@ class _Kind:
         served = self.sessions[0].served
         assert served is not None, "it was asked"
         return served
+
+    @property
+    def checkpoint_digest(self) -> str:
+        return self.sessions[0].endpoint.checkpoint_digest
 
     def room(self) -> tuple[float, int]:
         """What a new request goes by: free places, as far as some of the endpoints tell; then their number."""

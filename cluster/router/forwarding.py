@@ -65,6 +65,7 @@ class RequestRun:
         arrived_s: float,
     ) -> None:
         self._request = request
+        self.checkpoint_digest = checkpoint_digest
         self._text = text
         self._around = surroundings
         self._timing = Timing(arrived_s)

@@ -104,12 +104,18 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         async def answer() -> None:
             await _tell_id(call, context)
             writer = call.writer = ClientWriter(context.write, self._around.config.client_stall_s)
+            digest = ""  # that the next message tells
 
             def emit(progress: Progress) -> Awaitable[None]:
-                response = response_of(progress, with_ids=with_ids)
-                return _nothing() if response is None else writer.write(response)
+                nonlocal digest
+                response = response_of(progress, with_ids=with_ids, digest=digest)
+                if response is None:
+                    return _nothing()
+                digest = ""
+                return writer.write(response)
 
             run, with_ids = await self._prepare(request, call)
+            digest = run.checkpoint_digest if with_ids else ""
             ended = await self._run(run, emit, call)
             end = inference_pb2.End(finish_reason=ended.finish_reason, usage=ended.usage)
             call.answered = True
@@ -283,7 +289,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
 
     async def _valid(self, request: inference_pb2.GenerateRequest, call: _Call) -> tuple[ValidRequest, ServedModel]:
         """The request checked and tokenized, and what serves it."""
-        served = self._around.fleet.served(request.model)
+        served = self._around.fleet.served(request.model, request.checkpoint_digest)
         call.model = served.card.name
         sampling = validation.check_fields(request, served.card, has_tokenizer=served.tokenizer is not None)
         prompt = await self._prompt_ids(request, served, call.tenant)

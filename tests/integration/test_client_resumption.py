@@ -14,9 +14,10 @@ from cluster.client import AsyncClient, Client, Completion
 from cluster.domain.errors import RejectReason, RequestRejected
 from cluster.router.tokenization import Tokenizer
 from cluster.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
+from cluster.wire import channel
 from tests.contract import small_tokenizers
 from tests.contract.fake_control import FakeControl
-from tests.contract.fake_engine import FakeEngine, scripted_token
+from tests.contract.fake_engine import DIGEST, FakeEngine, scripted_token
 from tests.contract.router_cluster import RouterCluster, eventually
 from tests.contract.router_processes import RouterProcess, own_connection
 
@@ -41,10 +42,10 @@ def drawn(submit: engine_pb2.Submit, generated: Sequence[int]) -> int:
     return 3 + int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % (VOCAB - 3)
 
 
-def slow_engine() -> FakeEngine:
+def slow_engine(digest: str = DIGEST) -> FakeEngine:
     return FakeEngine(
         drawn, draw=drawn, vocab_size=VOCAB, max_model_len=4096, tokenizer_files=FILES, step_s=0.004,
-        tokens_per_step=1,
+        tokens_per_step=1, digest=digest,
     )  # fmt: skip
 
 
@@ -238,6 +239,41 @@ async def test_a_text_whose_end_has_come_goes_on_behind_it() -> None:
             rest = await cluster.generate(request)
             assert first.text + rest.text == whole.text
     finally:
+        await cluster.close()
+
+
+class Leaving(inference_pb2_grpc.InferenceServicer):
+    """A router that leaves behind a stream's first token."""
+
+    async def Generate(self, _request: Any, context: Any) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        yield inference_pb2.GenerateResponse(chunk=inference_pb2.Chunk(token_ids=[5], checkpoint_digest="sha256:old"))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+
+async def test_tokens_of_other_weights_are_not_gone_on_with() -> None:
+    """The router has left, and what the next one routes to is another checkpoint by now."""
+    leaving = channel.new_server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(Leaving(), leaving)
+    port = channel.bind(leaving, "127.0.0.1", 0)
+    await leaving.start()
+    cluster = await RouterCluster().start(slow_engine("sha256:new"))
+    try:
+        request = inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=PROMPT), sampling=inference_pb2.Sampling(max_tokens=TOKENS, seed=2),
+            return_token_ids=True,
+        )  # fmt: skip
+        told = [event.chunk.checkpoint_digest async for event in cluster.call(request) if event.HasField("chunk")]
+        assert told[0] == "sha256:new"
+        assert not any(told[1:]), "once is enough"
+        submits = len(cluster.engines[0].submits)
+        async with AsyncClient(f"127.0.0.1:{port}", cluster.address, resumes_max=1) as client:
+            with pytest.raises(RequestRejected, match="what this request began with"):
+                [event async for event in client.generate(PROMPT, max_tokens=TOKENS, seed=2)]
+        cluster.injected += 1
+        assert len(cluster.engines[0].submits) == submits
+        assert (await cluster.outcomes())["rejected_unavailable"] == 1
+    finally:
+        await leaving.stop(0)
         await cluster.close()
 
 

@@ -130,6 +130,14 @@ def test_text_that_came_is_told_too_unless_some_came_before_us() -> None:
     assert t.next_request().received_characters == 5
 
 
+def test_what_the_tokens_were_computed_with_is_told_again() -> None:
+    t = transcript("a")
+    assert t.next_request().checkpoint_digest == ""
+    t.take(inference_pb2.Chunk(token_ids=[5], checkpoint_digest="sha256:a"))
+    t.take(inference_pb2.Chunk(token_ids=[6]))
+    assert t.next_request().checkpoint_digest == "sha256:a"
+
+
 def test_addresses_come_one_by_one_or_in_lists() -> None:
     assert flat_addresses(["a:1", ["b:2", "c:3"]]) == ("a:1", "b:2", "c:3")
     assert flat_addresses([]) == ()

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
+from cluster.domain.errors import RequestRejected
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.fleet import Fleet
 from cluster.router.fleet_health import FleetHealth
@@ -152,6 +153,9 @@ async def test_of_two_checkpoints_the_one_with_more_room_is_what_a_model_is(site
     for each, running in ((newer, 4), (newest, 3)):
         each.load.reported(LoadSnapshot(running_sequences=running))
     assert site.fleet.served("a") is session.served, "5 places against 3"
+    assert site.fleet.served("a", DIGESTS[1]) is newer.served
+    with pytest.raises(RequestRejected, match="what this request began with"):
+        site.fleet.served("a", "sha256:3")
     site.apply(replace(old, draining=True), *new)
     assert site.fleet.served("a") is newer.served, "the old one takes nothing new, however much room it has"
     site.apply(replace(old, draining=True))

@@ -74,7 +74,7 @@ class Router:
 
     def serve(self, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer | None = TOKENIZER) -> None:
         self.know("demo")
-        monkeypatch.setattr(Fleet, "served", lambda _self, _model: ServedModel(CARD, tokenizer))
+        monkeypatch.setattr(Fleet, "served", lambda *_: ServedModel(CARD, tokenizer))
 
     async def refused(self, method: str, message: Any) -> grpc.Status:
         context = Context()
