@@ -128,11 +128,14 @@ class Catalogue:
 
     def _of_aggregation(self, node: Any) -> frozenset[str]:
         inner = self._labels(node.expr, counted=str(node.op) == "count")
+        keeps = str(node.op) in KEEPS_LABELS
         if node.modifier is None:
-            return inner if str(node.op) in KEEPS_LABELS else frozenset()
+            return inner if keeps else frozenset()
         labels = frozenset(node.modifier.labels)
         if labels - inner:
             raise QueryError(f"there is no label {', '.join(sorted(labels - inner))} to aggregate by")
+        if keeps:
+            return inner
         return labels if node.modifier.type == promql.AggModifierType.By else inner - labels
 
     def _of_operation(self, node: Any) -> frozenset[str]:

@@ -90,6 +90,7 @@ def test_every_alert_says_what_to_do_and_where_it_is_written(alert) -> None:
         ("sum by (model) (cluster_router_endpoints) / cluster_router_ttft_objective_seconds", "never match"),
         ("cluster_router_endpoints * on (replica) cluster_engine_info", "not both sides"),
         ("cluster_rank_step * on (instance) group_left (model) cluster_rank_state", "brings no model"),
+        ("cluster_rank_step * on (job) group_left (model) topk by (job) (1, cluster_rank_state)", "brings no model"),
         ("rate(cluster_router_requests_total[5m]", "unclosed"),
         ("rate(cluster_router_endpoints)", "expected type"),
     ],

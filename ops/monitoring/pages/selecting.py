@@ -14,8 +14,16 @@ MODEL_VARIABLE = Variable("model", "Model", f"label_values(cluster_desired_repli
 REPLICA_VARIABLE = Variable("replica", "Replica", f"label_values(cluster_engine_info{{{MODEL}}}, replica)")
 RANKS_REPLICA_VARIABLE = Variable("replica", "Replica", f"label_values(cluster_rank_info{{{MODEL}}}, replica)")
 
-OF_ENGINE = f"* on (job, instance) group_left (model, replica) cluster_engine_info{{{MODEL_AND_REPLICA}}}"
-OF_RANK = f"* on (job, instance) group_left (replica, rank) cluster_rank_info{{{MODEL_AND_REPLICA}}}"
+# Of one process for each address: a new one may have the port of another that was killed, whose series Prometheus keeps
+# for some scrapes. A join with both fails, and with it every graph that has this moment in it.
+OF_ENGINE = (
+    f"* on (job, instance) group_left (model, replica) "
+    f"topk by (job, instance) (1, cluster_engine_info{{{MODEL_AND_REPLICA}}})"
+)
+OF_RANK = (
+    f"* on (job, instance) group_left (replica, rank) "
+    f"topk by (job, instance) (1, cluster_rank_info{{{MODEL_AND_REPLICA}}})"
+)
 
 
 def of_engine(by: str, expr: str, function: str = "sum") -> str:
