@@ -71,6 +71,7 @@ class RayActuator:
         self._crowd: dict[Incarnation, Placement] = {}
         self._looks: dict[DeviceKind, Inventory] = {}  # another one whenever we have changed what is free
         self._holds: dict[Incarnation, list[Any]] = {}
+        self._weights_seen: dict[str, asyncio.Future[str]] = {}  # looks at the disk, by where they are; one at a time
         self._own_node = ray.get_runtime_context().get_node_id()
 
     # ---- start ----
@@ -155,11 +156,18 @@ class RayActuator:
         await self._results([actor.launch.remote(spec, self._entry) for actor, spec in zip(actors, specs, strict=True)])
 
     async def _served_digest(self, model: DesiredModel) -> str:
+        where = model.checkpoint_path
+        look = self._weights_seen.get(where)
+        if look is None or look.done():  # else a file system hangs: one thread that waits for it is enough
+            look = self._weights_seen[where] = asyncio.ensure_future(asyncio.to_thread(weights_seen, model))
+            look.add_done_callback(_heard)
         try:
-            weights = await asyncio.wait_for(asyncio.to_thread(weights_seen, model), FILES_DEADLINE_S)
+            weights = await asyncio.wait_for(asyncio.shield(look), FILES_DEADLINE_S)
         except TimeoutError as error:
-            where, limit = model.checkpoint_path, f"{FILES_DEADLINE_S:.0f} s"
+            limit = f"{FILES_DEADLINE_S:.0f} s"
             raise ReplicaError(f"the files in {where} did not answer the controller within {limit}") from error
+        except OSError as error:
+            raise ReplicaError(f"the controller cannot look at the files in {where}: {error}") from error
         return served_digest(model, weights)
 
     def _make_actors(self, order: StartOrder, placement: Placement, group: PlacementGroup) -> list[Any]:
@@ -337,6 +345,12 @@ class RayActuator:
                 raise ReplicaError(f"node {node_id} could not be swept: {_first_line(error)}") from error
             return Swept()
         return swept
+
+
+def _heard(look: asyncio.Future[str]) -> None:
+    """Whatever it is: asyncio reports errors that nobody has waited for."""
+    if not look.cancelled():
+        look.exception()
 
 
 def _first_line(error: BaseException) -> str:

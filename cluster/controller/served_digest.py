@@ -34,7 +34,8 @@ def weights_seen(model: DesiredModel) -> str:
 
     The manifest's digest, or else every weight file's size and time of change. To be asked by one observer only: copies
     on several nodes are the same weights, at different times. "" for what cannot change: a commit of a hub repository,
-    weights that are made up. Files that are not there for this observer do not keep ranks from reading theirs.
+    weights that are made up. Files that are not there for this observer do not keep ranks from reading theirs. OSError
+    for those that are and cannot be looked at.
     """
     if model.revision is not None or model.config.load_format == "dummy":
         return ""
@@ -44,6 +45,6 @@ def weights_seen(model: DesiredModel) -> str:
             with (folder / MANIFEST_FILE).open("rb") as manifest:
                 return f"manifest {hashlib.file_digest(manifest, 'sha256').hexdigest()}"
         stats = {file.name: file.stat() for file in weight_files(folder)}
-    except (CheckpointError, OSError):
+    except (CheckpointError, FileNotFoundError, NotADirectoryError):
         return "unseen"
     return json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())])

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock
@@ -24,6 +25,7 @@ from cluster.router.waiting_rank import Entry
 from cluster.telemetry.metrics import RouterMetrics
 
 LOOK_AGAIN_S = 0.25
+LOOKED_AT_MAX = 64  # of those behind a head that waits for other replicas
 CONTINUATIONS_TRIED = 16  # that find no endpoint at one look, before new requests get theirs
 Placed = tuple[EngineSession, Choice]
 
@@ -179,11 +181,24 @@ class AdmissionDesk:
                 break  # somebody will have room for it
             line.admission.withdraw(head, now_s)
             _fail(answer, _NoEndpointLeft())
+        if head is not None and self._fleet.several_kinds(line.model):
+            self._place_behind(line, now_s)
         self._show(line)
         if queue:
             self._arm(line)
         else:
             self._waiting_lines.discard(line)
+
+    def _place_behind(self, line: _Line, now_s: float) -> None:
+        """The head waits for replicas of one checkpoint: those that wait for another one's are not held up by it.
+
+        In order of arrival, and not all that wait.
+        """
+        in_vain: set[str] = set()
+        for entry, (ticket, _) in tuple(islice(line.waiting.items(), LOOKED_AT_MAX)):
+            digest = ticket.demand(False).checkpoint_digest
+            if entry.queued and not entry.exempt and digest not in in_vain and not self._give_place(line, entry, now_s):
+                in_vain.add(digest)
 
     def _place_continuations(self, line: _Line, now_s: float) -> None:
         """Oldest first; those that find no endpoint do not keep others for ever from being tried."""

@@ -172,7 +172,18 @@ class Fleet:
             if not kinds:
                 text = f"No replica of model {named} serves what this request began with any more"
                 raise RequestRejected(RejectReason.NO_ENDPOINT, f"{text}; send it anew, without its tokens.")
-        return kinds[0].served if len(kinds) == 1 else max(kinds, key=_Kind.room).served
+        return kinds[0].served if len(kinds) == 1 else max(kinds, key=self._room_of).served
+
+    def several_kinds(self, model: str) -> bool:
+        """Whether requests for ``model`` may wait for different replicas: those of another checkpoint take over."""
+        return len(self._kinds.get(model, ())) > 1
+
+    def _room_of(self, kind: _Kind) -> tuple[bool, float, int]:
+        """What a new request goes by: soundness and free places, as far as some endpoints tell; then their number."""
+        asked = kind.sessions[:ASKED_FOR_PLACES_MAX]
+        sound = [s for s in asked if self._standings.standing(s.endpoint.incarnation) is Standing.HEALTHY]
+        places = sum(session.load.places for session in sound) * len(kind.sessions) / len(asked)
+        return bool(sound), places, len(kind.sessions)
 
     def _find_kinds(self, model: str) -> tuple[_Kind, ...]:
         """By checkpoint: several while replicas of another one take over. Of those that take new work, if any does."""
@@ -345,11 +356,6 @@ class _Kind:
     @property
     def checkpoint_digest(self) -> str:
         return self.sessions[0].endpoint.checkpoint_digest
-
-    def room(self) -> tuple[float, int]:
-        """What a new request goes by: free places, as far as some of the endpoints tell; then their number."""
-        asked = self.sessions[:ASKED_FOR_PLACES_MAX]
-        return sum(session.load.places for session in asked) * len(self.sessions) / len(asked), len(self.sessions)
 
 
 def _index_key(endpoint: Endpoint) -> tuple[str, str, int]:

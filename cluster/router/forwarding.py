@@ -135,7 +135,9 @@ class RequestRun:
                 if self._text.stopped:
                     return self._ended(inference_pb2.FINISH_REASON_STOP)
                 await asyncio.sleep(0)
-            self._ahead = max(0, self._request.received_characters - characters)
+            # No more than the end of a call can have let out: whoever counts otherwise loses no text that goes on.
+            ahead = min(self._request.received_characters - characters, self._text.held_back_max)
+            self._ahead = max(0, ahead)
         return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH) if self._journal.full else None
 
     async def _attempt(self, emit: Emit, until_s: float | None) -> Ended | None:

@@ -22,6 +22,11 @@ class StopFilter:
         self._void = 0  # characters of what is held that no stop may end in
         self.stopped = False
 
+    @property
+    def held_back_max(self) -> int:
+        """Characters held back, at most."""
+        return max(0, self._longest - 1)
+
     def push(self, text: str, *, searched: bool = True) -> str:
         """The text that may go out now; after ``stopped`` nothing does.
 

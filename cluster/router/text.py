@@ -8,6 +8,8 @@ from typing import NamedTuple
 from cluster.router.detokenizer import Detokenizer, Vocabulary
 from cluster.router.stop_strings import StopFilter
 
+HELD_BACK_MAX = 16  # characters that bytes may be which are no whole character yet: one each
+
 
 class Emission(NamedTuple):
     """What some tokens let out: ``kept`` of them count, the rest came after a stop."""
@@ -33,6 +35,11 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         return self._filter.stopped
+
+    @property
+    def held_back_max(self) -> int:
+        """Characters that ``flush`` may let out, at most."""
+        return self._filter.held_back_max + HELD_BACK_MAX
 
     def push(self, token_ids: Sequence[int]) -> Emission:
         assert not self._filter.stopped

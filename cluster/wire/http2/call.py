@@ -268,15 +268,18 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         self.unsent = self._wire.send(self, self._framed(message))
 
     async def _until_read(self) -> None:
-        """The only answer is out; CallRefused when the client does not read it, which holds it in our memory."""
+        """The only answer is out; CallRefused when its client reads nothing for a while: it lies in our memory."""
         limit_s = self._wire.answer_stall_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._until_drained()
-        except TimeoutError:
-            _LOG.warning("the client %s of %s has not read its answer", self.peer(), self._head.path)
-            text = f"The client has not read the answer for {limit_s:g} s; read it as it comes."
-            raise CallRefused(grpc.StatusCode.CANCELLED, text) from None
+        while (unsent := self.unsent) is not None:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._until_drained()
+            except TimeoutError:
+                if self.unsent is None or len(self.unsent) < len(unsent):
+                    continue
+                _LOG.warning("the client %s of %s does not read its answer", self.peer(), self._head.path)
+                text = f"The client has read nothing of the answer for {limit_s:g} s; read it as it comes."
+                raise CallRefused(grpc.StatusCode.CANCELLED, text) from None
 
     def _framed(self, message: Any) -> bytes:
         serialize = self._handler.response_serializer

@@ -162,7 +162,7 @@ class Connection(Link):
         if self._front.leaving:
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)  # which says that nothing was done: another may do it
             return
-        self._last_stream, head = stream_id, None
+        self._last_stream = stream_id
         try:
             head = self._head(event.headers)
             call = ServerCall(self, stream_id, head, self._front.method_at(head.path))
@@ -171,8 +171,8 @@ class Connection(Link):
             return
         except CallRefused as refused:
             self._answer(event, headers.beginning() + headers.ending(refused.code, str(refused)))
-            if head is not None:
-                self._front.unserved(head.path, refused.code)
+            path = dict(event.headers).get(b":path", b"")
+            self._front.unserved(path.decode("latin-1"), refused.code)
             return
         self._calls[stream_id] = call
         self._unfinished += call.held

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from typing import cast
 
 from h2.config import H2Configuration
 from h2.connection import AllowedStreamIDs, ConnectionInputs, ConnectionState, H2Connection, _decode_headers
 from h2.errors import ErrorCodes
-from h2.events import DataReceived, Event, RequestReceived, WindowUpdated
+from h2.events import DataReceived, Event, RequestReceived, StreamEnded, WindowUpdated
 from h2.exceptions import DenialOfServiceError, FrameTooLargeError, ProtocolError, TooManyStreamsError
 from h2.settings import ChangedSetting, SettingCodes, Settings
 from h2.stream import H2Stream, StreamInputs, StreamState
@@ -199,7 +200,9 @@ class ConnectionProtocol(H2Connection):
             return [_request(stream_id, fields)]
         ends = stream.receive_headers(fields, ended, None)[1][1:]
         self._asked = fields if stream._expected_content_length is None else None  # noqa: SLF001
-        return [_request(stream_id, fields), *ends]
+        began = _request(stream_id, fields)
+        began.stream_ended = cast("StreamEnded", ends[0]) if ends else None
+        return [began, *ends]
 
     def _open_window(self, stream_id: int, body: bytes) -> list[Event] | None:
         stream = self.streams.get(stream_id)

@@ -54,6 +54,9 @@ class Sessions:
                 return session, Choice(candidate, "only", (self.take_back,))
         return None
 
+    def several_kinds(self, _model: str) -> bool:
+        return True
+
     def serves(self, _demand: Demand) -> bool:
         return bool(self.sessions)
 
@@ -382,4 +385,24 @@ async def test_a_newcomer_to_a_full_fleet_looks_for_nobody_else() -> None:
     for task in (*waiting, *newcomers, late):
         task.cancel()
     await asyncio.wait([*waiting, *newcomers, late])
+    desk.check_empty()
+
+
+async def test_who_waits_for_another_checkpoint_is_not_held_up() -> None:
+    """Replicas of two checkpoints: those of the head's have no room for long, the others have."""
+    desk = Desk(2, max_queue_wait_s=60.0)
+    first = await desk.full(2)
+    sound = desk.fleet.choose
+    desk.fleet.choose = lambda demand: None if demand.checkpoint_digest == "full" else sound(demand)  # type: ignore[method-assign]
+    head = desk.ticket()
+    head.demand = lambda needs_room: Demand("demo", "full", needs_room=needs_room)
+    waiting = [desk.start("head", head), *(desk.start(str(number), desk.ticket()) for number in range(3))]
+    await turns()
+    desk.end(first[0])
+    desk.end(first[1])
+    await turns()
+    assert desk.served == ["0", "1"]
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
     desk.check_empty()

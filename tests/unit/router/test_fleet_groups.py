@@ -12,6 +12,7 @@ import pytest
 from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 from cluster.domain.errors import RequestRejected
 from cluster.domain.ids import Incarnation, ReplicaId
+from cluster.router.endpoint_table import Standing
 from cluster.router.fleet import Fleet
 from cluster.router.fleet_health import FleetHealth
 from cluster.router.policy.contracts import Demand
@@ -142,7 +143,9 @@ async def test_who_tells_what_a_model_is_may_leave(site: Site) -> None:
     assert site.fleet.served("a") is site.sessions[Incarnation(ReplicaId("a", 2), 1)].served
 
 
-async def test_of_two_checkpoints_the_one_with_more_room_is_what_a_model_is(site: Site) -> None:
+async def test_of_two_checkpoints_the_one_with_more_room_is_what_a_model_is(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = endpoint("a", 0), [endpoint("a", slot, 2, checkpoint_digest=DIGESTS[1]) for slot in (1, 2)]
     site.apply(old, *new)
     for incarnation in site.table:
@@ -156,6 +159,11 @@ async def test_of_two_checkpoints_the_one_with_more_room_is_what_a_model_is(site
     assert site.fleet.served("a", DIGESTS[1]) is newer.served
     with pytest.raises(RequestRejected, match="what this request began with"):
         site.fleet.served("a", "sha256:3")
+    monkeypatch.setattr(
+        site.health, "standing", lambda one: Standing.EJECTED if one == old.incarnation else Standing.HEALTHY
+    )
+    assert site.fleet.served("a") is newer.served, "whoever is ejected has room because nobody goes there"
+    monkeypatch.undo()
     site.apply(replace(old, draining=True), *new)
     assert site.fleet.served("a") is newer.served, "the old one takes nothing new, however much room it has"
     site.apply(replace(old, draining=True))

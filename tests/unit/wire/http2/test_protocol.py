@@ -35,6 +35,7 @@ def told(events: list[Any]) -> list[tuple[Any, ...]]:
     fields = ("stream_id", "data", "flow_controlled_length", "error_code", "ping_data", "delta")
     return [
         (type(event), *(getattr(event, name, None) for name in fields), list(getattr(event, "headers", ())))
+        + ((event.stream_ended is None,) if isinstance(event, RequestReceived) else ())
         for event in events
     ]
 
