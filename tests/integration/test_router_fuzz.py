@@ -162,7 +162,8 @@ async def test_messages_of_every_kind(cluster: RouterCluster, pytestconfig: pyte
         if not most and start >= MESSAGES // 4:
             most = resident() + 100 * MB
 
-    assert set(codes) == {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
+    # UNAVAILABLE: nobody serves the checkpoint that they want to go on with.
+    assert set(codes) == {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "UNAVAILABLE"}
     assert min(codes.values()) > 500, codes
     assert resident() < most
     await still_serves(cluster)
