@@ -18,10 +18,13 @@ import grpc
 import grpc.aio
 import psutil
 import pytest
+from h2.events import RequestReceived
 
 from cluster.router.inference_service import DECODERS, inference_handlers
 from cluster.v1 import inference_pb2
-from cluster.wire.http2.server import Http2Server
+from cluster.wire.http2.connection import Connection
+from cluster.wire.http2.headers import NotGrpc, call_head
+from cluster.wire.http2.messages import CallRefused
 from tests.contract import small_tokenizers
 from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token
 from tests.contract.fuzzing import HEADERS, connection_case, message_case
@@ -29,7 +32,7 @@ from tests.contract.router_cluster import RouterCluster, eventually
 
 pytestmark = pytest.mark.integration
 NEXT = hashed_token(340)
-REQUESTS = ("/cluster.v1.Inference/Generate", "/cluster.v1.Inference/Complete")
+REQUESTS = (b"/cluster.v1.Inference/Generate", b"/cluster.v1.Inference/Complete")
 MB = 2**20
 TOGETHER = 256  # messages at a time
 MESSAGES, CONNECTIONS, PARTS = 92_160, 240, 40
@@ -173,15 +176,16 @@ async def test_frames_of_every_kind(
     cluster: RouterCluster, complaints: Complaints, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = CONNECTIONS * (LONG_CONNECTIONS if pytestconfig.getoption("--long") else 1)
-    entered = 0  # calls of Generate and Complete whose heads were read, whatever became of them
-    plain = Http2Server.method_at
+    entered = 0  # calls of Generate and Complete, whatever became of them
+    plain = Connection._request
 
-    def method_at(self: Http2Server, path: str) -> Any:
+    def arrives(self: Connection, event: RequestReceived) -> None:
         nonlocal entered
-        entered += path in REQUESTS
-        return plain(self, path)
+        entered += is_request(event)
+        plain(self, event)
 
-    monkeypatch.setattr(Http2Server, "method_at", method_at)
+    # Connections take it from their class when they begin.
+    monkeypatch.setattr(Connection, "_request", arrives)
     port = cluster.router.ports["grpc"]
     sent = answered = 0
 
@@ -263,6 +267,16 @@ async def test_frames_of_every_kind(
     assert answered > sent
     assert sent > count * PARTS / 4, "connections live for a while"
     assert cluster.injected > 500, "calls arrive"
+
+
+def is_request(event: RequestReceived) -> bool:
+    """Whether it is a gRPC call of Generate or Complete, good or bad."""
+    with suppress(CallRefused):
+        try:
+            call_head(event.headers)
+        except NotGrpc:
+            return False
+    return dict(event.headers).get(b":path") in REQUESTS
 
 
 async def swallow(reader: asyncio.StreamReader) -> int:
