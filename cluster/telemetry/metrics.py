@@ -59,7 +59,7 @@ Series = TypeVar("Series")
 class Children(dict[tuple[str, ...], Series]):
     """The series of one metric by the values of its labels; each is looked up, and begun, once.
 
-    Half of what counting costs is finding what to count. ``clear`` it whenever series of the metric are removed: one
+    Half of what counting costs is finding what to count. To be dropped whenever series of the metric are removed: one
     that is kept would go on counting unseen.
     """
 
@@ -217,7 +217,7 @@ def _labels_of(metric: Counter | Gauge | Histogram) -> list[Sequence[str]]:
 
 
 class RequestSeries:
-    """Children of what every request counts: by model, ``requests`` by model and outcome, picks by replica and scorer.
+    """Series of what every request counts: by model, ``requests`` by model and outcome, picks by replica and scorer.
 
     For one look at a time: what leaves with a model or a replica is not to be kept.
     """
