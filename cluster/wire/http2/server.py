@@ -47,7 +47,7 @@ class Http2Server(grpc.aio.Server):
     ) -> None:
         """``shared``: by SO_REUSEPORT with others of this user. A client silent for ``keepalive_s`` is pinged.
 
-        ``answer_stall_s``: how long the only message of a unary answer waits for its client to read it.
+        ``answer_stall_s``: how long the only message of a unary answer waits for its client to read some of it.
         """
         self.largest_message, self.answer_stall_s = largest_message, answer_stall_s
         self.keepalive_s, self.keepalive_timeout_s = keepalive_s, keepalive_timeout_s
