@@ -265,6 +265,26 @@ async def test_an_answer_that_nobody_reads_is_not_kept_for_ever(
         assert connection.calls == 0
 
 
+async def test_an_answer_is_kept_for_as_long_as_some_of_it_is_read(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times the limit passes, and each time less is left than before."""
+    left = [b"three", b"two", b"1", b""]
+
+    async def until_drained(call: calls.ServerCall) -> None:
+        call.unsent = memoryview(left.pop(0)) if len(left) > 1 else None
+        if call.unsent is not None:
+            raise TimeoutError
+
+    monkeypatch.setattr(calls.ServerCall, "_until_drained", until_drained)
+    async with bare(await start()) as client:
+        client.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        stream_id = client.request()
+        client.h2.send_data(stream_id, framed(bytes(100)), end_stream=True)
+        assert (await client.status(stream_id))["grpc-status"] == "0"
+    assert left == [b""]
+
+
 async def test_calls_that_no_handler_has_seen_are_told_of(start: Start) -> None:
     site = await start()
     told: list[tuple[str, grpc.StatusCode | None]] = []
