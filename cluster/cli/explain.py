@@ -48,7 +48,10 @@ def explain_command(
 
 
 def render_route(explanation: routing_pb2.RouteExplanation) -> Table:
-    """One row for each endpoint, in the order in which the policy looks at them."""
+    """One row for each endpoint, in the order in which the policy looks at them.
+
+    Scores of those that are kept out stand in brackets: what they would be if nobody were.
+    """
     scorers = list(dict.fromkeys(score.name for row in explanation.endpoints for score in row.scores))
     table = Table(box=box.SIMPLE_HEAD, title=f"policy {explanation.policy}, model {explanation.model}")
     table.add_column("replica")
@@ -61,7 +64,7 @@ def render_route(explanation: routing_pb2.RouteExplanation) -> Table:
     table.add_column("total", justify="right")
     table.add_column("")
     for row in explanation.endpoints:
-        scores = {score.name: f"{score.weight:g} x {score.score:.3f}" for score in row.scores}
+        scores = {score.name: _counts(f"{score.weight:g} x {score.score:.3f}", row) for score in row.scores}
         table.add_row(
             f"{row.replica}#{row.generation}",
             str(row.cached_tokens),
@@ -70,11 +73,16 @@ def render_route(explanation: routing_pb2.RouteExplanation) -> Table:
             row.standing.lower(),
             ", ".join(_reasons(row)) or "-",
             *(scores.get(name, "-") for name in scorers),
-            f"{row.total:.3f}" if row.scores else "-",
+            _counts(f"{row.total:.3f}", row),
             "<- taken" if row.taken else "" if row.looked_at else "not looked at",
             style="bold" if row.taken else None,
         )
     return table
+
+
+def _counts(number: str, row: routing_pb2.EndpointVerdict) -> str:
+    """In brackets where the endpoint is kept out, so that its score has no say."""
+    return number if row.qualifies else f"({number})"
 
 
 def _reasons(row: routing_pb2.EndpointVerdict) -> list[str]:

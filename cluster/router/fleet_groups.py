@@ -85,11 +85,10 @@ class FleetGroups:
             group = self._groups[key] = _group_of([seat for seat in self._seats.values() if self._joins(seat, asked)])
         return group
 
-    def others(self, group: Group) -> list[Candidate]:
-        """Whoever is not in ``group``, as it is now."""
+    def others(self, group: Group) -> list[Seat]:
+        """Whoever is not in ``group``."""
         inside = group.positions
-        seats = (seat for incarnation, seat in self._seats.items() if incarnation not in inside)
-        return [seat.candidate(has_room=seat.has_room) for seat in seats]
+        return [seat for incarnation, seat in self._seats.items() if incarnation not in inside]
 
     def changed(self, incarnation: Incarnation) -> None:
         """One endpoint has come, gone or changed: the groups that it joins or leaves are made anew from what they were.

@@ -43,6 +43,7 @@ def _endpoint(verdict: Verdict, profile: Profile) -> routing_pb2.EndpointVerdict
             routing_pb2.ScorerVerdict(name=name, weight=weight, score=score) for name, weight, score in verdict.scores
         ],
         total=verdict.total,
+        qualifies=verdict.qualifies,
         tokens=candidate.tokens,
         queued_tokens=candidate.queued_tokens,
         cached_tokens=candidate.cached_tokens,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.v1 import inference_pb2 as cluster_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/routing.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"x\n\x10RouteExplanation\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12.\n\tendpoints\x18\x04 \x03(\x0b\x32\x1b.cluster.v1.EndpointVerdict\"\x9f\x02\n\x0f\x45ndpointVerdict\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12*\n\x07\x66ilters\x18\x04 \x03(\x0b\x32\x19.cluster.v1.FilterVerdict\x12)\n\x06scores\x18\x05 \x03(\x0b\x32\x19.cluster.v1.ScorerVerdict\x12\r\n\x05total\x18\x06 \x01(\x01\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x10\n\x08standing\x18\n \x01(\t\x12\x11\n\tlooked_at\x18\x0b \x01(\x08\x12\r\n\x05taken\x18\x0c \x01(\x08\"?\n\rFilterVerdict\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passes\x18\x02 \x01(\x08\x12\x10\n\x08required\x18\x03 \x01(\x08\"<\n\rScorerVerdict\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\r\n\x05score\x18\x03 \x01(\x01\x32T\n\x07Routing\x12I\n\x0c\x45xplainRoute\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.RouteExplanationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63luster/v1/routing.proto\x12\ncluster.v1\x1a\x1a\x63luster/v1/inference.proto\"x\n\x10RouteExplanation\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12.\n\tendpoints\x18\x04 \x03(\x0b\x32\x1b.cluster.v1.EndpointVerdict\"\xb2\x02\n\x0f\x45ndpointVerdict\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12*\n\x07\x66ilters\x18\x04 \x03(\x0b\x32\x19.cluster.v1.FilterVerdict\x12)\n\x06scores\x18\x05 \x03(\x0b\x32\x19.cluster.v1.ScorerVerdict\x12\r\n\x05total\x18\x06 \x01(\x01\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\x12\x15\n\rqueued_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x10\n\x08standing\x18\n \x01(\t\x12\x11\n\tlooked_at\x18\x0b \x01(\x08\x12\r\n\x05taken\x18\x0c \x01(\x08\x12\x11\n\tqualifies\x18\r \x01(\x08\"?\n\rFilterVerdict\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passes\x18\x02 \x01(\x08\x12\x10\n\x08required\x18\x03 \x01(\x08\"<\n\rScorerVerdict\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\r\n\x05score\x18\x03 \x01(\x01\x32T\n\x07Routing\x12I\n\x0c\x45xplainRoute\x12\x1b.cluster.v1.GenerateRequest\x1a\x1c.cluster.v1.RouteExplanationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,11 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTEEXPLANATION']._serialized_start=68
   _globals['_ROUTEEXPLANATION']._serialized_end=188
   _globals['_ENDPOINTVERDICT']._serialized_start=191
-  _globals['_ENDPOINTVERDICT']._serialized_end=478
-  _globals['_FILTERVERDICT']._serialized_start=480
-  _globals['_FILTERVERDICT']._serialized_end=543
-  _globals['_SCORERVERDICT']._serialized_start=545
-  _globals['_SCORERVERDICT']._serialized_end=605
-  _globals['_ROUTING']._serialized_start=607
-  _globals['_ROUTING']._serialized_end=691
+  _globals['_ENDPOINTVERDICT']._serialized_end=497
+  _globals['_FILTERVERDICT']._serialized_start=499
+  _globals['_FILTERVERDICT']._serialized_end=562
+  _globals['_SCORERVERDICT']._serialized_start=564
+  _globals['_SCORERVERDICT']._serialized_end=624
+  _globals['_ROUTING']._serialized_start=626
+  _globals['_ROUTING']._serialized_end=710
 # @@protoc_insertion_point(module_scope)

@@ -20,7 +20,7 @@ class RouteExplanation(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., endpoints: _Optional[_Iterable[_Union[EndpointVerdict, _Mapping]]] = ...) -> None: ...
 
 class EndpointVerdict(_message.Message):
-    __slots__ = ("replica", "generation", "address", "filters", "scores", "total", "tokens", "queued_tokens", "cached_tokens", "standing", "looked_at", "taken")
+    __slots__ = ("replica", "generation", "address", "filters", "scores", "total", "tokens", "queued_tokens", "cached_tokens", "standing", "looked_at", "taken", "qualifies")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class EndpointVerdict(_message.Message):
     STANDING_FIELD_NUMBER: _ClassVar[int]
     LOOKED_AT_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
+    QUALIFIES_FIELD_NUMBER: _ClassVar[int]
     replica: str
     generation: int
     address: str
@@ -45,7 +46,8 @@ class EndpointVerdict(_message.Message):
     standing: str
     looked_at: bool
     taken: bool
-    def __init__(self, replica: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., filters: _Optional[_Iterable[_Union[FilterVerdict, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[ScorerVerdict, _Mapping]]] = ..., total: _Optional[float] = ..., tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., standing: _Optional[str] = ..., looked_at: _Optional[bool] = ..., taken: _Optional[bool] = ...) -> None: ...
+    qualifies: bool
+    def __init__(self, replica: _Optional[str] = ..., generation: _Optional[int] = ..., address: _Optional[str] = ..., filters: _Optional[_Iterable[_Union[FilterVerdict, _Mapping]]] = ..., scores: _Optional[_Iterable[_Union[ScorerVerdict, _Mapping]]] = ..., total: _Optional[float] = ..., tokens: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., standing: _Optional[str] = ..., looked_at: _Optional[bool] = ..., taken: _Optional[bool] = ..., qualifies: _Optional[bool] = ...) -> None: ...
 
 class FilterVerdict(_message.Message):
     __slots__ = ("name", "passes", "required")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from io import StringIO
 
 import grpc
 import pytest
+from rich.console import Console
 
+from cluster.cli.explain import render_route
 from cluster.cli.main import main
 from cluster.v1 import inference_pb2, routing_pb2, routing_pb2_grpc
 from tests.contract import small_tokenizers
@@ -88,6 +91,7 @@ async def test_every_endpoint_with_every_verdict(cluster: RouterCluster) -> None
     for row in explanation.endpoints:
         assert [f.name for f in row.filters][:3] == ["serves_model", "session_up", "not_draining"]
         assert all(f.passes for f in row.filters)
+        assert row.qualifies
         assert [s.name for s in row.scores] == ["cached_prefix", "short_queue", "at_home"]
         assert row.total == pytest.approx(sum(s.weight * s.score for s in row.scores))
         assert row.standing == "HEALTHY"
@@ -100,8 +104,14 @@ async def test_who_is_kept_out_says_by_what(cluster: RouterCluster) -> None:
     explanation = await explain(cluster, request())
     row = next(row for row in explanation.endpoints if row.replica == "demo/0")
     assert "session_up" in [f.name for f in row.filters if not f.passes]
-    assert not row.scores
+    assert not row.qualifies
     assert not row.taken
+    assert [score.name for score in row.scores] == ["cached_prefix", "short_queue", "at_home"]
+    printed = StringIO()
+    Console(width=200, file=printed).print(render_route(explanation))
+    [line] = [line for line in printed.getvalue().splitlines() if "demo/0#1" in line]
+    assert "session_up" in line
+    assert f"({row.total:.3f})" in line
 
 
 async def test_errors_are_those_of_generate(cluster: RouterCluster) -> None:

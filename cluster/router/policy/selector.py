@@ -23,15 +23,17 @@ LOOKED_MAX = 128  # members, as long as one of them qualifies; when none does, a
 class Verdict:
     """What a profile thinks of one endpoint.
 
-    ``filters``: each one's name, and whether it lets the endpoint pass (also of those that stepped aside). ``scores``:
-    each scorer's name, weight and number, as among all who qualify; empty for who does not. ``looked_at``: a pick
-    would get as far as this one. ``taken``: it would be the one.
+    ``filters``: each one's name, and whether it lets the endpoint pass (also of those that stepped aside).
+    ``qualifies``: nothing keeps it out. ``scores``: each scorer's name, weight and number, as among all who qualify;
+    of one that is kept out, as if nobody were. ``looked_at``: a pick would get as far as this one. ``taken``: it would
+    be the one.
     """
 
     candidate: Candidate
     filters: tuple[tuple[str, bool], ...]
-    scores: tuple[tuple[str, float, float], ...] = ()
-    total: float = 0.0
+    qualifies: bool
+    scores: tuple[tuple[str, float, float], ...]
+    total: float
     looked_at: bool = False
     taken: bool = False
 
@@ -71,34 +73,38 @@ class Selector:
             return None
         return decide(self.profile, (candidate,), demand, self._rng)
 
-    def explain(self, group: Group, others: Sequence[Candidate], demand: Demand, holders: Holders) -> list[Verdict]:
+    def explain(self, group: Group, others: Sequence[Member], demand: Demand, holders: Holders) -> list[Verdict]:
         """The verdicts on every member, and on ``others`` that the static filters keep out; moves nothing.
 
-        Members are in the walk's order.
+        Members are in the walk's order. O(endpoints).
         """
         turn = Turn(self._turns.get(demand.model, Turn()).position)
         order = list(dict.fromkeys(self.profile.walk(group, demand, holders, turn, self._copied_rng())))
         home = _home(group, demand, holders) if self.profile.uses_homes and len(group) > 1 else None
         names = demand.blocks.leading(group.block_size) if demand.blocks is not None and holders.depth else None
-        everybody = [
+        members = [
             _candidate(member, names, holders, has_room=member.has_room, at_home=position == home)
             for position, member in ((position, group.members[position]) for position in order)
         ]
+        left_out = [_candidate(one, names, holders, has_room=one.has_room, at_home=False) for one in others]
+        everybody = (*members, *left_out)
         rng = self._copied_rng()
         looked_at = [candidate for candidate, _ in self._look(group, demand, holders, turn, rng)]
         choice = decide(self.profile, looked_at, demand, rng) if looked_at else None
-        scores = _scores(self.profile, _filtered(everybody, demand, self.profile.filters), demand)
+        qualified = _scores(self.profile, _filtered(everybody, demand, self.profile.filters), demand)
+        scores = _scores(self.profile, everybody, demand) | qualified
         seen = {candidate.endpoint.incarnation for candidate in looked_at}
         taken = None if choice is None else choice.candidate.endpoint.incarnation
         verdicts = []
-        for candidate in (*everybody, *others):
+        for candidate in everybody:
             incarnation = candidate.endpoint.incarnation
             verdicts.append(
                 Verdict(
                     candidate,
                     filters=tuple((rule.name, rule.keep(candidate, demand)) for rule in self.profile.filters),
-                    scores=scores.get(incarnation, ()),
-                    total=sum(weight * score for _, weight, score in scores.get(incarnation, ())),
+                    qualifies=incarnation in qualified,
+                    scores=scores[incarnation],
+                    total=sum(weight * score for _, weight, score in scores[incarnation]),
                     looked_at=incarnation in seen,
                     taken=incarnation == taken,
                 )

@@ -25,13 +25,14 @@ class FakeSeat:
     running_tokens: int = 0
     has_room: bool = True
     standing: Standing = Standing.HEALTHY
+    digest: str = DIGEST
 
     @property
     def incarnation(self) -> Incarnation:
         return Incarnation(ReplicaId("demo", self.slot), 1)
 
     def candidate(self, cached_tokens: int = 0, *, has_room: bool, at_home: bool = False) -> Candidate:
-        endpoint = Endpoint(self.incarnation, f"127.0.0.1:{5000 + self.slot}", DIGEST, BLOCK_SIZE)
+        endpoint = Endpoint(self.incarnation, f"127.0.0.1:{5000 + self.slot}", self.digest, BLOCK_SIZE)
         return Candidate(
             endpoint,
             session_up=True,

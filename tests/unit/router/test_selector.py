@@ -255,6 +255,19 @@ def test_an_explanation_foretells_the_pick_and_moves_nothing() -> None:
             assert foretold in [row.candidate for row in looked]
 
 
+def test_who_is_kept_out_is_scored_as_if_nobody_were_and_the_others_as_if_it_was_not_there() -> None:
+    free, loaded = FakeSeat(0), FakeSeat(1, queued_tokens=100)
+    full, elsewhere = FakeSeat(2, queued_tokens=400, has_room=False), FakeSeat(3, queued_tokens=50, digest="other")
+    selector = Selector(PROFILES["least_load"], random.Random(0))
+    demand = demand_for(PROMPT, needs_room=True)
+    rows = selector.explain(Group([free, loaded, full], BLOCK_SIZE), [elsewhere], demand, holders_of(PROMPT, {}))
+    seen = {row.candidate.endpoint.incarnation.replica.slot: row for row in rows}
+    assert {slot: row.qualifies for slot, row in seen.items()} == {0: True, 1: True, 2: False, 3: False}
+    scores = {slot: row.total for slot, row in seen.items()}
+    assert scores == {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.875}
+    assert [slot for slot, row in seen.items() if row.taken] == [0]
+
+
 def test_tokens_ahead_are_those_to_be_computed_and_a_little_for_those_that_run() -> None:
     waiting = FakeSeat(0, queued_tokens=100).candidate(has_room=True)
     running = FakeSeat(1, running_tokens=1000).candidate(has_room=True)
