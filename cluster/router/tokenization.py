@@ -27,7 +27,12 @@ from cluster.router.prompt_turns import PromptTurns
 # has few messages as well, since templates work for each of them.
 INLINE_CHARACTERS = 4096
 INLINE_MESSAGES = 32
-WAITING_MAX = 512  # prompts that wait for a thread
+# Prompts that wait for a thread: their characters, which are held in memory meanwhile. Each counts for so many at
+# least, which makes them 512 at most.
+WAITING_CHARACTERS_MAX = 2**25
+WAITING_CHARACTERS_LEAST = 2**16
+# Longer ones take about a second or more: they leave one thread to the others.
+LONG_CHARACTERS = 2**19
 Result = TypeVar("Result")
 Messages = Sequence[Mapping[str, str]]
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -138,18 +143,22 @@ class _Job:
 
     work: Callable[[], Any]
     result: asyncio.Future[Any]
+    is_long: bool
 
 
 class TokenizerCache:
     """Tokenizers by digest, built once each, and the threads that long prompts are tokenized in.
 
     Prompts that wait for a thread take turns by tenant (``prompt_turns``). ``encode`` and ``encode_chat`` raise
-    RequestRejected QUEUE_FULL when ``waiting_max`` wait, for whoever those turns refuse. For one event loop.
+    RequestRejected QUEUE_FULL when ``waiting_max`` characters wait, for whoever those turns refuse. Where there are
+    several ``threads``, one of them takes no prompt of over ``LONG_CHARACTERS``. For one event loop.
     """
 
-    def __init__(self, threads: int = 2, waiting_max: int = WAITING_MAX) -> None:
+    def __init__(self, threads: int = 2, waiting_max: int = WAITING_CHARACTERS_MAX) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._idle = threads
+        self._idle_for_long = max(1, threads - 1)
+        self._waiting_max = waiting_max
         self._turns: PromptTurns[_Job] = PromptTurns(waiting_max)
         self._by_digest: dict[str, Tokenizer] = {}
 
@@ -169,13 +178,15 @@ class TokenizerCache:
         """Token ids; a long text is tokenized in a thread so that no stream waits for it."""
         if len(text) <= INLINE_CHARACTERS:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await self._in_turn(tenant, lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        work = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self._in_turn(tenant, len(text), work)
 
     async def encode_chat(
         self, tokenizer: Tokenizer, messages: Messages, check: Callable[[str], None], *, tenant: str = ""
     ) -> list[int]:
         """Token ids of the prompt that ``messages`` make, unless ``check`` refuses it, which may run in a thread."""
-        if _is_short(messages):
+        characters = sum(len(value) for message in messages for value in message.values())
+        if len(messages) <= INLINE_MESSAGES and characters <= INLINE_CHARACTERS:
             prompt = tokenizer.render_chat(messages)
             check(prompt)
             return await self.encode(tokenizer, prompt, add_special_tokens=False, tenant=tenant)
@@ -185,14 +196,15 @@ class TokenizerCache:
             check(prompt)
             return tokenizer.encode(prompt, add_special_tokens=False)
 
-        return await self._in_turn(tenant, render_and_encode)
+        return await self._in_turn(tenant, characters, render_and_encode)
 
-    async def _in_turn(self, tenant: str, work: Callable[[], Result]) -> Result:
-        job = _Job(work, asyncio.get_running_loop().create_future())
-        refused = self._turns.add(tenant, job)
-        if refused is not None and not refused.result.done():
-            message = "This router has too many prompts to tokenize; try again in a moment."
-            refused.result.set_exception(RequestRejected(RejectReason.QUEUE_FULL, message))
+    async def _in_turn(self, tenant: str, characters: int, work: Callable[[], Result]) -> Result:
+        job = _Job(work, asyncio.get_running_loop().create_future(), characters > LONG_CHARACTERS)
+        size = min(max(characters, WAITING_CHARACTERS_LEAST), self._waiting_max)
+        for refused in self._turns.add(tenant, job, size):
+            if not refused.result.done():
+                message = "This router has too many prompts to tokenize; try again in a moment."
+                refused.result.set_exception(RequestRejected(RejectReason.QUEUE_FULL, message))
         self._start_next()
         try:
             result: Result = await job.result
@@ -202,14 +214,19 @@ class TokenizerCache:
         return result
 
     def _start_next(self) -> None:
-        while self._idle and (job := self._turns.next()) is not None:
+        while self._idle:
+            job = self._turns.next(None if self._idle_for_long else LONG_CHARACTERS)
+            if job is None:
+                return
             if not job.result.done():  # its request may have left a moment ago
                 running = asyncio.get_running_loop().run_in_executor(self._executor, job.work)
                 self._idle -= 1
+                self._idle_for_long -= job.is_long
                 running.add_done_callback(partial(self._ended, job))
 
     def _ended(self, job: _Job, running: asyncio.Future[Any]) -> None:
         self._idle += 1
+        self._idle_for_long += job.is_long
         self._start_next()
         if running.cancelled():
             job.result.cancel()
@@ -227,13 +244,6 @@ class TokenizerCache:
         while (job := self._turns.next()) is not None:
             job.result.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-def _is_short(messages: Messages) -> bool:
-    """Whether rendering and tokenizing them takes no longer than a short text."""
-    if len(messages) > INLINE_MESSAGES:
-        return False
-    return sum(len(value) for message in messages for value in message.values()) <= INLINE_CHARACTERS
 
 
 def _build(files: Mapping[str, bytes]) -> Tokenizer:

@@ -520,13 +520,18 @@ class TestTokenize:
     async def test_what_is_sent_compressed_is_bounded_as_it_is_read(self, start: StartCluster) -> None:
         cluster = await start(with_text())
         framing = inference_pb2.TokenizeRequest(text="x" * 2**22).ByteSize() - 2**22
-        for over, compression, code, named in (
-            (0, grpc.Compression.Gzip, grpc.StatusCode.INVALID_ARGUMENT, "shorten the prompt"),
-            (1, grpc.Compression.NoCompression, grpc.StatusCode.INVALID_ARGUMENT, "shorten the prompt"),
-            (1, grpc.Compression.Gzip, grpc.StatusCode.RESOURCE_EXHAUSTED, f"longer than {INFLATED_BYTES_MAX} bytes"),
+        letters, long_sentence = random.Random(0).randbytes(2**18).hex(), "shorten the prompt"
+        for over, compression, code, named, start_of_text in (
+            (0, grpc.Compression.Gzip, grpc.StatusCode.INVALID_ARGUMENT, long_sentence, letters),
+            (1, grpc.Compression.NoCompression, grpc.StatusCode.INVALID_ARGUMENT, long_sentence, letters),
+            (1, grpc.Compression.Gzip, grpc.StatusCode.RESOURCE_EXHAUSTED, f"than {INFLATED_BYTES_MAX} bytes", letters),
+            (0, grpc.Compression.Gzip, grpc.StatusCode.RESOURCE_EXHAUSTED, "100 times as long", ""),
+            (2**20 - INFLATED_BYTES_MAX, grpc.Compression.Gzip, grpc.StatusCode.INVALID_ARGUMENT, long_sentence, ""),
         ):
-            message = inference_pb2.TokenizeRequest(text="x" * (INFLATED_BYTES_MAX - framing + over))
-            assert message.ByteSize() == INFLATED_BYTES_MAX + over
+            message = inference_pb2.TokenizeRequest(
+                text=start_of_text + "x" * (INFLATED_BYTES_MAX - framing + over - len(start_of_text))
+            )
+            assert abs(message.ByteSize() - INFLATED_BYTES_MAX - over) <= 1
             refused, _, text, _ = await refusal(cluster.stub.Tokenize(message, compression=compression))
             assert refused is code
             assert named in text

@@ -19,9 +19,12 @@ _DECOMPRESSORS: dict[str, Callable[[], zlib._Decompress]] = {
     "deflate": zlib.decompressobj,
 }
 ENCODINGS = ("identity", *_DECOMPRESSORS)
-# Decompressed. A prompt of 1,000,000 tokens is 3 MB as ids and some 8 MB as text; without a bound of its own, a few
-# kilobytes of zeros would be as large as any message, and stop all calls while they are decoded.
+# Decompressed. A prompt of 1,000,000 tokens is 3 MB as ids and some 8 MB as text; without bounds of its own, a few
+# kilobytes of zeros would be as large as any message, and stop all calls while they are decoded. The ratio is the one
+# that Envoy's decompressor goes by; texts get some four times as short.
 INFLATED_BYTES_MAX = 16 * 2**20
+INFLATED_RATIO_MAX = 100
+INFLATED_ALWAYS_BYTES = 2**20
 
 
 class CallRefused(Exception):  # noqa: N818 - an answer
@@ -109,7 +112,7 @@ class MessageReader:
         return Received(payload, self._compressed)
 
     def plain(self, message: Received) -> bytes:
-        """``message`` decompressed, when somebody wants it and not before: it may be a thousand times as long then.
+        """``message`` decompressed, when somebody wants it and not before: it may be much longer then.
 
         CallRefused for what cannot be decompressed or is too long.
         """
@@ -121,6 +124,8 @@ class MessageReader:
 
     def _inflated_too_long(self, limit: int) -> CallRefused:
         text = f"The message is longer than {limit} bytes when it is decompressed, which is the limit for that"
+        if limit < INFLATED_BYTES_MAX:
+            text = f"The message is more than {INFLATED_RATIO_MAX} times as long when it is decompressed"
         advice = "send it as it is" if limit < self._largest else "send less at once"
         return CallRefused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{text}; {advice}.")
 
@@ -130,7 +135,8 @@ class MessageReader:
         except KeyError:
             text = "The message is compressed and its grpc-encoding does not say how; name it."
             raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, text) from None
-        decompressor, limit = make(), min(self._largest, INFLATED_BYTES_MAX)
+        by_ratio = max(INFLATED_RATIO_MAX * len(message), INFLATED_ALWAYS_BYTES)
+        decompressor, limit = make(), min(self._largest, INFLATED_BYTES_MAX, by_ratio)
         try:
             plain = decompressor.decompress(message, limit + 1)
         except zlib.error:

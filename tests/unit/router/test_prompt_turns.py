@@ -16,7 +16,7 @@ def waiting(*prompts: str, waiting_max: int = 100) -> PromptTurns[str]:
     """Prompts named by tenant and number, as "a1"."""
     turns: PromptTurns[str] = PromptTurns(waiting_max)
     for prompt in prompts:
-        assert turns.add(prompt[0], prompt) is None
+        assert turns.add(prompt[0], prompt) == []
     return turns
 
 
@@ -33,7 +33,7 @@ def test_tenants_take_turns_and_each_ones_prompts_come_as_they_came() -> None:
 def test_a_newcomer_waits_for_one_of_each_other_tenant() -> None:
     turns = waiting(*(f"a{n}" for n in range(50)), *(f"b{n}" for n in range(40)))
     assert [turns.next() for _ in range(4)] == ["a0", "b0", "a1", "b1"]
-    assert turns.add("c", "c1") is None
+    assert turns.add("c", "c1") == []
     assert order(turns)[:3] == ["a2", "b2", "c1"]
 
 
@@ -69,8 +69,37 @@ def test_who_leaves_is_passed_by_and_leaves_no_trace() -> None:
 )
 def test_when_it_is_full_the_tenant_with_the_most_makes_room(prompts: list[str], newcomer: str, refused: str) -> None:
     turns = waiting(*prompts, waiting_max=4)
-    assert turns.add(newcomer[0], newcomer) == refused
+    assert turns.add(newcomer[0], newcomer) == [refused]
     assert set(order(turns)) == {*prompts, newcomer} - {refused}
+
+
+@pytest.mark.parametrize(
+    ("newcomer", "size", "refused"),
+    [
+        ("c1", 10, []),
+        ("c1", 15, ["a4"]),
+        ("c1", 22, ["a4", "a3"]),
+        ("c1", 30, ["c1"]),
+        ("b2", 19, ["a4"]),
+        ("b2", 30, ["b2"]),
+        ("a5", 11, ["a5"]),
+    ],
+)
+def test_as_many_make_room_as_it_takes_or_nobody(newcomer: str, size: int, refused: list[str]) -> None:
+    turns: PromptTurns[str] = PromptTurns(60)
+    for prompt in ("a1", "b1", "a2", "a3", "a4"):
+        assert turns.add(prompt[0], prompt, 10) == []
+    assert turns.add(newcomer[0], newcomer, size) == refused
+    turns.check()
+    assert set(order(turns)) == {"a1", "a2", "a3", "a4", "b1", newcomer} - set(refused)
+
+
+def test_while_only_small_ones_may_run_the_others_keep_their_places() -> None:
+    turns: PromptTurns[str] = PromptTurns(100)
+    for prompt, size in (("a1", 30), ("a2", 1), ("b1", 1), ("c1", 20), ("b2", 1)):
+        turns.add(prompt[0], prompt, size)
+    assert [turns.next(largest=5) for _ in range(3)] == ["b1", "b2", None]
+    assert order(turns) == ["a1", "c1", "a2"]
 
 
 class Turns(RuleBasedStateMachine):
@@ -81,6 +110,7 @@ class Turns(RuleBasedStateMachine):
         self.turns: PromptTurns[tuple[str, int]] = PromptTurns(WAITING_MAX)
         self.numbers = itertools.count()
         self.lines: dict[str, list[tuple[str, int]]] = {}
+        self.sizes: dict[tuple[str, int], int] = {}
         self.passed_by: dict[str, Counter[str]] = {}  # turns of others since it began to wait, or had its own
 
     def _leave(self, prompt: tuple[str, int]) -> None:
@@ -89,23 +119,39 @@ class Turns(RuleBasedStateMachine):
         if not self.lines[tenant]:
             del self.lines[tenant], self.passed_by[tenant]
 
-    @rule(tenant=st.sampled_from("abcd"))
-    def comes(self, tenant: str) -> None:
-        before = Counter({name: len(line) for name, line in self.lines.items()})
+    def size_of(self, tenant: str) -> int:
+        return sum(self.sizes[prompt] for prompt in self.lines.get(tenant, ()))
+
+    @rule(tenant=st.sampled_from("abcd"), size=st.integers(1, 3))
+    def comes(self, tenant: str, size: int) -> None:
+        waiting = sum(map(self.size_of, self.lines))
+        would_have = self.size_of(tenant) + size
         prompt = (tenant, next(self.numbers))
-        refused = self.turns.add(tenant, prompt)
+        self.sizes[prompt] = size
+        refused = self.turns.add(tenant, prompt, size)
+        if refused == [prompt]:
+            assert waiting + size > WAITING_MAX
+            assert all(
+                self.size_of(name) <= would_have or waiting - self.taken_away(name, would_have) + size > WAITING_MAX
+                for name in self.lines
+            ), "one tenant alone could have made room"
+            return
+        assert (waiting + size > WAITING_MAX) == bool(refused), "nobody goes without need"
+        for one in refused:
+            assert self.size_of(one[0]) > would_have, "who has more than the newcomer's tenant will"
+            assert one == self.lines[one[0]][-1], "the youngest goes"
+            self._leave(one)
         self.lines.setdefault(tenant, []).append(prompt)
         self.passed_by.setdefault(tenant, Counter())
-        if before.total() < WAITING_MAX:
-            assert refused is None
-            return
-        assert refused is not None
-        assert refused == self.lines[refused[0]][-1], "the youngest goes"
-        if refused == prompt:
-            assert before[tenant] + 2 > max(before.values()), "somebody had much more"
-        else:
-            assert before[refused[0]] == max(before.values()) >= before[tenant] + 2
-        self._leave(refused)
+
+    def taken_away(self, tenant: str, down_to: int) -> int:
+        """What goes when the youngest go while ``tenant`` has more than ``down_to``."""
+        left = before = self.size_of(tenant)
+        for prompt in reversed(self.lines[tenant]):
+            if left <= down_to:
+                break
+            left -= self.sizes[prompt]
+        return before - left
 
     @rule()
     def a_thread_is_free(self) -> None:

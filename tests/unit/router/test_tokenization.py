@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import pytest
 
 from cluster.domain.errors import CheckpointError, RejectReason, RequestRejected
-from cluster.router.tokenization import INLINE_CHARACTERS, INLINE_MESSAGES, Tokenizer, TokenizerCache
+from cluster.router.tokenization import (
+    INLINE_CHARACTERS,
+    INLINE_MESSAGES,
+    LONG_CHARACTERS,
+    WAITING_CHARACTERS_LEAST,
+    Tokenizer,
+    TokenizerCache,
+)
 from tests.contract import small_tokenizers
 
 FILES = small_tokenizers.files(small_tokenizers.byte_level())
@@ -86,7 +93,7 @@ async def test_tokenizers_are_built_once_and_long_texts_go_to_a_thread() -> None
 @pytest.fixture
 def cache() -> Iterator[TokenizerCache]:
     """With one thread, for which two may wait."""
-    made = TokenizerCache(threads=1, waiting_max=2)
+    made = TokenizerCache(threads=1, waiting_max=2 * WAITING_CHARACTERS_LEAST)
     yield made
     made.close()
 
@@ -114,8 +121,8 @@ class Slow:
     async def encoded(self, cache: TokenizerCache, name: str, tenant: str = "", content: str = LONG) -> list[int]:
         return await cache.encode_chat(self, [{"role": name, "content": content}], lambda _: None, tenant=tenant)
 
-    def task(self, cache: TokenizerCache, name: str, tenant: str = "") -> asyncio.Task[list[int]]:
-        return asyncio.create_task(self.encoded(cache, name, tenant))
+    def task(self, cache: TokenizerCache, name: str, tenant: str = "", content: str = LONG) -> asyncio.Task[list[int]]:
+        return asyncio.create_task(self.encoded(cache, name, tenant, content))
 
     async def occupied(self, cache: TokenizerCache) -> asyncio.Task[list[int]]:
         """The cache's thread works until ``go_on``."""
@@ -155,6 +162,33 @@ async def test_tenants_take_turns_and_the_one_with_the_most_makes_room(cache: To
     slow.go_on.set()
     await asyncio.wait_for(asyncio.gather(running, heavy[0], light), 5)
     assert slow.rendered == ["slow", "first", "light"]
+
+
+async def test_characters_that_wait_are_bounded(cache: TokenizerCache) -> None:
+    slow, most = Slow(), "x" * (2 * WAITING_CHARACTERS_LEAST)
+    running = await slow.occupied(cache)
+    large = slow.task(cache, "large", "heavy", most + most)  # alone it may wait, however large
+    await asyncio.sleep(0)
+    with pytest.raises(RequestRejected, match="too many prompts"):
+        await slow.encoded(cache, "another", "heavy")
+    small = slow.task(cache, "small", "light")
+    with pytest.raises(RequestRejected, match="too many prompts"):
+        await asyncio.wait_for(large, 5)
+    slow.go_on.set()
+    assert await asyncio.wait_for(asyncio.gather(running, small), 5) == [[4], [5]]
+
+
+async def test_very_long_prompts_leave_a_thread_to_the_others() -> None:
+    cache, slow, very_long = TokenizerCache(threads=2), Slow(), "x" * (LONG_CHARACTERS + 1)
+    running = slow.task(cache, "slow", "heavy", very_long)
+    following = slow.task(cache, "following", "heavy", very_long)
+    await asyncio.to_thread(slow.started.wait, 5)
+    ordinary = [slow.task(cache, name, tenant) for name, tenant in (("first", "light"), ("second", "lighter"))]
+    assert await asyncio.wait_for(asyncio.gather(*ordinary), 5) == [[5], [6]]
+    assert slow.rendered == ["slow", "first", "second"]
+    slow.go_on.set()
+    assert await asyncio.wait_for(asyncio.gather(running, following), 5) == [[4], [9]]
+    cache.close()
 
 
 async def test_who_leaves_while_a_thread_works_holds_the_thread_and_nobody_else(cache: TokenizerCache) -> None:
