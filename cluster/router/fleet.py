@@ -17,6 +17,7 @@ from cluster.router.endpoint_table import Standing, TableChange, supersedes, tab
 from cluster.router.fleet_groups import FleetGroups, Standings
 from cluster.router.fleet_health import FleetHealth
 from cluster.router.holders import Holders
+from cluster.router.policy.checkpoints import CheckpointRoom, roomiest
 from cluster.router.policy.contracts import Choice, Demand, Profile
 from cluster.router.policy.group import Group
 from cluster.router.policy.profiles import DEFAULT
@@ -172,18 +173,17 @@ class Fleet:
             if not kinds:
                 text = f"No replica of model {named} serves what this request began with any more"
                 raise RequestRejected(RejectReason.NO_ENDPOINT, f"{text}; send it anew, without its tokens.")
-        return kinds[0].served if len(kinds) == 1 else max(kinds, key=self._room_of).served
+        return kinds[0].served if len(kinds) == 1 else kinds[roomiest([self._room_of(kind) for kind in kinds])].served
 
     def several_kinds(self, model: str) -> bool:
         """Whether requests for ``model`` may wait for different replicas: those of another checkpoint take over."""
         return len(self._kinds.get(model, ())) > 1
 
-    def _room_of(self, kind: _Kind) -> tuple[bool, float, int]:
-        """What a new request goes by: soundness and free places, as far as some endpoints tell; then their number."""
+    def _room_of(self, kind: _Kind) -> CheckpointRoom:
         asked = kind.sessions[:ASKED_FOR_PLACES_MAX]
         sound = [s for s in asked if self._standings.standing(s.endpoint.incarnation) is Standing.HEALTHY]
-        places = sum(session.load.places for session in sound) * len(kind.sessions) / len(asked)
-        return bool(sound), places, len(kind.sessions)
+        places = sum(session.load.places for session in sound)
+        return CheckpointRoom(len(kind.sessions), len(asked), len(sound), places)
 
     def _find_kinds(self, model: str) -> tuple[_Kind, ...]:
         """By checkpoint: several while replicas of another one take over. Of those that take new work, if any does."""
