@@ -9,11 +9,15 @@ from cluster.domain.request import TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some new text and tokens. Text may lag behind the tokens: half a character is never shown."""
+    """Some new text and tokens. Text may lag behind the tokens: half a character is never shown.
+
+    ``checkpoint_digest``: what they were computed with, for whoever keeps them to go on behind them later.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    checkpoint_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

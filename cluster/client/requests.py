@@ -57,6 +57,7 @@ class Arguments(Options, total=False):
     timeout_s: float | None
     generated_token_ids: Sequence[int]
     received_characters: int
+    checkpoint_digest: str
 
 
 def build_request(  # noqa: PLR0913 - the message's fields
@@ -69,6 +70,7 @@ def build_request(  # noqa: PLR0913 - the message's fields
     priority: int = 0,
     generated_token_ids: Sequence[int] = (),
     received_characters: int = 0,
+    checkpoint_digest: str = "",
     cache_salt: str = "",
 ) -> inference_pb2.GenerateRequest:
     """The message for one request, with an id, and a seed wherever sampling is asked for.
@@ -85,6 +87,7 @@ def build_request(  # noqa: PLR0913 - the message's fields
             return_token_ids=True,
             generated_token_ids=generated_token_ids,
             received_characters=received_characters,
+            checkpoint_digest=checkpoint_digest,
             cache_salt=cache_salt,
         )
     except (TypeError, ValueError) as error:

@@ -87,18 +87,21 @@ class Client:
         timeout_s: float | None = None,
         generated_token_ids: Sequence[int] = (),
         received_characters: int = 0,
+        checkpoint_digest: str = "",
         **options: Unpack[Options],
     ) -> Iterator[Chunk | Completion]:
         """Chunks as they come, then one Completion with the whole.
 
         ``tenant``: whom the request is counted for; ``session_id``: the conversation it belongs to. Every call of the
         request carries them, as metadata. ``generated_token_ids``: what the request has generated before, and goes on
-        behind; ``received_characters``: how much text came with them, if it is known.
+        behind; ``received_characters``: how much text came with them, if it is known; ``checkpoint_digest``: what they
+        were computed with, as their chunks said, so that nothing else goes on behind them.
         """
         metadata = caller_to_metadata(tenant, session_id)
         request = build_request(
             prompt, options, model=model, request_id=request_id, logprobs=logprobs, priority=priority,
-            generated_token_ids=generated_token_ids, received_characters=received_characters, cache_salt=cache_salt,
+            generated_token_ids=generated_token_ids, received_characters=received_characters,
+            checkpoint_digest=checkpoint_digest, cache_salt=cache_salt,
         )  # fmt: skip
         transcript = Transcript(request, self._addresses, self._resumes_max, budget=self._budget, rng=self._rng)
         until_s = None if timeout_s is None else self._clock.now() + timeout_s

@@ -61,7 +61,7 @@ class Transcript:
         self._known = list(request.generated_token_ids)
         self._given = len(self._known)
         self._received = request.received_characters
-        self._digest = ""  # of what the tokens here were computed with
+        self._digest = request.checkpoint_digest  # of what the tokens here were computed with
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._futile = 0  # calls in a row that brought nothing
@@ -80,7 +80,7 @@ class Transcript:
     def next_request(self) -> inference_pb2.GenerateRequest:
         """The request, with every token that is here already."""
         if self.started:
-            self._request.checkpoint_digest = self._digest or self._request.checkpoint_digest
+            self._request.checkpoint_digest = self._digest
             del self._request.generated_token_ids[:]
             self._request.generated_token_ids.extend(self._known)
             if self._received or not self._given:  # else nobody knows how much text came before us
@@ -94,7 +94,7 @@ class Transcript:
         self._known += chunk.token_ids
         self._texts.append(chunk.text)
         self._logprobs += logprobs
-        return Chunk(chunk.text, tuple(chunk.token_ids), logprobs)
+        return Chunk(chunk.text, tuple(chunk.token_ids), logprobs, self._digest)
 
     def finish(self, end: inference_pb2.End) -> Completion:
         token_ids = tuple(self._known[self._given :])

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from cluster.client import AsyncClient, Client, Completion
+from cluster.client import AsyncClient, Chunk, Client, Completion
 from cluster.domain.errors import RejectReason, RequestRejected
 from cluster.router.tokenization import Tokenizer
 from cluster.v1 import engine_pb2, inference_pb2, inference_pb2_grpc
@@ -274,9 +274,14 @@ async def test_tokens_of_other_weights_are_not_gone_on_with() -> None:
         async with AsyncClient(f"127.0.0.1:{port}", cluster.address, resumes_max=1) as client:
             with pytest.raises(RequestRejected, match="what this request began with"):
                 [event async for event in client.generate(PROMPT, max_tokens=TOKENS, seed=2)]
-        cluster.injected += 1
-        assert len(cluster.engines[0].submits) == submits
-        assert (await cluster.outcomes())["rejected_unavailable"] == 1
+        async with AsyncClient(cluster.address) as client:  # by hand as well
+            with pytest.raises(RequestRejected, match="what this request began with"):
+                await client.complete(PROMPT, generated_token_ids=[5], checkpoint_digest="sha256:old")
+            assert len(cluster.engines[0].submits) == submits
+            events = client.generate(PROMPT, generated_token_ids=[5], checkpoint_digest="sha256:new", max_tokens=TOKENS)
+            assert {event.checkpoint_digest async for event in events if isinstance(event, Chunk)} == {"sha256:new"}
+        cluster.injected += 3
+        assert (await cluster.outcomes())["rejected_unavailable"] == 2
     finally:
         await leaving.stop(0)
         await cluster.close()

@@ -133,8 +133,18 @@ def test_text_that_came_is_told_too_unless_some_came_before_us() -> None:
 def test_what_the_tokens_were_computed_with_is_told_again() -> None:
     t = transcript("a")
     assert t.next_request().checkpoint_digest == ""
-    t.take(inference_pb2.Chunk(token_ids=[5], checkpoint_digest="sha256:a"))
-    t.take(inference_pb2.Chunk(token_ids=[6]))
+    told = [
+        t.take(inference_pb2.Chunk(token_ids=[5], checkpoint_digest="sha256:a")),
+        t.take(inference_pb2.Chunk(token_ids=[6])),
+    ]
+    assert t.next_request().checkpoint_digest == "sha256:a"
+    assert {chunk.checkpoint_digest for chunk in told} == {"sha256:a"}
+
+
+def test_who_goes_on_by_hand_says_what_the_tokens_were_computed_with() -> None:
+    t = Transcript(build_request([1], {}, generated_token_ids=[8], checkpoint_digest="sha256:a"), ("a",))
+    assert t.next_request().checkpoint_digest == "sha256:a"
+    t.take(chunk(5))
     assert t.next_request().checkpoint_digest == "sha256:a"
 
 
