@@ -18,6 +18,10 @@ from cluster.client.routing import explain_route
 from cluster.config.schema import ROUTER_ADDRESS
 from cluster.v1 import routing_pb2
 
+# As long as one of these keeps it out, nobody waits for an endpoint.
+_LASTING = frozenset({"serves_model", "session_up", "not_draining", "same_checkpoint"})
+_SOUND = frozenset({"not_ejected", "not_slow"})
+
 
 class Explained(enum.StrEnum):
     """What can be explained."""
@@ -86,15 +90,27 @@ def _counts(number: str, row: routing_pb2.EndpointVerdict) -> str:
 
 
 def _reasons(row: routing_pb2.EndpointVerdict) -> list[str]:
-    """The filters that it does not pass; those in brackets step aside when nobody would be left."""
+    """The filters that it does not pass; those in brackets step aside for this request when nobody would be left."""
     return [rule.name if rule.required else f"({rule.name})" for rule in row.filters if not rule.passes]
 
 
 def _verdict(explanation: routing_pb2.RouteExplanation) -> str:
     taken = next((row for row in explanation.endpoints if row.taken), None)
-    if taken is None:
-        return f"A prompt of {explanation.prompt_tokens} tokens would wait: no endpoint takes it now."
+    if taken is not None:
+        return _where(explanation.prompt_tokens, taken)
+    prompt = f"A prompt of {explanation.prompt_tokens} tokens"
+    if not explanation.prompt_tokens:
+        prompt = "The prompt, which counts 0 tokens as no replica of the model is up to say how it is tokenized,"
+    rows = explanation.endpoints
+    if not any(_LASTING.isdisjoint(rule.name for rule in row.filters if not rule.passes) for row in rows):
+        return f"{prompt} would be refused: no endpoint takes new requests."
+    if any(rule.required and rule.name in _SOUND for row in rows for rule in row.filters):
+        return f"{prompt} would wait: a sound endpoint, full for now, is better than one that is slow or ejected."
+    return f"{prompt} would wait: no endpoint takes it now."
+
+
+def _where(prompt_tokens: int, taken: routing_pb2.EndpointVerdict) -> str:
     return (
-        f"A prompt of {explanation.prompt_tokens} tokens would go to {taken.replica}, "
+        f"A prompt of {prompt_tokens} tokens would go to {taken.replica}, "
         f"which has {taken.cached_tokens} of them cached and {taken.queued_tokens} others to compute first."
     )

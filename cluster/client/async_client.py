@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import grpc
 import grpc.aio
 
+from cluster.client.address_memory import PROCESS_MEMORY, AddressMemory
 from cluster.client.events import Chunk, Completion
 from cluster.client.requests import (
     Arguments,
@@ -26,6 +28,7 @@ from cluster.client.requests import (
 from cluster.client.resume_budget import ResumeBudget
 from cluster.client.transcript import RESUMES_MAX, Transcript, flat_addresses
 from cluster.config.schema import ROUTER_ADDRESS
+from cluster.domain.clock import Clock, MonotonicClock
 from cluster.domain.errors import ClusterError
 from cluster.v1 import inference_pb2, inference_pb2_grpc
 from cluster.wire import channel
@@ -44,7 +47,8 @@ class AsyncClient:
     Errors are those of `cluster.domain.errors`: RequestRejected, RequestEvicted, RequestAborted, ModelNotFound,
     EngineFailed. A stream that breaks because its router or replica did goes on at the next address, exactly where
     it was. ``timeout_s`` covers a whole request, resumes included. ``addresses``: HOST:PORT, one by one or as lists;
-    ``rng`` spreads the pauses between calls.
+    ``rng`` spreads the pauses between calls; ``memory`` says which addresses are away, and is shared by all clients of
+    the process if none is given.
     """
 
     def __init__(
@@ -52,13 +56,17 @@ class AsyncClient:
         *addresses: str | Sequence[str],
         resumes_max: int = RESUMES_MAX,
         rng: random.Random | None = None,
+        clock: Clock | None = None,
+        memory: AddressMemory | None = None,
     ) -> None:
         self._addresses = flat_addresses(addresses) or (ROUTER_ADDRESS,)
         self._resumes_max = resumes_max
         self._budget = ResumeBudget()
+        self._memory = memory or PROCESS_MEMORY
         self._rng = rng
+        self._clock = clock or MonotonicClock()
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._closed = False
+        self._closed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -69,7 +77,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        self._closed = True
+        self._closed.set()
         channels, self._channels = self._channels, {}
         for opened in channels.values():
             await opened.close()
@@ -104,12 +112,15 @@ class AsyncClient:
             generated_token_ids=generated_token_ids, received_characters=received_characters,
             checkpoint_digest=checkpoint_digest, cache_salt=cache_salt,
         )  # fmt: skip
-        transcript = Transcript(request, self._addresses, self._resumes_max, budget=self._budget, rng=self._rng)
-        loop = asyncio.get_running_loop()
-        until_s = None if timeout_s is None else loop.time() + timeout_s
+        transcript = Transcript(
+            request, self._addresses, self._resumes_max, budget=self._budget, memory=self._memory, rng=self._rng
+        )
+        until_s = None if timeout_s is None else self._clock.now() + timeout_s
         while True:
-            left_s = None if until_s is None else max(0.0, until_s - loop.time())
-            call = self._stub(transcript.address).Generate(transcript.next_request(), timeout=left_s, metadata=metadata)
+            now_s = self._clock.now()
+            left_s = None if until_s is None else max(0.0, until_s - now_s)
+            stub = self._stub(transcript.next_address(now_s))
+            call = stub.Generate(transcript.next_request(), timeout=left_s, metadata=metadata)
             completion: Completion | None = None
             failure: CallFailure | None = None
             try:
@@ -129,8 +140,9 @@ class AsyncClient:
             if completion is not None:
                 yield completion
                 return
-            await asyncio.sleep(transcript.pause_after_s(failure))
-            if self._closed:
+            now_s = self._clock.now()
+            pause_s = transcript.pause_after_s(failure, now_s)
+            if await self._closed_within(pause_s if until_s is None else min(pause_s, max(0.0, until_s - now_s))):
                 raise closed_meanwhile()
 
     async def complete(self, prompt: Prompt, **arguments: Unpack[Arguments]) -> Completion:
@@ -155,44 +167,58 @@ class AsyncClient:
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Until a model has a ready replica; RequestRejected NO_ENDPOINT when that takes too long."""
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + timeout_s
+        until_s = self._clock.now() + timeout_s
         pause_s = 0.05
-        while (left_s := until_s - loop.time()) > 0:
+        while (left_s := until_s - self._clock.now()) > 0:
             try:
                 if any(model.ready_replicas for model in await self.list_models(timeout_s=min(left_s, 5.0))):
                     return
             except ClusterError:  # it may not listen yet
-                if self._closed:
+                if self._closed.is_set():
                     raise
-            await asyncio.sleep(min(pause_s, max(0.0, until_s - loop.time())))
+            await self._closed_within(min(pause_s, max(0.0, until_s - self._clock.now())))
             pause_s = min(2 * pause_s, 1.0)
         raise never_ready(self._addresses[0], timeout_s)
 
     async def _ask(self, call: Callable[[InferenceStub], Awaitable[Answer]]) -> Answer:
         """The answer of the first router that is there; the typed error of the last one otherwise."""
         failure: ClusterError | None = None
-        for address in self._addresses:
+        untried = list(self._addresses)
+        while untried:
+            address = self._memory.pick(untried, self._clock.now())
+            untried.remove(address)
             try:
-                return await call(self._stub(address))
+                answer = await call(self._stub(address))
             except grpc.RpcError as error:
-                failure = error_of_call(from_rpc_error(error), address)
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                code, reason, *_ = broke_with = from_rpc_error(error)
+                self._memory.failed(address, code.name, reason, self._clock.now())
+                failure = error_of_call(broke_with, address)
+                if code is not grpc.StatusCode.UNAVAILABLE:
                     break
             except asyncio.CancelledError:
                 if self._closed_under_call():
                     raise closed_before() from None
                 raise
+            else:
+                self._memory.answered(address)
+                return answer
         assert failure is not None, "there is an address"
         raise failure
+
+    async def _closed_within(self, seconds: float) -> bool:
+        """Waits; whether the client was closed meanwhile, which ends the wait."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closed.wait()
+        return self._closed.is_set()
 
     def _closed_under_call(self) -> bool:
         """Whether ``close`` cancelled a call, and not somebody our task: gRPC says the same of both."""
         task = asyncio.current_task()
-        return self._closed and (task is None or not task.cancelling())
+        return self._closed.is_set() and (task is None or not task.cancelling())
 
     def _stub(self, address: str) -> InferenceStub:
-        if self._closed:
+        if self._closed.is_set():
             raise closed_before()
         if address not in self._channels:
             self._channels[address] = channel.open_channel(address)

@@ -26,7 +26,8 @@ def explain_route(
 ) -> routing_pb2.RouteExplanation:
     """What the first router that answers thinks of every endpoint for this request; nothing is generated.
 
-    Errors are those of ``Client.complete``: ModelNotFound, RequestRejected.
+    While no replica of the model is up, it is told what keeps each of them out, and ``prompt_tokens`` is 0 unless the
+    prompt is token ids. Errors are those of ``Client.complete``: ModelNotFound, RequestRejected.
     """
     request = build_request(prompt, {}, model=model, cache_salt=cache_salt)
     metadata = caller_to_metadata(session_id=session_id)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import grpc
 
+from cluster.client.address_memory import PROCESS_MEMORY, AddressMemory
 from cluster.client.events import Chunk, Completion
 from cluster.client.requests import (
     Arguments,
@@ -48,10 +49,12 @@ class Client:
         resumes_max: int = RESUMES_MAX,
         rng: random.Random | None = None,
         clock: Clock | None = None,
+        memory: AddressMemory | None = None,
     ) -> None:
         self._addresses = flat_addresses(addresses) or (ROUTER_ADDRESS,)
         self._resumes_max = resumes_max
         self._budget = ResumeBudget()
+        self._memory = memory or PROCESS_MEMORY
         self._rng = rng
         self._clock = clock or MonotonicClock()
         self._lock = threading.Lock()
@@ -103,12 +106,15 @@ class Client:
             generated_token_ids=generated_token_ids, received_characters=received_characters,
             checkpoint_digest=checkpoint_digest, cache_salt=cache_salt,
         )  # fmt: skip
-        transcript = Transcript(request, self._addresses, self._resumes_max, budget=self._budget, rng=self._rng)
+        transcript = Transcript(
+            request, self._addresses, self._resumes_max, budget=self._budget, memory=self._memory, rng=self._rng
+        )
         until_s = None if timeout_s is None else self._clock.now() + timeout_s
         while True:
-            left_s = None if until_s is None else max(0.0, until_s - self._clock.now())
+            now_s = self._clock.now()
+            left_s = None if until_s is None else max(0.0, until_s - now_s)
             with self._typed_when_closed():
-                stub = self._stub(transcript.address)
+                stub = self._stub(transcript.next_address(now_s))
                 call = stub.Generate(transcript.next_request(), timeout=left_s, metadata=metadata)
             completion: Completion | None = None
             failure: CallFailure | None = None
@@ -125,7 +131,9 @@ class Client:
             if completion is not None:
                 yield completion
                 return
-            if self._closed.wait(transcript.pause_after_s(failure)):
+            now_s = self._clock.now()
+            pause_s = transcript.pause_after_s(failure, now_s)
+            if self._closed.wait(pause_s if until_s is None else min(pause_s, max(0.0, until_s - now_s))):
                 raise closed_meanwhile()
 
     def complete(self, prompt: Prompt, **arguments: Unpack[Arguments]) -> Completion:
@@ -166,14 +174,22 @@ class Client:
     def _ask(self, call: Callable[[InferenceStub], Answer]) -> Answer:
         """The answer of the first router that is there; the typed error of the last one otherwise."""
         failure: ClusterError | None = None
-        for address in self._addresses:
+        untried = list(self._addresses)
+        while untried:
+            address = self._memory.pick(untried, self._clock.now())
+            untried.remove(address)
             try:
                 with self._typed_when_closed():
-                    return call(self._stub(address))
+                    answer = call(self._stub(address))
             except grpc.RpcError as error:
-                failure = error_of_call(from_rpc_error(error), address)
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                code, reason, *_ = broke_with = from_rpc_error(error)
+                self._memory.failed(address, code.name, reason, self._clock.now())
+                failure = error_of_call(broke_with, address)
+                if code is not grpc.StatusCode.UNAVAILABLE:
                     break
+            else:
+                self._memory.answered(address)
+                return answer
         assert failure is not None, "there is an address"
         raise failure
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from heapq import nsmallest
 
 from cluster.config.schema import RouterConfig
 from cluster.domain.clock import Clock
@@ -25,7 +25,8 @@ from cluster.router.waiting_rank import Entry
 from cluster.telemetry.metrics import RouterMetrics
 
 LOOK_AGAIN_S = 0.25
-LOOKED_AT_MAX = 64  # of those behind a head that waits for other replicas
+LINES_KEPT = 2  # for each model, whether anybody serves their checkpoint or not
+ANY_CHECKPOINT = ""
 CONTINUATIONS_TRIED = 16  # that find no endpoint at one look, before new requests get theirs
 Placed = tuple[EngineSession, Choice]
 
@@ -34,23 +35,27 @@ Placed = tuple[EngineSession, Choice]
 class Ticket:
     """One request at the desk, for all its attempts.
 
-    ``demand``: what it asks of an endpoint now, with room or without; ``tokens``: those that it brings along.
+    ``checkpoint_digest``: what it was tokenized for; who waits for another one is in another line. ``demand``: what it
+    asks of an endpoint now, with room or without; ``tokens``: those that it brings along. ``movable``: it may be
+    tokenized anew for another checkpoint, where that has room.
     """
 
     model: str
+    checkpoint_digest: str
     entry: Entry
     demand: Callable[[bool], Demand]
     tokens: int
+    movable: bool = False
     line: _Line | None = None
 
 
 class _Line:
-    """What waits for one model."""
+    """What waits for one model and checkpoint: what frees a place for one of them frees one for each of them."""
 
-    __slots__ = ("admission", "armed", "looking", "model", "passed_over", "waiting")
+    __slots__ = ("admission", "armed", "checkpoint_digest", "looking", "model", "passed_over", "waiting")
 
-    def __init__(self, model: str, limits: AdmissionLimits) -> None:
-        self.model = model
+    def __init__(self, model: str, checkpoint_digest: str, limits: AdmissionLimits) -> None:
+        self.model, self.checkpoint_digest = model, checkpoint_digest
         self.admission = Admission(limits)
         self.waiting: dict[Entry, tuple[Ticket, asyncio.Future[Placed]]] = {}
         self.looking = False  # a look is on its way
@@ -69,19 +74,20 @@ class AdmissionDesk:
             ttft_objective_s=config.ttft_objective_s,
             max_wait_s=config.max_queue_wait_s,
         )
-        self._lines: dict[str, _Line] = {}
+        self._lines: dict[tuple[str, str], _Line] = {}  # by model and checkpoint
         self._waiting_lines: set[_Line] = set()
         fleet.watch_room(self._room_at, self._fleet_changed)
 
     async def place(self, ticket: Ticket, interruption: Interruption) -> Placed | None:
         """The endpoint that the request has to be sent to before anything else is awaited; or the choice is not used.
 
-        None when no endpoint takes new requests. RequestRejected or RequestEvicted when it may not wait,
+        None when no endpoint of its checkpoint takes new requests, or those of another one have room that nobody there
+        waits for and the request is ``movable``. RequestRejected or RequestEvicted when it may not wait,
         EngineFailed when it had an endpoint and waited in vain, or what ``interruption`` is tripped with.
         """
         line = ticket.line
         if line is None:
-            line = ticket.line = self._line(ticket.model)
+            line = ticket.line = self._line(ticket.model, ticket.checkpoint_digest)
         entry, queue = ticket.entry, line.admission.queue
         if not (queue.exempt if entry.exempt else queue.requests):
             found = self._fleet.choose(ticket.demand(True))
@@ -139,10 +145,11 @@ class AdmissionDesk:
             self._room_at(session)  # in case it is not used
         self._show(line)
 
-    def _line(self, model: str) -> _Line:
-        line = self._lines.get(model)
+    def _line(self, model: str, checkpoint_digest: str) -> _Line:
+        key = model, checkpoint_digest
+        line = self._lines.get(key)
         if line is None:
-            line = self._lines[model] = _Line(model, self._limits)
+            line = self._lines[key] = _Line(model, checkpoint_digest, self._limits)
         return line
 
     # ---- looking for places
@@ -151,16 +158,24 @@ class AdmissionDesk:
         """Something has changed at ``session``."""
         if not self._waiting_lines or not session.load.has_room:
             return
-        line = self._lines.get(session.endpoint.model)
-        if line in self._waiting_lines:
-            self._look_soon(line)
+        endpoint = session.endpoint
+        for digest in {endpoint.checkpoint_digest, ANY_CHECKPOINT}:
+            line = self._lines.get((endpoint.model, digest))
+            if line in self._waiting_lines:
+                self._look_soon(line)
+                return
+        for line in self._waiting_lines:  # nobody waits for this one: those who wait for another may move
+            if line.model == endpoint.model:
+                self._look_soon(line)
 
     def _fleet_changed(self) -> None:
         for line in tuple(self._waiting_lines):
             self._look_soon(line)
-        if len(self._lines) > len(self._fleet.models):
-            known = self._fleet.models
-            self._lines = {m: line for m, line in self._lines.items() if m in known or line.waiting}
+        if len(self._lines) > LINES_KEPT * len(self._fleet.models):
+            self._lines = {key: line for key, line in self._lines.items() if line.waiting or self._serves(line)}
+
+    def _serves(self, line: _Line) -> bool:
+        return self._fleet.serves(Demand(line.model, line.checkpoint_digest))
 
     def _look_soon(self, line: _Line) -> None:
         """Once per turn of the event loop, however much has happened in it."""
@@ -178,27 +193,31 @@ class AdmissionDesk:
         while (head := queue.head()) is not None and not self._give_place(line, head, now_s):
             ticket, answer = line.waiting[head]
             if self._fleet.serves(ticket.demand(False)):
+                self._move(line, now_s)
                 break  # somebody will have room for it
             line.admission.withdraw(head, now_s)
             _fail(answer, _NoEndpointLeft())
-        if head is not None and self._fleet.several_kinds(line.model):
-            self._place_behind(line, now_s)
         self._show(line)
         if queue:
             self._arm(line)
         else:
             self._waiting_lines.discard(line)
 
-    def _place_behind(self, line: _Line, now_s: float) -> None:
-        """The head waits for replicas of one checkpoint: those that wait for another one's are not held up by it.
+    def _move(self, line: _Line, now_s: float) -> None:
+        """As many as there are places for at endpoints of other checkpoints, for which nobody waits, begin anew there.
 
-        In order of arrival, and not all that wait.
+        By level and arrival.
         """
-        in_vain: set[str] = set()
-        for entry, (ticket, _) in tuple(islice(line.waiting.items(), LOOKED_AT_MAX)):
-            digest = ticket.demand(False).checkpoint_digest
-            if entry.queued and not entry.exempt and digest not in in_vain and not self._give_place(line, entry, now_s):
-                in_vain.add(digest)
+        if any(one.model == line.model and one is not line and one.admission.queue for one in self._waiting_lines):
+            return
+        places = int(self._fleet.room_elsewhere(line.model, line.checkpoint_digest))
+        if not places:
+            return
+        movable = (entry for entry, (ticket, _) in line.waiting.items() if ticket.movable and entry.queued)
+        new = (entry for entry in movable if not entry.exempt)
+        for entry in nsmallest(places, new, key=lambda one: (-one.level[0], -one.level[1], one.number)):
+            line.admission.withdraw(entry, now_s)
+            _fail(line.waiting[entry][1], _NoEndpointLeft())
 
     def _place_continuations(self, line: _Line, now_s: float) -> None:
         """Oldest first; those that find no endpoint do not keep others for ever from being tried."""
@@ -267,9 +286,10 @@ class AdmissionDesk:
         return RequestRejected(RejectReason.QUEUE_FULL, message, away.retry_after_s)
 
     def _show(self, line: _Line) -> None:
-        queue, model = line.admission.queue, line.model
-        self._metrics.queued_requests.labels(model=model).set(len(queue))
-        self._metrics.queued_prompt_tokens.labels(model=model).set(queue.prompt_tokens)
+        model = line.model
+        queues = [one.admission.queue for one in self._lines.values() if one.model == model]
+        self._metrics.queued_requests.labels(model=model).set(sum(map(len, queues)))
+        self._metrics.queued_prompt_tokens.labels(model=model).set(sum(queue.prompt_tokens for queue in queues))
 
 
 class _NoEndpointLeft(Exception):  # noqa: N818 - an event of the desk's inside

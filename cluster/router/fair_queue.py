@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from cluster.router.served_tokens import ServedTokens
 from cluster.router.waiting_rank import Entry, Level, WaitingRank, insert
 
-PUSHED_OUT_MAX = 8  # waiting requests that make room for one newcomer
+PUSHED_OUT_MAX = 8  # waiting requests of its own level that make room for one newcomer
 
 
 class FairQueue:
@@ -117,23 +117,23 @@ class FairQueue:
     def pushed_out_by(self, entry: Entry, requests: int, prompt_tokens: int) -> tuple[Entry, ...] | None:
         """Who has to leave so that ``requests`` and ``prompt_tokens`` less wait; None when ``entry`` may not ask that.
 
-        Lowest level first, and there the youngest of the tenant that has the most waiting. Within the newcomer's own
-        level only of tenants that keep at least as many as its own would have.
+        Lowest level first, and there the youngest of the tenant that has the most waiting: of lower levels as many as
+        it takes, within the newcomer's own level a few, and only of tenants that keep at least as many as its own would
+        have. O(log waiting) for each of them.
         """
         chosen: list[Entry] = []
         for level in self._levels:
             if level > entry.level:
                 break
             rank = self._ranks[level]
-            keep = rank.waiting(entry.tenant) + 1 if level == entry.level else 0
-            for victim in rank.youngest_of_longest(keep, PUSHED_OUT_MAX - len(chosen)):
+            among_equals = level == entry.level
+            keep, most = (rank.waiting(entry.tenant) + 1, PUSHED_OUT_MAX) if among_equals else (0, self.requests)
+            for victim in rank.youngest_of_longest(keep, most):
                 chosen.append(victim)
                 requests -= 1
                 prompt_tokens -= victim.prompt_tokens
                 if requests <= 0 and prompt_tokens <= 0:
                     return tuple(chosen)
-            if len(chosen) == PUSHED_OUT_MAX:
-                return None
         return None
 
     def _rank(self, level: Level) -> WaitingRank:

@@ -175,9 +175,13 @@ class Fleet:
                 raise RequestRejected(RejectReason.NO_ENDPOINT, f"{text}; send it anew, without its tokens.")
         return kinds[0].served if len(kinds) == 1 else kinds[roomiest([self._room_of(kind) for kind in kinds])].served
 
-    def several_kinds(self, model: str) -> bool:
-        """Whether requests for ``model`` may wait for different replicas: those of another checkpoint take over."""
-        return len(self._kinds.get(model, ())) > 1
+    def room_elsewhere(self, model: str, checkpoint_digest: str) -> float:
+        """Free places at sound endpoints of other checkpoints, as far as some of them tell."""
+        kinds = self._kinds.get(model) or self._find_kinds(model)
+        if len(kinds) == 1:
+            return 0.0
+        others = (kind for kind in kinds if kind.checkpoint_digest != checkpoint_digest)
+        return sum(self._room_of(kind).free_places for kind in others)
 
     def _room_of(self, kind: _Kind) -> CheckpointRoom:
         asked = kind.sessions[:ASKED_FOR_PLACES_MAX]

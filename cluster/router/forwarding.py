@@ -103,7 +103,7 @@ class RequestRun:
             self.interrupt(RequestEvicted("The deadline came before the first token; allow the request more time."))
 
     async def run(self, emit: Emit, deadline_s: float | None) -> Ended:
-        """Streams through ``emit`` to the end; raises the request's error otherwise.
+        """Streams through ``emit`` to the end; raises the request's error otherwise, or ServedElsewhere before that.
 
         ``deadline_s``: seconds from now. Cancelling the calling task cancels the sequence in its engine.
         """

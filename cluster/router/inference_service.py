@@ -8,14 +8,17 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from cluster.domain.errors import RejectReason, RequestRejected
 from cluster.domain.request import Outcome
 from cluster.router.server import InferenceServer
+from cluster.router.validation import CHAT_MESSAGES_MAX, LOGIT_BIAS_MAX
 from cluster.v1 import inference_pb2, routing_pb2
 from cluster.wire.http2.server import Http2Server
+from cluster.wire.message_shape import Bounds, MessageShape
 from cluster.wire.status import to_rpc_status
 
 _SERVICES = (
@@ -32,39 +35,55 @@ _UNSERVED = {  # outcomes of calls that ended before their request was read, by 
     grpc.StatusCode.UNAVAILABLE: Outcome.REJECTED_UNAVAILABLE,
 }
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Method = Callable[[Message | None, _Context], Awaitable[Message | None]]
+Method = Callable[[Message | str, _Context], Awaitable[Message | None]]
 _UNDECODABLE = "The message is no {} of cluster.v1; send one that was made from its protos."
+LOOKED_AT_BYTES = 2**16  # what a shorter message can hold is decoded in a moment
+# Of fields what validation takes, and room: a message of a chat has three, and so has a bias. The numbers are token
+# ids, of which contexts have a million.
+BOUNDS = Bounds(fields=4 * CHAT_MESSAGES_MAX + 4 * LOGIT_BIAS_MAX, numbers=2**22, unknown_bytes=LOOKED_AT_BYTES)
 
 
-def _decoder(message: type[Message]) -> Callable[[bytes], Message | None]:
-    """None for what cannot be decoded: gRPC itself would call it UNKNOWN, which looks like a bug of ours."""
+def _decoder(descriptor: Descriptor) -> Callable[[bytes], Message | str]:
+    """A sentence for what cannot be decoded, or holds too much: gRPC itself would call it UNKNOWN, like a bug of ours.
 
-    def decode(raw: bytes) -> Message | None:
+    A message holds nothing in memory but what it says: it waits as long as its request does.
+    """
+    message, undecodable = GetMessageClass(descriptor), _UNDECODABLE.format(descriptor.name)
+    excess = MessageShape(descriptor, BOUNDS).excess
+
+    def decode(raw: bytes) -> Message | str:
+        if len(raw) > LOOKED_AT_BYTES and (refusal := excess(raw)):
+            return refusal
         try:
-            return message.FromString(raw)
+            decoded = message.FromString(raw)
         except DecodeError:
-            return None
+            return undecodable
+        # What came and does not count stays in a decoded message's memory: unknown fields, other sides of a oneof, what
+        # a later field has replaced. No queue has a bound for that.
+        decoded.DiscardUnknownFields()
+        made = message()
+        made.CopyFrom(decoded)
+        return made
 
     return decode
 
 
-DECODERS = {method.name: _decoder(GetMessageClass(method.input_type)) for method in _METHODS}
+DECODERS = {method.name: _decoder(method.input_type) for method in _METHODS}
 
 
 def inference_handlers(server: InferenceServer) -> dict[str, Method]:
     """The methods by name; each takes what its decoder made."""
-    return {method.name: _method(server, method.name, method.input_type.name) for method in _METHODS}
+    return {method.name: _method(server, method.name) for method in _METHODS}
 
 
-def _method(server: InferenceServer, name: str, message: str) -> Method:
+def _method(server: InferenceServer, name: str) -> Method:
     answer = getattr(server, name)
 
-    async def handle(request: Message | None, context: _Context) -> Message | None:
-        if request is None:
+    async def handle(request: Message | str, context: _Context) -> Message | None:
+        if isinstance(request, str):
             if name in _COUNTED:
                 server.count_unserved(Outcome.REJECTED_INVALID)
-            error = RequestRejected(RejectReason.INVALID, _UNDECODABLE.format(message))
-            await context.abort_with_status(to_rpc_status(error))
+            await context.abort_with_status(to_rpc_status(RequestRejected(RejectReason.INVALID, request)))
         answered: Message | None = await answer(request, context)
         return answered
 

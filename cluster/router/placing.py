@@ -24,6 +24,10 @@ NOBODYS_FAULT = frozenset({LossReason.REMOVED, LossReason.SLOW})
 SENT_BACK_MAX = 8  # how often endpoints that seemed to have room may have none for one new request
 
 
+class ServedElsewhere(Exception):  # noqa: N818 - a reason to begin anew
+    """Endpoints of another checkpoint would take the request, tokenized anew."""
+
+
 class EndpointSearch:
     """Finds the endpoint of each attempt of one request.
 
@@ -129,7 +133,7 @@ class EndpointSearch:
         """The endpoint of the next attempt, which is to be submitted before anything else is awaited.
 
         ``deadline_s``: seconds until the client's deadline. RequestRejected or RequestEvicted for a new request,
-        EngineFailed for one that had an endpoint.
+        ServedElsewhere for one that is ``movable``, EngineFailed for one that had an endpoint.
         """
         self._interruption.check()
         now_s = self._around.clock.now()
@@ -146,6 +150,8 @@ class EndpointSearch:
         found = await self._around.desk.place(ticket, self._interruption)
         if found is None:
             self._interruption.check()
+            if self._request.movable and not self.losses and self._served_elsewhere():
+                raise ServedElsewhere
             raise self._no_endpoint()
         session, self._choice = found
         choice = self._choice
@@ -192,7 +198,7 @@ class EndpointSearch:
             arrived_s=self._arrived_s,
             deadline_s=math.inf if deadline_s is None else now_s + deadline_s,
         )
-        return Ticket(request.model, entry, self._demand, prompt_tokens)
+        return Ticket(request.model, self._digest, entry, self._demand, prompt_tokens, request.movable)
 
     def _demand(self, needs_room: bool) -> Demand:  # noqa: FBT001 - what the desk asks with
         return Demand(
@@ -206,6 +212,9 @@ class EndpointSearch:
             blocks=self._blocks,
             session_key=self._request.session_key,
         )
+
+    def _served_elsewhere(self) -> bool:
+        return self._around.fleet.serves(Demand(self._request.model, refused=frozenset(self._draining)))
 
     def _no_endpoint(self) -> RequestRejected:
         message = f"No replica of model {self._request.model} takes new requests; try again in a moment."

@@ -31,7 +31,8 @@ class SequenceLost(Exception):  # noqa: N818 - an event of the router's inside, 
 class News:
     """What an engine has said about one sequence since somebody last asked, as if it had said it at once.
 
-    Tokens in plain lists, since a message would keep its whole step in memory. ``end`` is UNSPECIFIED while it goes on.
+    Tokens in plain lists, and each log-probability in a message of its own: whatever is part of a step's message keeps
+    all of it in memory. ``end`` is UNSPECIFIED while it goes on.
     """
 
     __slots__ = ("cached_prompt_tokens", "detail", "end", "logprobs", "token_ids")
@@ -83,7 +84,7 @@ class SequenceStream:
             news = self._news = News()
         news.token_ids.extend(update.token_ids)
         if update.logprobs:
-            news.logprobs.extend(update.logprobs)
+            news.logprobs.extend(map(_copied, update.logprobs))
         if update.cached_prompt_tokens:
             news.cached_prompt_tokens = max(news.cached_prompt_tokens, update.cached_prompt_tokens)
         if end:
@@ -116,3 +117,9 @@ class SequenceStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _copied(logprobs: inference_pb2.TokenLogprobs) -> inference_pb2.TokenLogprobs:
+    copy = inference_pb2.TokenLogprobs()
+    copy.CopyFrom(logprobs)
+    return copy

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -25,9 +25,10 @@ from cluster.domain.request import Outcome
 from cluster.router import validation
 from cluster.router.client_writer import ClientStalled, ClientWriter
 from cluster.router.fleet import Fleet
-from cluster.router.forwarding import Ended, Progress, RequestRun
+from cluster.router.forwarding import Emit, Ended, Progress, RequestRun
+from cluster.router.placing import ServedElsewhere
 from cluster.router.responses import response_of
-from cluster.router.route_explanation import route_explanation
+from cluster.router.route_explanation import route_explanation, unserved_explanation
 from cluster.router.session import ServedModel
 from cluster.router.surroundings import Surroundings
 from cluster.router.text import TextStream
@@ -47,6 +48,7 @@ CUT_OFF_S = 0.1  # a status that a stalled client's transport does not take by t
 # client would give up before our typed answer, and we would take it for a client that left.
 DEADLINE_MARGINS_S = ((10.0, 0.02), (100.0, 0.12), (1000.0, 1.02))
 LONGEST_MARGIN_S = 10.02
+MOVES_MAX = 3  # of a request from the checkpoint that it waits for to another one
 REQUEST_ID_BYTES = 16  # of an id that we assign
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Answer = TypeVar("Answer")
@@ -68,6 +70,8 @@ class _Call:
     session_key: str = ""
     counted: bool = True
     run: RequestRun | None = None
+    tells_ids: bool = False  # its answer carries token ids
+    digest: str = ""  # of the checkpoint, which the next message tells
     echo: tuple[tuple[str, str], ...] = ()  # comes with the status
     answered: bool = False  # its End is on the way: whoever hangs up now has got everything
     writer: ClientWriter | None = None
@@ -104,19 +108,15 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         async def answer() -> None:
             await _tell_id(call, context)
             writer = call.writer = ClientWriter(context.write, self._around.config.client_stall_s)
-            digest = ""  # that the next message tells
 
             def emit(progress: Progress) -> Awaitable[None]:
-                nonlocal digest
-                response = response_of(progress, with_ids=with_ids, digest=digest)
+                response = response_of(progress, with_ids=call.tells_ids, digest=call.digest)
                 if response is None:
                     return _nothing()
-                digest = ""
+                call.digest = ""
                 return writer.write(response)
 
-            run, with_ids = await self._prepare(request, call)
-            digest = run.checkpoint_digest if with_ids else ""
-            ended = await self._run(run, emit, call)
+            ended = await self._generated(request, call, emit)
             end = inference_pb2.End(finish_reason=ended.finish_reason, usage=ended.usage)
             call.answered = True
             await writer.write(inference_pb2.GenerateResponse(end=end))
@@ -136,11 +136,10 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             async def emit(progress: Progress) -> None:
                 texts.append(progress.text)
                 completion.logprobs.extend(progress.logprobs)
-                if with_ids:
+                if call.tells_ids:
                     completion.token_ids.extend(progress.token_ids)
 
-            run, with_ids = await self._prepare(request, call)
-            ended = await self._run(run, emit, call)
+            ended = await self._generated(request, call, emit)
             completion.text = "".join(texts)
             completion.finish_reason = ended.finish_reason
             completion.usage.CopyFrom(ended.usage)
@@ -160,19 +159,27 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         call = self._call(request.model, "", context, counted=False)
 
         async def answer() -> inference_pb2.TokenizeResponse:
-            return inference_pb2.TokenizeResponse(ids=await self._tokenize(request, call.tenant))
+            return inference_pb2.TokenizeResponse(ids=await self._tokenize(request, call))
 
         return await self._inside(call, context, answer)
 
     async def ExplainRoute(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> routing_pb2.RouteExplanation:
-        """Where the request would go if it came now; nothing is sent or counted."""
+        """Where the request would go if it came now, or why it would go nowhere; nothing is sent or counted."""
         call = self._call(request.model, request.request_id, context, counted=False)
+        fleet = self._around.fleet
 
         async def answer() -> routing_pb2.RouteExplanation:
+            try:
+                fleet.served(request.model)
+            except RequestRejected:
+                model = fleet.resolve(request.model)
+                if model is None:
+                    raise
+                return unserved_explanation(fleet, model, request, call.session_key)  # none of its replicas is up
             valid, served = await self._valid(request, call)
-            return route_explanation(self._around.fleet, valid, served.card.checkpoint_digest)
+            return route_explanation(fleet, valid, served.card.checkpoint_digest)
 
         return await self._inside(call, context, answer)
 
@@ -267,15 +274,30 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         self._calls.discard(id(call))
         if call.writer is not None:
             call.writer.close()
-        if call.run is not None:
-            self._runs.pop(call.run, None)
-        call.leave()
+        self._leave_run(call)
         if not self._calls:
             self._idle.set()
 
-    async def _prepare(self, request: inference_pb2.GenerateRequest, call: _Call) -> tuple[RequestRun, bool]:
-        """A run of the request; and whether its answer carries token ids."""
+    async def _generated(self, request: inference_pb2.GenerateRequest, call: _Call, emit: Emit) -> Ended:
+        """Runs the request; anew when it waits for a checkpoint that another one takes over from."""
+        for moves_left in range(MOVES_MAX, -1, -1):
+            run = await self._prepare(request, call, movable=moves_left > 0)
+            try:
+                return await self._run(run, emit, call)
+            except ServedElsewhere:
+                self._leave_run(call)
+        raise AssertionError("the last run is not movable")
+
+    def _leave_run(self, call: _Call) -> None:
+        if call.run is not None:
+            self._runs.pop(call.run, None)
+        call.leave()
+        call.leave = lambda: None
+
+    async def _prepare(self, request: inference_pb2.GenerateRequest, call: _Call, *, movable: bool) -> RequestRun:
         valid, served = await self._valid(request, call)
+        if not movable:
+            valid = replace(valid, movable=False)
         card, tokenizer = served.card, served.tokenizer
         text = TextStream(tokenizer.vocabulary, valid.stops, valid.sampling.min_tokens) if tokenizer else None
         call.run = RequestRun(valid, text, card.checkpoint_digest, self._around, call.arrived_s)
@@ -285,54 +307,71 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         running = self._around.metrics.of_request.running[call.model,]
         running.inc(1)
         call.leave = lambda: running.inc(-1)
-        return call.run, request.return_token_ids or tokenizer is None
+        call.tells_ids = request.return_token_ids or tokenizer is None
+        call.digest = card.checkpoint_digest if call.tells_ids else ""
+        return call.run
 
     async def _valid(self, request: inference_pb2.GenerateRequest, call: _Call) -> tuple[ValidRequest, ServedModel]:
         """The request checked and tokenized, and what serves it."""
         served = self._around.fleet.served(request.model, request.checkpoint_digest)
         call.model = served.card.name
         sampling = validation.check_fields(request, served.card, has_tokenizer=served.tokenizer is not None)
-        prompt = await self._prompt_ids(request, served, call.tenant)
+        prompt = await self._prompt_ids(request, served, call)
         valid = validation.resolve(
             request, call.request_id, sampling, served.card, prompt, tenant=call.tenant, session_key=call.session_key
         )
         return valid, served
 
-    async def _run(self, run: RequestRun, emit: Callable[[Progress], Awaitable[None]], call: _Call) -> Ended:
+    async def _run(self, run: RequestRun, emit: Emit, call: _Call) -> Ended:
+        return await run.run(emit, self._left_s(call))
+
+    def _left_s(self, call: _Call) -> float | None:
+        """Seconds until the call's deadline; None when it has none."""
         if call.deadline_s is None:
-            return await run.run(emit, None)
-        spent_s = self._around.clock.now() - call.arrived_s
-        return await run.run(emit, max(0.0, call.deadline_s - spent_s))
+            return None
+        return max(0.0, call.deadline_s - (self._around.clock.now() - call.arrived_s))
 
     async def _prompt_ids(
-        self, request: inference_pb2.GenerateRequest, served: ServedModel, tenant: str
+        self, request: inference_pb2.GenerateRequest, served: ServedModel, call: _Call
     ) -> Sequence[int]:
         if request.WhichOneof("prompt") == "token_ids":
             return request.token_ids.ids
         if request.WhichOneof("prompt") == "text":
-            return await self._encode(served, request.text, tenant, add_special_tokens=True)
-        return await self._encode_chat(served, request.chat, tenant)
+            return await self._encode(served, request.text, call, request.priority, add_special_tokens=True)
+        return await self._encode_chat(served, request.chat, call, request.priority)
 
-    async def _encode_chat(self, served: ServedModel, chat: inference_pb2.Chat, tenant: str) -> list[int]:
+    async def _encode_chat(
+        self, served: ServedModel, chat: inference_pb2.Chat, call: _Call, priority: int = 0
+    ) -> list[int]:
         """The prompt that the chat ``chat``, checked before, makes."""
         tokenizer, card = served.tokenizer, served.card
         assert tokenizer is not None, "checked before"
         longest = tokenizer.longest_token_characters
         validation.check_chat_length(chat, longest, card)
-        messages = [{"role": m.role, "content": m.content} for m in chat.messages]
 
         def check(prompt: str) -> None:
             validation.check_text_length(prompt, longest, card)
 
-        return await self._tokenizers.encode_chat(tokenizer, messages, check, tenant=tenant)
+        return await self._tokenizers.encode_chat(
+            tokenizer, chat.messages, check, tenant=call.tenant, priority=priority, left_s=self._left_s(call)
+        )
 
-    async def _encode(self, served: ServedModel, text: str, tenant: str, *, add_special_tokens: bool) -> list[int]:
+    async def _encode(
+        self, served: ServedModel, text: str, call: _Call, priority: int = 0, *, add_special_tokens: bool
+    ) -> list[int]:
         tokenizer = served.tokenizer
         assert tokenizer is not None, "checked before"
         validation.check_text_length(text, tokenizer.longest_token_characters, served.card)
-        return await self._tokenizers.encode(tokenizer, text, add_special_tokens=add_special_tokens, tenant=tenant)
+        return await self._tokenizers.encode(
+            tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            tenant=call.tenant,
+            priority=priority,
+            left_s=self._left_s(call),
+        )
 
-    async def _tokenize(self, request: inference_pb2.TokenizeRequest, tenant: str) -> list[int]:
+    async def _tokenize(self, request: inference_pb2.TokenizeRequest, call: _Call) -> list[int]:
         served = self._around.fleet.served(request.model)
         if served.tokenizer is None:
             raise RequestRejected(RejectReason.INVALID, f"Model {served.card.name} has no tokenizer.")
@@ -340,9 +379,9 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         if kind is None:
             raise RequestRejected(RejectReason.INVALID, "There is nothing to tokenize; set text or chat.")
         if kind == "text":
-            return await self._encode(served, request.text, tenant, add_special_tokens=request.add_special_tokens)
+            return await self._encode(served, request.text, call, add_special_tokens=request.add_special_tokens)
         validation.check_chat(request.chat)
-        return await self._encode_chat(served, request.chat, tenant)
+        return await self._encode_chat(served, request.chat, call)
 
 
 async def _tell_id(call: _Call, context: _Context) -> None:

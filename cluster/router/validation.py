@@ -45,7 +45,8 @@ class ValidRequest:
     ``session_key`` names the conversation it belongs to, for policies that keep one together.
     ``tenant``: whom admission counts it for.
     ``resumed_token_ids`` were generated before this call, and ``received_characters`` of text came with them.
-    ``max_tokens`` in ``sampling`` counts them.
+    ``max_tokens`` in ``sampling`` counts them. ``movable``: no token of it is known yet, so it may be served by any
+    checkpoint of its model, tokenized anew.
     """
 
     request_id: str
@@ -60,6 +61,7 @@ class ValidRequest:
     received_characters: int = 0
     session_key: str = ""
     tenant: str = ""
+    movable: bool = False
 
 
 def check_request_id(request_id: str) -> None:
@@ -180,6 +182,7 @@ def resolve(
         received_characters=request.received_characters,
         session_key=session_key,
         tenant=tenant,
+        movable=not (request.generated_token_ids or request.checkpoint_digest),
     )
 
 

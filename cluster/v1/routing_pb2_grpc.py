@@ -47,7 +47,8 @@ class RoutingServicer:
 
     def ExplainRoute(self, request, context):
         """What the router's policy thinks of every endpoint for this request, at this moment. Nothing is sent and nothing
-        counted. Metadata as for Generate. Errors as for Generate: NOT_FOUND, INVALID_ARGUMENT, UNAVAILABLE.
+        counted. Metadata as for Generate. Errors as for Generate: NOT_FOUND, INVALID_ARGUMENT, UNAVAILABLE. But while no
+        replica of a known model is up, every endpoint is told with what keeps it out, and the request is not checked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

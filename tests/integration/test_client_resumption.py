@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 
 from cluster.client import AsyncClient, Chunk, Client, Completion
@@ -19,7 +20,7 @@ from tests.contract import small_tokenizers
 from tests.contract.fake_control import FakeControl
 from tests.contract.fake_engine import DIGEST, FakeEngine, scripted_token
 from tests.contract.router_cluster import RouterCluster, eventually
-from tests.contract.router_processes import RouterProcess, own_connection
+from tests.contract.router_processes import RouterProcess, kill, own_connection
 
 pytestmark = pytest.mark.integration
 VOCAB = 340
@@ -140,6 +141,67 @@ async def test_kill_9_of_a_router_changes_nothing(engine: FakeEngine, control: F
     finally:
         for router in started:
             await router.close()
+
+
+async def test_every_stream_goes_on_when_the_only_router_comes_back(engine: FakeEngine, control: FakeControl) -> None:
+    """Many more calls in vain than are free, and every one of them by one client."""
+    streams = 150
+    router = await RouterProcess.start(control.address)
+    again: RouterProcess | None = None
+    try:
+        await router.until_ready()
+        async with AsyncClient(router.address) as client:
+            expected = await tell(client, **GREEDY)
+            engine.step_s = 0.3
+            running = [asyncio.create_task(tell(client, **GREEDY)) for _ in range(streams)]
+            await eventually(lambda: len(engine.running) == streams, "all are there", 20.0)
+            await eventually(lambda: all(s.sent >= 2 for s in engine.running.values()), "all have tokens", 20.0)
+            router.kill()
+            await router.process.wait()
+            engine.step_s = 0.004
+            again = await RouterProcess.start(control.address, port=router.ports["grpc"])
+            for story in await asyncio.wait_for(asyncio.gather(*running), 60):
+                assert story.same_as(expected)
+    finally:
+        await router.close()
+        if again is not None:
+            await again.close()
+
+
+def serving_pid(control: FakeControl, router: RouterProcess) -> int:
+    """The process of ``router`` that has a connection of ours."""
+    port = router.ports["grpc"]
+    ours = {one.laddr.port for one in psutil.Process().net_connections("tcp") if one.raddr and one.raddr.port == port}
+    for pid in [watcher.pid for watcher in control.watchers]:
+        for one in psutil.Process(pid).net_connections("tcp"):
+            if one.raddr and one.laddr.port == port and one.raddr.port in ours:
+                return pid
+    raise AssertionError("nobody serves us")
+
+
+async def test_a_request_that_waits_in_a_process_that_dies_is_served_by_another(
+    engine: FakeEngine, control: FakeControl
+) -> None:
+    """Two processes have the one address; the request has no token yet."""
+    router = await RouterProcess.start(control.address, processes=2)
+    try:
+        await router.until_ready()
+        async with AsyncClient(router.address) as client:
+            expected = await tell(client, **SAMPLED)
+            engine.submits.clear()
+            engine.start_delay_s = 1.0
+            running = asyncio.create_task(tell(client, **SAMPLED))
+            await eventually(lambda: len(engine.submits) == 1, "the engine has it")
+            kill(serving_pid(control, router))
+            story = await running
+            assert story.same_as(expected)
+            assert story.whole is not None
+            assert story.whole.usage.resumes >= 1
+        assert len(engine.submits) >= 2
+        assert not engine.submits[-1].generated_token_ids
+    finally:
+        await router.end()
+        await router.close()
 
 
 def same_request(submit: engine_pb2.Submit, story: Story) -> bool:

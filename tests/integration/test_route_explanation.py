@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from io import StringIO
 
 import grpc
 import pytest
 from rich.console import Console
 
+from cluster.cli import explain as command
 from cluster.cli.explain import render_route
 from cluster.cli.main import main
+from cluster.router.endpoint_table import Standing
+from cluster.router.policy.profiles import FILTERS
 from cluster.v1 import inference_pb2, routing_pb2, routing_pb2_grpc
 from tests.contract import small_tokenizers
 from tests.contract.fake_engine import BLOCK_SIZE, FakeEngine, hashed_token
@@ -21,10 +25,10 @@ pytestmark = pytest.mark.integration
 PROMPT = list(range(10, 10 + 5 * BLOCK_SIZE))  # five blocks
 
 
-def request(prompt: list[int] = PROMPT, **fields: object) -> inference_pb2.GenerateRequest:
+def request(prompt: list[int] = PROMPT, max_tokens: int = 4, **fields: object) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(
         token_ids=inference_pb2.TokenIds(ids=prompt),
-        sampling=inference_pb2.Sampling(max_tokens=4, ignore_eos=True),
+        sampling=inference_pb2.Sampling(max_tokens=max_tokens, ignore_eos=True),
         **fields,
     )
 
@@ -37,6 +41,31 @@ def taken(explanation: routing_pb2.RouteExplanation) -> str:
     names = [row.replica for row in explanation.endpoints if row.taken]
     assert len(names) == 1
     return names[0]
+
+
+def kept_out(row: routing_pb2.EndpointVerdict) -> dict[str, bool]:
+    """The filters that it does not pass, and whether they are required."""
+    return {rule.name: rule.required for rule in row.filters if not rule.passes}
+
+
+def printed(explanation: routing_pb2.RouteExplanation) -> str:
+    lines = StringIO()
+    console = Console(width=200, file=lines)
+    console.print(render_route(explanation))
+    console.print(command._verdict(explanation))
+    return lines.getvalue()
+
+
+def slow_engine() -> FakeEngine:
+    return FakeEngine(hashed_token(300), slot=1, vocab_size=300, max_num_seqs=4, step_s=0.05)
+
+
+@asynccontextmanager
+async def closing(made: RouterCluster):
+    try:
+        yield made
+    finally:
+        await made.close()
 
 
 @pytest.fixture
@@ -112,6 +141,81 @@ async def test_who_is_kept_out_says_by_what(cluster: RouterCluster) -> None:
     [line] = [line for line in printed.getvalue().splitlines() if "demo/0#1" in line]
     assert "session_up" in line
     assert f"({row.total:.3f})" in line
+
+
+async def test_a_slow_replica_with_room_is_kept_out_while_a_sound_one_is_full() -> None:
+    """What is explained is what the desk does: a request waits for the sound one."""
+    full, slow = FakeEngine(hashed_token(300), vocab_size=300, max_num_seqs=1, step_s=0.05), slow_engine()
+    async with closing(await RouterCluster().start(full, slow)) as made:
+        health, incarnation = made.router.fleet.health, slow.endpoint.incarnation
+        judged = health.standing
+        health.standing = lambda other: Standing.SLOW if other == incarnation else judged(other)
+        assert taken(await explain(made, request())) == "demo/0"
+        running = [asyncio.create_task(made.generate(request(max_tokens=100))) for _ in range(3)]
+        await eventually(lambda: not made.router.fleet._sessions[full.endpoint.incarnation].load.has_room, "it is full")
+        explanation = await explain(made, request())
+        rows = {row.replica: row for row in explanation.endpoints}
+        assert [row.qualifies or row.taken for row in rows.values()] == [False, False]
+        assert kept_out(rows["demo/1"]) == {"not_slow": True}
+        assert kept_out(rows["demo/0"]) == {"has_room": True, "not_full": False}
+        assert not slow.submits
+        [line] = [line for line in printed(explanation).splitlines() if "demo/1#1" in line]
+        assert " not_slow " in line
+        assert f"({rows['demo/1'].total:.3f})" in line
+        assert "would wait: a sound endpoint, full for now" in printed(explanation)
+        health.standing = lambda _: Standing.SLOW
+        explanation = await explain(made, request())
+        assert taken(explanation) == "demo/1"
+        assert kept_out(next(row for row in explanation.endpoints if row.taken)) == {"not_slow": False}
+        health.standing = judged
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_while_no_replica_is_up_every_endpoint_says_what_keeps_it_out(capsys: pytest.CaptureFixture[str]) -> None:
+    made = await RouterCluster(engine_silence_s=0.5).start(FakeEngine(hashed_token(300), vocab_size=300), slow_engine())
+    async with closing(made):
+        for engine in made.engines:
+            engine.dead.set()
+        await made.until_ready(0)
+        for asked in (request(), request(model="demo")):
+            explanation = await explain(made, asked)
+            assert (explanation.model, explanation.prompt_tokens) == ("demo", len(PROMPT))
+            assert {row.replica for row in explanation.endpoints} == {"demo/0", "demo/1"}
+            for row in explanation.endpoints:
+                assert kept_out(row)["session_up"]
+                assert not any((row.qualifies, row.taken, row.looked_at))
+        assert f"A prompt of {len(PROMPT)} tokens would be refused" in printed(explanation)
+        words = inference_pb2.GenerateRequest(text="hello there", request_id="1")
+        assert (await explain(made, words)).prompt_tokens == 0
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await explain(made, request(model="nobody"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+        def run() -> str:
+            with pytest.raises(SystemExit) as left:
+                main(["explain", "route", "hello there", "--address", made.address])
+            assert left.value.code == 0
+            return " ".join(capsys.readouterr().out.split())
+
+        told = await asyncio.to_thread(run)
+        assert "which counts 0 tokens as no replica of the model is up" in told
+        assert "would be refused" in told
+        assert told.partition("policy default")[2].count("session_up") == 2
+        assert await made.outcomes() == {}
+
+
+async def test_without_any_model_there_is_nothing_to_explain() -> None:
+    async with closing(await RouterCluster().start()) as made:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await explain(made, request())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_the_command_knows_the_filters() -> None:
+    assert {rule.name for rule in FILTERS if rule.static} == command._LASTING
+    assert {rule.name for rule in FILTERS} >= command._SOUND
 
 
 async def test_errors_are_those_of_generate(cluster: RouterCluster) -> None:

@@ -67,9 +67,14 @@ Picker = Callable[[Sequence[float], random.Random], int]
 
 @dataclass(slots=True)
 class Turn:
-    """Whose turn it is among the members of a group: what a router remembers between two picks."""
+    """What a router remembers between two picks for one model.
+
+    ``position``: whose turn it is among the members of a group. ``doubted``, of large groups only: who was not sound
+    when last asked, the oldest answers first; and how many filters had said that it was, before one said no.
+    """
 
     position: int = 0
+    doubted: dict[Incarnation, int] = field(default_factory=dict)
 
 
 # The members of a group, by position, in the order in which a profile looks at them. May repeat some; names every

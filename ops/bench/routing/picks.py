@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.domain.endpoint import LoadSnapshot
+from cluster.router.endpoint_table import Candidate, Standing
 from cluster.router.policy.contracts import Demand, Profile
 from cluster.router.policy.group import Group
 from cluster.router.policy.prompt_blocks import PromptBlocks
@@ -20,7 +22,15 @@ from ops.bench.routing.traces import BLOCK_SIZE
 
 SYSTEM_PROMPT_TOKENS = 320  # that every endpoint holds
 PROMPT_TOKENS = 800
-SITUATIONS = ("idle", "shared", "full")
+# Of each two endpoints in a degraded fleet: whether it has room, and its standing.
+DEGRADED = {
+    "none": ((False, Standing.HEALTHY), (False, Standing.HEALTHY)),
+    "slow": ((True, Standing.SLOW), (True, Standing.SLOW)),
+    "halfslow": ((False, Standing.HEALTHY), (True, Standing.SLOW)),
+    "ejected": ((False, Standing.HEALTHY), (True, Standing.EJECTED)),
+}
+SITUATIONS = ("idle", "shared", "full", *DEGRADED)
+FULL = 200  # sequences, of which an endpoint has less than that many slots
 
 
 @dataclass(frozen=True)
@@ -32,13 +42,26 @@ class Cost:
     first_us: float  # the first pick behind a change of the endpoint table, the group's own gathering excluded
 
 
-def _seats(endpoints: int, situation: str, rng: random.Random) -> list[Seat]:
-    """``shared``: loads are spread; ``full``: of a hundred endpoints, one has room."""
-    seats = [Seat(SimulatedReplica(slot, Hardware())) for slot in range(endpoints)]
+class StandingSeat(Seat):
+    """A seat with a standing that is not judged but set."""
+
+    standing = Standing.HEALTHY
+
+    def candidate(self, cached_tokens: int = 0, *, has_room: bool, at_home: bool = False) -> Candidate:
+        candidate = super().candidate(cached_tokens, has_room=has_room, at_home=at_home)
+        return candidate if self.standing is Standing.HEALTHY else candidate._replace(standing=self.standing)
+
+
+def _seats(endpoints: int, situation: str, rng: random.Random) -> list[StandingSeat]:
+    """``shared``: loads are spread; ``full``: of a hundred endpoints, one has room; for the others see DEGRADED."""
+    seats = [StandingSeat(SimulatedReplica(slot, Hardware())) for slot in range(endpoints)]
     for number, seat in enumerate(seats):
         running = rng.randrange(40) if situation != "idle" else 0
         if situation == "full" and number % 100:
             running = 100
+        if situation in DEGRADED:
+            has_room, seat.standing = DEGRADED[situation][number % 2]
+            running = running if has_room else FULL
         seat.load.reported(
             LoadSnapshot(
                 running_sequences=running,
@@ -50,7 +73,7 @@ def _seats(endpoints: int, situation: str, rng: random.Random) -> list[Seat]:
     return seats
 
 
-def _index(seats: list[Seat], system: tuple[int, ...], situation: str) -> PrefixIndex:
+def _index(seats: Sequence[Seat], system: tuple[int, ...], situation: str) -> PrefixIndex:
     """``idle``: nobody holds anything; otherwise everybody the system prompt."""
     index = PrefixIndex()
     names = list(PromptBlocks(system).leading(BLOCK_SIZE)) if situation != "idle" else []
@@ -83,7 +106,9 @@ def pick_cost(profile: Profile, endpoints: int, situation: str, picks: int = 200
         began_ns = time.thread_time_ns()
         choice = selector.choose(group, demand, index.holders(blocks.leading(BLOCK_SIZE)))
         taken_us.append((time.thread_time_ns() - began_ns) / 1e3)
-        assert choice is not None
+        if choice is None:
+            assert situation in DEGRADED, "somebody had room"
+            continue
         load = by_incarnation[choice.candidate.endpoint.incarnation].load
         load.sent(PROMPT_TOKENS, choice.candidate.cached_tokens)
         load.ended(PROMPT_TOKENS)

@@ -7,9 +7,10 @@ import grpc
 import pytest
 
 from cluster.client import AsyncClient, Client
+from cluster.client.address_memory import AddressMemory
 from cluster.client.requests import build_request, build_tokenize_request, error_of_call, never_ready, typed_error
 from cluster.client.resume_budget import ResumeBudget
-from cluster.client.transcript import Transcript, flat_addresses
+from cluster.client.transcript import BACKOFF_MAX_S, RESUMES_MAX, Transcript, flat_addresses
 from cluster.config.schema import RouterConfig
 from cluster.domain.errors import (
     ClusterError,
@@ -26,15 +27,35 @@ from cluster.wire.status import CallFailure
 
 
 class NoChance(random.Random):
-    """Pauses are as long as they can be."""
+    """Backoffs are as long as they can be, and nothing is added to what others ask for."""
 
     def random(self) -> float:
         return 0.0
 
 
-def transcript(*addresses: str, resumes_max: int = 2) -> Transcript:
+def transcript(*addresses: str, resumes_max: int = 2, **shared: Any) -> Transcript:
     request = build_request([1, 2], {"max_tokens": 9}, cache_salt="tenant")
-    return Transcript(request, addresses or ("a",), resumes_max, rng=NoChance())
+    t = Transcript(request, addresses or ("a",), resumes_max, **{"rng": NoChance(), **shared})
+    t.next_address(0.0)
+    return t
+
+
+def started(*addresses: str, resumes_max: int = 2, **shared: Any) -> Transcript:
+    t = transcript(*addresses, resumes_max=resumes_max, **shared)
+    t.take(chunk(5))
+    return t
+
+
+def broke(
+    t: Transcript, code: str = "UNAVAILABLE", retry_after_s: float | None = None, reason: str = "", now_s: float = 0.0
+) -> float | None:
+    """The pause before the next call, which then begins; None when there is none."""
+    try:
+        pause_s = t.pause_after_s((grpc.StatusCode[code], reason, "no", retry_after_s), now_s)
+    except ClusterError:
+        return None
+    t.next_address(now_s + pause_s)
+    return pause_s
 
 
 def chunk(*ids: int, text: str = "") -> inference_pb2.Chunk:
@@ -47,7 +68,7 @@ def test_a_resumed_request_tells_what_is_known() -> None:
     t.take(chunk(5, text="x"))
     t.take(chunk(6, 7, text="y"))
     assert t.address == "a"
-    assert t.resume_after_s("UNAVAILABLE", None) == 0.0
+    assert broke(t) == 0.0
     assert t.address == "b"
     assert list(t.next_request().generated_token_ids) == [5, 6, 7]
     assert t.next_request().cache_salt == "tenant"
@@ -62,57 +83,154 @@ def test_tokens_given_by_the_caller_are_not_given_back() -> None:
     t = Transcript(build_request([1], {}, generated_token_ids=[8, 9]), ("a",), 2)
     t.take(chunk(5))
     assert t.finish(inference_pb2.End()).token_ids == (5,)
-    t.resume_after_s("UNAVAILABLE", None)
+    assert broke(t)
     assert list(t.next_request().generated_token_ids) == [8, 9, 5]
 
 
 def test_resumes_are_bounded_and_start_again_with_progress() -> None:
-    t = transcript()
-    t.take(chunk(5))
-    assert t.resume_after_s("UNAVAILABLE", None) == 0.1
-    assert t.resume_after_s("UNAVAILABLE", 0.7) == 0.7
-    assert t.resume_after_s("UNAVAILABLE", None) is None
+    t = started()
+    assert [broke(t), broke(t), broke(t)] == [0.1, 0.2, None]
+    t = started()
+    assert [broke(t), broke(t)] == [0.1, 0.2]
     t.take(chunk(6))
-    assert t.resume_after_s("UNAVAILABLE", 60.0) == 2.0
+    assert [broke(t), broke(t), broke(t)] == [0.1, 0.2, None]
+
+
+@pytest.mark.parametrize("addresses", [("a",), ("a", "b", "c")])
+def test_the_pauses_cover_the_restart_of_a_router(addresses: tuple[str, ...]) -> None:
+    totals = []
+    for seed in range(50):
+        t = started(*addresses, resumes_max=RESUMES_MAX, rng=random.Random(seed))
+        pauses = [broke(t) or 0.0 for _ in range(RESUMES_MAX)]
+        assert max(pauses) <= BACKOFF_MAX_S
+        assert broke(t) is None
+        totals.append(sum(pauses))
+    assert min(totals) > 13
+    assert sum(totals) / len(totals) > 15
 
 
 @pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "INTERNAL", "CANCELLED"])
 def test_what_another_call_would_not_change_is_not_tried_again(code: str) -> None:
-    t = transcript("a", "b")
-    t.take(chunk(5))
-    assert t.resume_after_s(code, None) is None
+    assert broke(started("a", "b"), code) is None
 
 
 def test_a_full_router_ends_a_request_only_before_its_start() -> None:
-    assert transcript("a", "b").resume_after_s("RESOURCE_EXHAUSTED", 1.0) is None
-    t = transcript("a")
-    t.take(chunk(5))
-    assert t.resume_after_s("RESOURCE_EXHAUSTED", 1.0) == 1.0
+    assert broke(transcript("a", "b"), "RESOURCE_EXHAUSTED", 1.0, "QUEUE_FULL") is None
+    assert broke(started("a"), "RESOURCE_EXHAUSTED", 1.0, "QUEUE_FULL") == 1.0
+
+
+def test_nobody_comes_back_before_the_time_that_the_router_says() -> None:
+    pauses = [broke(started("a", rng=random.Random(seed)), "RESOURCE_EXHAUSTED", 10.0) or 0.0 for seed in range(50)]
+    assert min(pauses) >= 10.0
+    assert max(pauses) <= 15.0
+    assert len(set(pauses)) > 40
+    assert broke(started("a"), "UNAVAILABLE", 0.01) == 0.1, "its own backoff holds as well"
+
+
+def test_each_router_says_its_own_time() -> None:
+    t = started("a", "b", resumes_max=9)
+    assert broke(t, "RESOURCE_EXHAUSTED", 10.0, now_s=0.0) == 0.0
+    assert t.address == "b"
+    assert broke(t, "UNAVAILABLE", now_s=1.0) == 0.2
+    assert t.address == "b", "the other one is full until 10"
+    t.take(chunk(6))
+    assert broke(t, "UNAVAILABLE", now_s=2.0) == 0.1
+    assert t.address == "b"
+    assert broke(t, "UNAVAILABLE", 20.0, now_s=3.0) == 7.0, "until the first of them lets us come"
+    assert t.address == "a"
 
 
 def test_pauses_are_spread_by_chance() -> None:
-    def pause_s(seed: int) -> float:
-        t = Transcript(build_request([1], {}), ("a",), rng=random.Random(seed))
-        t.take(chunk(5))
-        return t.resume_after_s("UNAVAILABLE", 1.0) or 0.0
-
-    pauses = [pause_s(seed) for seed in range(50)]
+    pauses = [broke(started("a", rng=random.Random(seed))) or 0.0 for seed in range(50)]
     assert len(set(pauses)) > 40
-    assert min(pauses) >= 0.5
-    assert max(pauses) <= 1.0
+    assert min(pauses) >= 0.05
+    assert max(pauses) <= 0.1
 
 
-def test_calls_in_vain_have_a_budget_of_all_requests_and_resumes_with_tokens_do_not() -> None:
-    budget = ResumeBudget(reserve=5)
-    many = [Transcript(build_request([1], {}), ("a",), budget=budget, rng=NoChance()) for _ in range(20)]
-    for t in many:
-        t.take(chunk(5))
-        assert t.resume_after_s("UNAVAILABLE", None) is not None  # every one may go on
-    allowed = sum(t.resume_after_s("UNAVAILABLE", None) is not None for t in many)
-    assert allowed == 5
-    for _ in range(10):
-        Transcript(build_request([1], {}), ("a",), budget=budget)
-    assert sum(t.resume_after_s("UNAVAILABLE", None) is not None for t in many) == 2  # a fifth of ten requests
+def test_a_used_up_budget_lengthens_the_pauses_of_streams_and_ends_none() -> None:
+    budget = ResumeBudget(reserve=5, calls_per_s=2.0, wait_max_s=4.0)
+    many = [started(budget=budget) for _ in range(20)]
+    assert [broke(t) for t in many] == [0.1] * 20, "every one may go on once"
+    pauses = [broke(t) for t in many]
+    assert pauses[:5] == [0.2] * 5
+    assert pauses[5:13] == [pytest.approx(0.2 + n / 2) for n in range(1, 9)]
+    assert pauses[13:] == [4.2] * 7
+    assert budget.wait_s(1.0) == pytest.approx(3.5), "time goes by"
+
+
+def test_a_used_up_budget_ends_what_has_not_started_behind_its_first_retry() -> None:
+    budget = ResumeBudget(reserve=1)
+    first, second = (transcript(budget=budget, resumes_max=9) for _ in range(2))
+    assert [broke(first), broke(first), broke(first)] == [0.0, 0.2, None]
+    assert [broke(second), broke(second)] == [0.0, None]
+
+
+def test_addresses_that_a_request_has_not_tried_cost_nothing() -> None:
+    budget = ResumeBudget(reserve=1)
+    for t in (transcript("a", "b", "c", budget=budget), started("a", "b", "c", budget=budget)):
+        assert [broke(t), broke(t)] == [0.0, 0.0]
+    assert budget.spend(0.0), "the one call is still there"
+
+
+def test_nor_does_one_that_lets_it_come_again() -> None:
+    budget = ResumeBudget(reserve=2, calls_per_s=1e-9)
+    t = started("a", "b", resumes_max=9, budget=budget)
+    assert broke(t, "RESOURCE_EXHAUSTED", 10.0) == 0.0
+    t.take(chunk(6))
+    assert [broke(t, now_s=1.0), broke(t, now_s=2.0)] == [0.1, 0.2]
+    assert broke(t, now_s=10.0) == 0.0
+    assert t.address == "a"
+    assert [budget.spend(10.0), budget.spend(10.0)] == [True, False], "only the one before was paid for"
+
+
+def test_with_progress_every_address_is_worth_a_free_try_again() -> None:
+    budget = ResumeBudget(reserve=2, calls_per_s=1e-9)
+    t = started("a", "b", resumes_max=9, budget=budget)
+    assert [broke(t), broke(t), broke(t)] == [0.0, 0.2, 0.4]
+    t.take(chunk(6))
+    assert [broke(t), broke(t)] == [0.0, 0.2]
+    assert budget.spend(0.0), "only the third one was paid for"
+
+
+def test_an_address_that_was_not_tried_comes_before_one_that_was() -> None:
+    memory = AddressMemory()
+    t = started("a", "b", memory=memory)
+    assert t.pause_after_s(None, 1.0) == 0.0
+    memory.failed("b", "UNAVAILABLE", "", 2.0)
+    memory.answered("a")
+    assert t.next_address(2.0) == "b", "it was promised another one without a pause"
+
+
+def test_a_request_begins_where_one_was_answered() -> None:
+    memory = AddressMemory()
+    t = transcript("a", "b", "c", memory=memory)
+    assert [t.address, broke(t), t.address, broke(t), t.address] == ["a", 0.0, "b", 0.0, "c"]
+    t.take(chunk(5))
+    assert [transcript("a", "b", "c", memory=memory).address for _ in range(3)] == ["c"] * 3
+    later = transcript("c", "b", "a", memory=memory)
+    later.take(chunk(5))
+    assert (broke(later), later.address) == (0.0, "b"), (
+        "what was not tried comes first, the longest ago asked before others"
+    )
+
+
+def test_a_stream_goes_on_where_another_was_answered_meanwhile() -> None:
+    memory = AddressMemory()
+    t = started("a", "b", "c", memory=memory, resumes_max=9)
+    assert [broke(t), broke(t)] == [0.0, 0.0]
+    other = transcript("b", memory=memory)
+    other.finish(inference_pb2.End())
+    assert broke(t) == pytest.approx(0.4)
+    assert t.address == "b"
+
+
+def test_addresses_in_vain_take_turns() -> None:
+    t = started("a", "b", resumes_max=9, memory=AddressMemory(away_s=0.0))
+    asked = [t.address]
+    for _ in range(4):
+        broke(t, "UNAVAILABLE", None, "NO_ENDPOINT")
+        asked.append(t.address)
+    assert asked == ["a", "b", "a", "b", "a"]
 
 
 def test_text_that_came_is_told_too_unless_some_came_before_us() -> None:
@@ -156,10 +274,22 @@ def test_addresses_come_one_by_one_or_in_lists() -> None:
     assert Client(["a:1", "b:2"])._addresses == AsyncClient("a:1", "b:2")._addresses == ("a:1", "b:2")
 
 
-def test_what_has_not_started_is_tried_once_on_each_router() -> None:
-    t = transcript("a", "b", "c")
-    assert [t.resume_after_s("UNAVAILABLE", 1.0) for _ in range(3)] == [0.0, 0.0, None]
-    assert transcript("a").resume_after_s("UNAVAILABLE", None) is None
+def test_what_no_router_has_refused_is_tried_again_before_it_has_started() -> None:
+    """Several processes, or a balancer, may have the one address."""
+    t = transcript("a", resumes_max=RESUMES_MAX)
+    assert [broke(t) for _ in range(4)] == [0.0, 0.2, 0.4, None]
+    t = transcript("a", "b", "c", resumes_max=RESUMES_MAX)
+    assert [broke(t) for _ in range(6)] == [0.0, 0.0, 0.1, 0.2, 0.4, None]
+    assert broke(transcript("a", resumes_max=0)) is None
+
+
+@pytest.mark.parametrize("reason", ["NO_ENDPOINT", "DRAINING", "REPLICA_FAILED"])
+def test_what_a_router_refuses_is_tried_once_on_each_before_it_has_started(reason: str) -> None:
+    t = transcript("a", "b", "c", resumes_max=RESUMES_MAX)
+    assert [broke(t, "UNAVAILABLE", 1.0, reason) for _ in range(3)] == [0.0, 0.0, None]
+    assert broke(transcript("a"), "UNAVAILABLE", 1.0, reason) is None
+    t = transcript("a")
+    assert [broke(t), broke(t, "UNAVAILABLE", 1.0, reason)] == [0.0, None]
 
 
 def test_prompts_of_every_kind() -> None:
@@ -242,18 +372,18 @@ def failure(code: grpc.StatusCode, reason: str = "", message: str = "no") -> Cal
 
 
 def test_a_call_that_broke_is_followed_by_another_or_is_the_error() -> None:
-    t = transcript("a", "b")
-    t.take(chunk(5))
-    assert t.pause_after_s(failure(grpc.StatusCode.UNAVAILABLE)) == 0.0
-    assert (t.address, t.resumes) == ("b", 1)
-    assert t.pause_after_s(None) == pytest.approx(0.2)  # a stream without its End
+    t = started("a", "b")
+    assert t.pause_after_s(failure(grpc.StatusCode.UNAVAILABLE), 0.0) == 0.0
+    assert (t.next_address(0.0), t.resumes) == ("b", 1)
+    assert t.pause_after_s(None, 0.0) == pytest.approx(0.2)  # a stream without its End
+    assert t.next_address(0.2) == "a"
     with pytest.raises(RequestRejected, match="No router answers at a"):
-        t.pause_after_s(None)
+        t.pause_after_s(None, 0.2)
 
 
 def test_what_no_other_router_would_change_is_raised_at_once() -> None:
     with pytest.raises(RequestRejected, match="too long") as caught:
-        transcript("a", "b").pause_after_s(failure(grpc.StatusCode.INVALID_ARGUMENT, "INVALID", "too long"))
+        transcript("a", "b").pause_after_s(failure(grpc.StatusCode.INVALID_ARGUMENT, "INVALID", "too long"), 0.0)
     assert caught.value.reject_reason is RejectReason.INVALID
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,10 +27,11 @@ class FakeSeat:
     has_room: bool = True
     standing: Standing = Standing.HEALTHY
     digest: str = DIGEST
+    generation: int = 1
 
     @property
     def incarnation(self) -> Incarnation:
-        return Incarnation(ReplicaId("demo", self.slot), 1)
+        return Incarnation(ReplicaId("demo", self.slot), self.generation)
 
     def candidate(self, cached_tokens: int = 0, *, has_room: bool, at_home: bool = False) -> Candidate:
         endpoint = Endpoint(self.incarnation, f"127.0.0.1:{5000 + self.slot}", self.digest, BLOCK_SIZE)
@@ -43,6 +45,22 @@ class FakeSeat:
             queued_tokens=self.queued_tokens,
             at_home=at_home,
         )
+
+
+class CountedSeat:
+    """A seat that counts, for all seats with one ``counts``, how often what was asked."""
+
+    def __init__(self, seat: FakeSeat, counts: Counter[str]) -> None:
+        self.seat, self.incarnation, self._counts = seat, seat.incarnation, counts
+
+    @property
+    def has_room(self) -> bool:
+        self._counts["has_room"] += 1
+        return self.seat.has_room
+
+    def candidate(self, cached_tokens: int = 0, *, has_room: bool, at_home: bool = False) -> Candidate:
+        self._counts["candidate"] += 1
+        return self.seat.candidate(cached_tokens, has_room=has_room, at_home=at_home)
 
 
 def prompt_of(tokens: int, name: int = 0) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ class Sessions:
         self.sessions = [Session(slot, count) for slot, count in enumerate(slots)]
         self.picks = 0
         self.taken_back = 0
+        self.places_elsewhere = 0
 
     def take_back(self) -> None:
         self.taken_back += 1
@@ -54,11 +55,11 @@ class Sessions:
                 return session, Choice(candidate, "only", (self.take_back,))
         return None
 
-    def several_kinds(self, _model: str) -> bool:
-        return True
-
     def serves(self, _demand: Demand) -> bool:
         return bool(self.sessions)
+
+    def room_elsewhere(self, _model: str, _digest: str) -> float:
+        return self.places_elsewhere
 
     def watch_room(self, at: Callable[[Any], None], anywhere: Callable[[], None]) -> None:
         self.room_at, self.changed = at, anywhere
@@ -73,10 +74,12 @@ class Desk:
         self.desk = AdmissionDesk(cast("Fleet", self.fleet), settings, RouterMetrics(self.registry), self.clock)
         self.served: list[str] = []
 
-    def ticket(self, priority: int = 0, deadline_s: float = math.inf, tenant: str = "") -> Ticket:
+    def ticket(
+        self, priority: int = 0, deadline_s: float = math.inf, tenant: str = "", digest: str = "sha256:a"
+    ) -> Ticket:
         now_s = self.clock.now()
         entry = Entry(tenant, priority, 10, 20, now_s, now_s + deadline_s)
-        return Ticket("demo", entry, lambda needs_room: Demand("demo", needs_room=needs_room), 10)
+        return Ticket("demo", digest, entry, lambda needs_room: Demand("demo", digest, needs_room=needs_room), 10)
 
     async def placed(self, name: str, ticket: Ticket, interruption: Interruption | None = None) -> EngineSession:
         """Places it and sends it, as a request does."""
@@ -272,7 +275,7 @@ async def test_continuations_without_an_endpoint_keep_nobody_from_one() -> None:
     desk.fleet.choose = lambda demand: None if demand.checkpoint_digest == "gone" else sound(demand)  # type: ignore[method-assign]
 
     def continuation(digest: str) -> Ticket:
-        ticket = desk.ticket()
+        ticket = desk.ticket()  # once of the same checkpoint, as all in one line
         ticket.entry.exempt = True
         ticket.demand = lambda needs_room: Demand("demo", digest, needs_room=needs_room)
         return ticket
@@ -293,7 +296,7 @@ async def test_a_deadline_that_the_wait_would_pass_is_told_at_once() -> None:
     await desk.full(1)
     tasks = [desk.start(str(number), desk.ticket(-1)) for number in range(10)]
     await turns()
-    line = desk.desk._lines["demo"]
+    line = desk.desk._lines["demo", "sha256:a"]
     line.admission._rate.per_second = lambda _priority, _now_s: 100.0  # type: ignore[method-assign]
     with pytest.raises(RequestEvicted, match="longer than its deadline"):
         await desk.placed("a", desk.ticket(-1, deadline_s=0.5))
@@ -359,6 +362,7 @@ async def test_nothing_is_kept_of_models_that_are_gone() -> None:
     desk = Desk(1)
     await desk.placed("a", ticket := desk.ticket())
     desk.fleet.models = ()
+    desk.fleet.serves = lambda _demand: False  # type: ignore[method-assign]
     desk.fleet.changed()
     assert not desk.desk._lines
     desk.end(ticket)
@@ -388,21 +392,74 @@ async def test_a_newcomer_to_a_full_fleet_looks_for_nobody_else() -> None:
     desk.check_empty()
 
 
-async def test_who_waits_for_another_checkpoint_is_not_held_up() -> None:
-    """Replicas of two checkpoints: those of the head's have no room for long, the others have."""
-    desk = Desk(2, max_queue_wait_s=60.0)
-    first = await desk.full(2)
+async def test_each_checkpoint_has_a_queue_of_its_own() -> None:
+    """Nobody waits for what others wait for: order, estimates and places are those of one's own replicas."""
+    desk = Desk(1, max_queue_wait_s=60.0)
+    first = await desk.full(1)
     sound = desk.fleet.choose
     desk.fleet.choose = lambda demand: None if demand.checkpoint_digest == "full" else sound(demand)  # type: ignore[method-assign]
-    head = desk.ticket()
-    head.demand = lambda needs_room: Demand("demo", "full", needs_room=needs_room)
-    waiting = [desk.start("head", head), *(desk.start(str(number), desk.ticket()) for number in range(3))]
+    others = [desk.start("other", desk.ticket(1, digest="full")) for _ in range(100)]
     await turns()
-    desk.end(first[0])
-    desk.end(first[1])
+    waiting = [
+        desk.start(name, desk.ticket(priority, tenant=tenant))
+        for name, priority, tenant in [
+            ("batch", -1, "a"),
+            ("1", 0, "a"),
+            ("2", 0, "a"),
+            ("light", 0, "b"),
+            ("high", 1, "a"),
+        ]
+    ]
     await turns()
-    assert desk.served == ["0", "1"]
-    for task in waiting:
+    assert desk.gauge("queued_requests") == 105
+    desk.desk._lines["demo", "full"].admission._rate.per_second = lambda _priority, _now_s: 1.0  # type: ignore[method-assign]
+    with pytest.raises(RequestEvicted, match="longer than its deadline"):
+        await desk.placed("late", desk.ticket(deadline_s=30.0, digest="full"))
+    urgent = desk.start("urgent", desk.ticket(2, deadline_s=30.0))
+    for _ in range(6):
+        await turns()
+        desk.end(first[0])
+    await turns()
+    assert desk.served == ["urgent", "high", "light", "1", "2", "batch"]
+    for task in others:
         task.cancel()
-    await asyncio.wait(waiting)
+    await asyncio.wait([*waiting, urgent, *others])
     desk.check_empty()
+
+
+async def test_as_many_move_to_another_checkpoint_as_find_a_place_there() -> None:
+    """By level and arrival, and nothing that has tokens; nobody while others wait there."""
+    desk = Desk(1, max_queue_wait_s=60.0)
+    await desk.full(1)
+    sound = desk.fleet.choose
+    desk.fleet.choose = lambda demand: None if demand.checkpoint_digest == "new" else sound(demand)  # type: ignore[method-assign]
+    waiting: dict[str, asyncio.Task[Any]] = {}
+    for name, priority in [("going on", 5), ("pinned", 5), ("batch", -1), ("1", 0), ("2", 0), ("high", 1), ("3", 0)]:
+        ticket = desk.ticket(priority)
+        ticket.movable = name != "pinned"
+        ticket.entry.exempt = name == "going on"
+        waiting[name] = asyncio.create_task(desk.desk.place(ticket, Interruption()))
+    there = asyncio.create_task(desk.desk.place(desk.ticket(digest="new"), Interruption()))
+    desk.fleet.places_elsewhere = 3
+    await turns()
+    assert not any(task.done() for task in waiting.values()), "somebody waits there"
+    there.cancel()
+    await asyncio.wait([there])
+    desk.fleet.changed()
+    await turns()
+    assert [name for name, task in waiting.items() if task.done()] == ["1", "2", "high"]
+    assert {task.result() for task in waiting.values() if task.done()} == {None}
+    for task in waiting.values():
+        task.cancel()
+    await asyncio.wait(list(waiting.values()))
+    desk.check_empty()
+
+
+async def test_queues_of_checkpoints_that_nobody_serves_any_more_are_forgotten() -> None:
+    desk = Desk(1)
+    await desk.full(1)
+    desk.fleet.serves = lambda demand: demand.checkpoint_digest != "gone"  # type: ignore[method-assign]
+    for digest in ("gone", "kept", "sha256:a"):
+        desk.desk._line("demo", digest)
+    desk.fleet.changed()
+    assert {digest for _, digest in desk.desk._lines} == {"kept", "sha256:a"}

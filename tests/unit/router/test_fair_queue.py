@@ -150,11 +150,15 @@ def test_a_tenant_with_much_waiting_makes_room_for_one_with_little() -> None:
     assert queue.queue.pushed_out_by(entry("light"), 1, 13) is None  # that many it may not ask for
 
 
-def test_a_newcomer_never_pushes_out_a_crowd() -> None:
+def test_of_its_own_level_a_newcomer_pushes_out_a_few_and_of_lower_ones_as_many_as_it_takes() -> None:
     queue = Queue()
     queue.add(*[entry("a", -1) for _ in range(50)])
-    assert len(queue.queue.pushed_out_by(entry("b"), 1, 4 * PUSHED_OUT_MAX) or ()) == PUSHED_OUT_MAX
-    assert queue.queue.pushed_out_by(entry("b"), 1, 4 * PUSHED_OUT_MAX + 1) is None
+    tokens = PUSHED_OUT_MAX * entry("a").prompt_tokens
+    assert len(queue.queue.pushed_out_by(entry("b", -1), 1, tokens) or ()) == PUSHED_OUT_MAX
+    assert queue.queue.pushed_out_by(entry("b", -1), 1, tokens + 1) is None
+    assert len(queue.queue.pushed_out_by(entry("b"), 1, tokens + 1) or ()) == PUSHED_OUT_MAX + 1
+    assert len(queue.queue.pushed_out_by(entry("b"), 50, 0) or ()) == 50
+    assert queue.queue.pushed_out_by(entry("b"), 51, 0) is None
 
 
 ENTRIES = st.builds(

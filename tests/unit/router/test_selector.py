@@ -16,10 +16,11 @@ from cluster.router.endpoint_table import Standing
 from cluster.router.holders import Holders
 from cluster.router.policy.contracts import Demand
 from cluster.router.policy.group import Group
+from cluster.router.policy.look import ASKED_AGAIN, IN_VAIN_MAX, LOOKED_MAX, SPARES_MAX, WALKED_MAX
 from cluster.router.policy.profiles import EVERYBODY, PROFILES
 from cluster.router.policy.scorers import tokens_ahead
-from cluster.router.policy.selector import LOOKED_MAX, ONLY, Selector
-from tests.unit.router.policy_fleet import BLOCK_SIZE, FakeSeat, demand_for, holders_of, prompt_of
+from cluster.router.policy.selector import ONLY, Selector
+from tests.unit.router.policy_fleet import BLOCK_SIZE, CountedSeat, FakeSeat, demand_for, holders_of, prompt_of
 
 PROMPT = prompt_of(200)
 NOBODY = Holders((), (), {})
@@ -47,7 +48,7 @@ def _large(seed: int, count: int) -> list[FakeSeat]:
 # Few and many: of those above EVERYBODY, a profile sees a part only.
 fleets = st.one_of(
     st.lists(seats, max_size=6).map(lambda made: [replace(seat, slot=slot) for slot, seat in enumerate(made)]),
-    st.builds(_large, st.integers(0, 99), st.integers(EVERYBODY + 1, 3 * EVERYBODY)),
+    st.builds(_large, st.integers(0, 99), st.integers(EVERYBODY + 1, LOOKED_MAX)),
 )
 
 
@@ -131,6 +132,16 @@ def test_round_robin_gives_the_turn_of_who_does_not_qualify_to_the_next() -> Non
     assert picks == [0, 2, 0, 2]
 
 
+def test_the_next_one_with_room_has_its_turn_however_far_it_is() -> None:
+    there = (WALKED_MAX, WALKED_MAX + 100, WALKED_MAX + 700)
+    counts = Counter[str]()
+    group = Group([CountedSeat(FakeSeat(slot, has_room=slot in there), counts) for slot in range(2000)], 16)
+    selector = Selector(PROFILES["round_robin"], random.Random(0))
+    picks = [slot_of(selector.choose(group, Demand("demo", needs_room=True), NOBODY)) for _ in range(4)]
+    assert picks == [*there, there[0]]
+    assert counts["candidate"] == len(picks)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=40), st.integers(0, 1000))
 def test_power_of_two_never_takes_the_worse_of_its_two(queues: list[int], seed: int) -> None:
@@ -210,6 +221,195 @@ def test_one_that_qualifies_among_thousands_is_found() -> None:
             Group(fleet, BLOCK_SIZE), demand_for(PROMPT, needs_room=True), NOBODY
         )
         assert slot_of(choice) == 1234
+
+
+def full(slot: int, standing: Standing = Standing.HEALTHY) -> FakeSeat:
+    return FakeSeat(slot, has_room=False, standing=standing)
+
+
+# Of each two, and whether somebody takes a request then.
+DEGRADED = {
+    "nobody has room": ((full, full), False),
+    "all are slow": ((lambda slot: FakeSeat(slot, standing=Standing.SLOW),) * 2, True),
+    "half are slow, the sound are full": ((full, lambda slot: FakeSeat(slot, standing=Standing.SLOW)), False),
+    "half are ejected, the sound are full": ((full, lambda slot: FakeSeat(slot, standing=Standing.EJECTED)), False),
+    "half are ejected, the slow are full": (
+        (lambda slot: full(slot, Standing.SLOW), lambda slot: FakeSeat(slot, standing=Standing.EJECTED)),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("state", DEGRADED)
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_a_pick_in_a_degraded_fleet_asks_a_bounded_number_of_endpoints(name: str, state: str) -> None:
+    count, (kinds, somebody) = 2000, DEGRADED[state]
+    counts = Counter[str]()
+    group = Group([CountedSeat(kinds[slot % 2](slot), counts) for slot in range(count)], BLOCK_SIZE)
+    selector, holders = Selector(PROFILES[name], random.Random(3)), holders_of(PROMPT, dict.fromkeys(range(count), 160))
+    for number in range(80):
+        counts.clear()
+        choice = selector.choose(group, demand_for(PROMPT, needs_room=True, session_key=str(number)), holders)
+        assert (choice is not None) is somebody
+        assert counts["has_room"] <= count + WALKED_MAX + IN_VAIN_MAX + ASKED_AGAIN
+        # The first picks find out who is unsound, the others know.
+        most = 2 * (IN_VAIN_MAX + SPARES_MAX) if number < 60 else SPARES_MAX + ASKED_AGAIN + 1
+        assert counts["candidate"] <= (0 if state == "nobody has room" else most)
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_the_one_sound_endpoint_with_room_among_thousands_is_found_when_the_slow_ones_are_known(name: str) -> None:
+    fleet = [full(slot) if slot % 2 else FakeSeat(slot, standing=Standing.SLOW) for slot in range(2000)]
+    selector, group = Selector(PROFILES[name], random.Random(3)), Group(fleet, BLOCK_SIZE)
+
+    def taken() -> int | None:
+        return slot_of(selector.choose(group, demand_for(PROMPT, needs_room=True), NOBODY))
+
+    assert [taken() for _ in range(30)] == [None] * 30
+    for slot in (1301, 7, 1999):
+        fleet[slot].has_room = True
+        assert [taken() for _ in range(20)] == [slot] * 20, "at once, and every time"
+        fleet[slot].has_room = False
+    assert taken() is None
+    for slot in (1240, 6, 500, 1998, 322):
+        fleet[slot].standing = Standing.HEALTHY
+        within = next(pick for pick in range(1000) if taken() == slot)
+        assert within <= 1000 // ASKED_AGAIN + 1, "a recovery is noticed"
+        assert {taken() for _ in range(20)} == {slot}, "for good"
+        fleet[slot].standing = Standing.SLOW
+        assert taken() is None
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+@pytest.mark.parametrize("settles", [False, True])
+def test_a_slow_endpoint_among_thousands_that_are_ejected_is_found(name: str, settles: bool) -> None:
+    fleet = [FakeSeat(slot, standing=Standing.EJECTED) for slot in range(600)]
+    fleet[431] = FakeSeat(431, standing=Standing.SLOW)
+    if settles:
+        fleet[5] = full(5)
+    selector, group = Selector(PROFILES[name], random.Random(3)), Group(fleet, BLOCK_SIZE)
+    picks = [
+        slot_of(selector.choose(group, demand_for(PROMPT, needs_room=True, settles=settles), NOBODY)) for _ in range(60)
+    ]
+    assert picks[10:] == [431] * 50
+    without = selector.choose(group, demand_for(PROMPT, needs_room=True), NOBODY)
+    assert slot_of(without) == (None if settles else 431)
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_a_slow_endpoint_among_a_few_with_room_comes_before_those_that_are_ejected(name: str) -> None:
+    fleet = [
+        FakeSeat(n, has_room=n % 32 == 0, standing=Standing.EJECTED if n % 32 == 0 else Standing.SLOW)
+        for n in range(2000)
+    ]
+    fleet[800].standing = Standing.SLOW
+    selector, group = Selector(PROFILES[name], random.Random(3)), Group(fleet, BLOCK_SIZE)
+    picks = [slot_of(selector.choose(group, demand_for(PROMPT, needs_room=True), NOBODY)) for _ in range(90)]
+    assert picks[30:] == [800] * 60
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_few_with_room_are_compared_though_all_are_known_to_be_slow(name: str) -> None:
+    fleet = [full(slot, Standing.SLOW) for slot in range(1000)]
+    selector, group = Selector(PROFILES[name], random.Random(3)), Group(fleet, BLOCK_SIZE)
+    for seat in fleet:
+        seat.has_room = True
+    for _ in range(20):
+        assert selector.choose(group, demand_for(PROMPT, needs_room=True), NOBODY)
+    for seat in fleet:
+        seat.has_room = seat.slot in (300, 301, 302)
+    taken = {
+        slot_of(selector.choose(group, demand_for(PROMPT, needs_room=True, session_key=str(key)), NOBODY))
+        for key in range(60)
+    }
+    assert taken == {300, 301, 302}
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    count=st.one_of(st.integers(0, 12), st.integers(0, LOOKED_MAX), st.integers(LOOKED_MAX + 1, 250)),
+    data=st.data(),
+    needs_room=st.booleans(),
+    settles=st.booleans(),
+)
+def test_who_is_taken_is_one_of_those_who_are_said_to_qualify(name, seed, count, data, needs_room, settles) -> None:
+    """Of large fleets: as soon as their endpoints are known, as long as nothing changes."""
+    fleet = _large(seed, count)
+    chosen = st.sets(st.sampled_from(fleet).map(lambda seat: seat.incarnation), max_size=3) if fleet else st.just(set())
+    demand = demand_for(
+        PROMPT,
+        refused=frozenset(data.draw(chosen)),
+        failed=frozenset(data.draw(chosen)),
+        needs_room=needs_room,
+        settles=settles,
+    )
+    selector, group = Selector(PROFILES[name], random.Random(seed)), Group(fleet, BLOCK_SIZE)
+    for _ in range(12 if count > LOOKED_MAX else 0):
+        selector.choose(group, demand, NOBODY)
+    rows = selector.explain(group, [], demand, NOBODY)
+    qualified = {row.candidate.endpoint.incarnation for row in rows if row.qualifies}
+    assert [row.qualifies for row in rows if row.taken] == [True] * bool(qualified)
+    assert {row.candidate.endpoint.incarnation for row in rows if row.looked_at} <= qualified
+    for row in rows:
+        assert row.qualifies or not all(passes for _, passes, _ in row.filters), "who is kept out says by what"
+    choice = selector.choose(group, demand, NOBODY)
+    assert (choice is None) is (not qualified)
+    assert choice is None or choice.candidate.endpoint.incarnation in qualified
+
+
+def test_what_is_remembered_of_unsound_endpoints_is_bounded() -> None:
+    selector = Selector(PROFILES["default"], random.Random(0))
+    for generation in range(1, 9):
+        fleet = [FakeSeat(slot, standing=Standing.SLOW, generation=generation) for slot in range(LOOKED_MAX + 20)]
+        for _ in range(4):
+            assert selector.choose(Group(fleet, BLOCK_SIZE), demand_for(PROMPT, needs_room=True), NOBODY)
+        [turn] = selector._turns.values()
+        assert LOOKED_MAX <= len(turn.doubted) <= len(fleet)
+    small = fleet[:LOOKED_MAX]
+    before = dict(turn.doubted)
+    fleet[7].standing = Standing.HEALTHY
+    assert fleet[7].incarnation in before
+    assert slot_of(selector.choose(Group(small, BLOCK_SIZE), demand_for(PROMPT, needs_room=True), NOBODY)) == 7
+    assert turn.doubted == before, "small fleets are asked anew every time"
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+@pytest.mark.parametrize("count", [2, 400])
+def test_an_explanation_says_that_a_request_waits_for_a_sound_endpoint(name: str, count: int) -> None:
+    fleet = [full(slot) if slot % 2 else FakeSeat(slot, standing=Standing.SLOW) for slot in range(count)]
+    selector, group = Selector(PROFILES[name], random.Random(0)), Group(fleet, BLOCK_SIZE)
+
+    def told(**fields: object) -> tuple[set[int], set[str]]:
+        rows = selector.explain(group, [], demand_for(PROMPT, needs_room=True, **fields), NOBODY)
+        qualified = {row.candidate.endpoint.incarnation.replica.slot for row in rows if row.qualifies}
+        assert any(row.taken for row in rows) is bool(qualified)
+        return qualified, {rule for row in rows for rule, passes, required in row.filters if required and not passes}
+
+    slow = set(range(0, count, 2))
+    assert told() == (set(), {"has_room", "not_slow"})
+    assert told(settles=True) == (slow, {"has_room"})
+    for slot in slow:
+        fleet[slot].standing = Standing.EJECTED
+    assert told(settles=True) == (set(), {"has_room", "not_ejected"})
+    for seat in fleet:
+        seat.standing = Standing.SLOW
+    assert told() == (slow, {"has_room"})
+
+
+def test_an_explanation_of_a_large_degraded_fleet_foretells_the_pick_and_remembers_nothing() -> None:
+    fleet = [FakeSeat(slot, queued_tokens=slot % 7, standing=Standing.SLOW) for slot in range(400)]
+    for profile in PROFILES.values():
+        selector, group = Selector(profile, random.Random(5)), Group(fleet, BLOCK_SIZE)
+        for number in range(8):
+            demand = demand_for(PROMPT, needs_room=True, session_key=str(number))
+            rows = selector.explain(group, [], demand, NOBODY)
+            assert selector.explain(group, [], demand, NOBODY) == rows
+            [foretold] = [row.candidate for row in rows if row.taken]
+            choice = selector.choose(group, demand, NOBODY)
+            assert choice is not None
+            assert choice.candidate == foretold
 
 
 def test_equal_holders_share_the_work() -> None:

@@ -1,8 +1,10 @@
 """One sequence's way back: order, bounds, and what a failure leaves."""
 
 import asyncio
+import gc
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
@@ -97,6 +99,32 @@ async def test_news_that_nobody_takes_grow_together() -> None:
     news = await stream.receive()
     assert (news.token_ids, news.logprobs) == ([1, 2, 3], logprobs)
     assert (news.end, news.detail, news.cached_prompt_tokens) == (engine_pb2.SEQUENCE_END_REJECTED_INVALID, "no", 32)
+
+
+async def test_logprobs_that_nobody_takes_are_no_part_of_their_step() -> None:
+    stream = SequenceStream(9, attempt=1)
+    top = [inference_pb2.TopLogprob(token_id=3, logprob=-2.0)]
+    delivered = update(1, logprobs=[inference_pb2.TokenLogprobs(token_id=1, logprob=-1.0, top=top)])
+    stream.deliver(delivered)
+    delivered.logprobs[0].logprob = delivered.logprobs[0].top[0].logprob = 7.0
+    (kept,) = (await stream.receive()).logprobs
+    assert kept == inference_pb2.TokenLogprobs(token_id=1, logprob=-1.0, top=top)
+
+
+async def test_logprobs_that_nobody_takes_keep_nothing_else_of_their_step_in_memory() -> None:
+    ours = update(1, logprobs=[inference_pb2.TokenLogprobs(token_id=1, logprob=-1.0)])
+    others = update(2, attempt=2, detail="x" * 2**18)
+    response = engine_pb2.SessionResponse(step=engine_pb2.StepUpdate(step=1, sequences=[ours, others]))
+    raw = response.SerializeToString()
+    stream = SequenceStream(400, attempt=1)
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    for _ in range(400):  # 100 MiB
+        for each in engine_pb2.SessionResponse.FromString(raw).step.sequences:
+            stream.deliver(each)
+    assert psutil.Process().memory_info().rss - before < 20 * 2**20
+    news = await stream.receive()
+    assert len(news.token_ids) == len(news.logprobs) == 400
 
 
 async def test_other_attempts_and_what_follows_the_end_are_ignored() -> None:
