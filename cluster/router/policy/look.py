@@ -17,9 +17,7 @@ from cluster.router.policy.filters import NOT_EJECTED, NOT_FAILED, NOT_FULL
 from cluster.router.policy.group import Group, Member
 
 LOOKED_MAX = 128  # members, as long as one of them qualifies: a group of up to so many is seen whole
-WALKED_MAX = (
-    512  # members, as long as none qualifies and few are spare; then all are asked at once whether they have room
-)
+WALKED_MAX = 512  # members, as long as none qualifies and few are spare: then all tell at once whether they have room
 IN_VAIN_MAX = 64  # candidates of a larger group that may be built and not qualify
 SPARES_MAX = 24  # of a larger group, who pass the required filters only: no more are built of whom something is known
 NOBODY = -1  # the best rank of none
