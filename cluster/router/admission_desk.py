@@ -89,9 +89,9 @@ class AdmissionDesk:
         if line is None:
             line = ticket.line = self._line(ticket.model, ticket.checkpoint_digest)
         entry, queue = ticket.entry, line.admission.queue
-        if not (queue.exempt if entry.exempt else queue.requests):
+        if not (queue.continuations if entry.exempt else queue.requests):
             found = self._fleet.choose(ticket.demand(True))
-            if found is not None and queue.exempt and not entry.exempt:  # those go first
+            if found is not None and queue.continuations and not entry.exempt:  # those go first
                 found[1].not_used()
                 self._place_continuations(line, self._clock.now())
                 found = self._fleet.choose(ticket.demand(True))
@@ -190,7 +190,9 @@ class AdmissionDesk:
         for away in line.admission.expire(now_s):
             self._send_away(line, away)
         self._place_continuations(line, now_s)
-        while (head := queue.head()) is not None and not self._give_place(line, head, now_s):
+        while (head := queue.head()) is not None:
+            if self._give_place(line, head, now_s):
+                continue
             ticket, answer = line.waiting[head]
             if self._fleet.serves(ticket.demand(False)):
                 self._move(line, now_s)

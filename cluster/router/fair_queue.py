@@ -9,11 +9,11 @@ tenant arrival counts. Whoever begins to wait is lifted to the counters of those
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 
 from cluster.router.served_tokens import ServedTokens
-from cluster.router.waiting_rank import Entry, Level, WaitingRank, insert
+from cluster.router.waiting_rank import Entry, Level, WaitingRank
 
 PUSHED_OUT_MAX = 8  # waiting requests of its own level that make room for one newcomer
 
@@ -26,7 +26,8 @@ class FairQueue:
 
     def __init__(self, served: ServedTokens) -> None:
         self._served = served
-        self._exempt: OrderedDict[int, Entry] = OrderedDict()
+        self._exempt: dict[int, Entry] = {}
+        self._exempt_in_order = True  # as long as they came so: put in order when somebody looks
         self._ranks: dict[Level, WaitingRank] = {}
         self._levels: list[Level] = []  # rising
         self._tenants: dict[str, int] = {}  # requests that wait on any level
@@ -44,8 +45,15 @@ class FairQueue:
             yield from rank
 
     @property
+    def continuations(self) -> int:
+        """How many of those that wait are ``exempt``."""
+        return len(self._exempt)
+
+    @property
     def exempt(self) -> tuple[Entry, ...]:
-        """The continuations, oldest first."""
+        """The continuations, oldest first. O(n log n) for n of them."""
+        if not self._exempt_in_order:
+            self._exempt, self._exempt_in_order = dict(sorted(self._exempt.items())), True
         return tuple(self._exempt.values())
 
     def head(self) -> Entry | None:
@@ -59,7 +67,8 @@ class FairQueue:
         if entry.number < 0:
             entry.number, self._numbers = self._numbers, self._numbers + 1
         if entry.exempt:
-            insert(self._exempt, entry)
+            self._exempt_in_order &= not self._exempt or next(reversed(self._exempt)) < entry.number
+            self._exempt[entry.number] = entry
             return
         if entry.tenant not in self._tenants:
             self._served.lift(entry.tenant, self.least_counter(entry.level))

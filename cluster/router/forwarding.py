@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from cluster.domain.errors import (
@@ -153,7 +154,7 @@ class RequestRun:
             return None
         self._stream = stream
         try:
-            return await self._follow(emit, stream, incarnation)
+            return await self._follow(emit, stream, incarnation, partial(session.release, sequence_id))
         except SequenceLost as lost:
             if self._journal.full:  # only the engine's last word is missing, and we know it
                 return await self._finish(emit, inference_pb2.FINISH_REASON_LENGTH)
@@ -192,7 +193,9 @@ class RequestRun:
             self._around.metrics.of_request.queue_seconds[self._request.model,].observe(self._queued_s)
             self._queued_s = None
 
-    async def _follow(self, emit: Emit, stream: SequenceStream, incarnation: Incarnation) -> Ended | None:
+    async def _follow(
+        self, emit: Emit, stream: SequenceStream, incarnation: Incarnation, release: Callable[[], None]
+    ) -> Ended | None:
         """Journals and emits whatever the engine says, until it says that it is over.
 
         What has come while ``emit`` waited for a slow client goes out together: fewer and larger messages.
@@ -202,9 +205,12 @@ class RequestRun:
             if news.cached_prompt_tokens:
                 self._cached_prompt_tokens = max(self._cached_prompt_tokens, news.cached_prompt_tokens)
             for first in range(0, len(news.token_ids), TOKENS_TOGETHER_MAX):
-                await emit(self._taken(news, first))
+                taken = self._taken(news, first)
                 if self._text is not None and self._text.stopped:
+                    release()  # the engine is not to go on while the client takes its time
+                    await emit(taken)
                     return self._ended(inference_pb2.FINISH_REASON_STOP)
+                await emit(taken)
             end = convert.end_from_message(news.end) if news.end else None
             if end is not None:
                 return await self._close(emit, end, news.detail, incarnation)

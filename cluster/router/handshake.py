@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 from cluster.domain.endpoint import Endpoint
 from cluster.router.tokenization import Tokenizer, TokenizerCache
 from cluster.v1 import engine_pb2, engine_pb2_grpc
@@ -31,12 +34,12 @@ async def describe(
     digest = answer.card.tokenizer_digest
     if not digest:
         return answer.card, None
-    known = tokenizers.get(digest)
-    if known is None:
-        full = await stub.Describe(engine_pb2.DescribeRequest(include_tokenizer=True))
-        files = {file.name: file.content for file in full.tokenizer_files}
-        known = await tokenizers.build(digest, files)
-    return answer.card, known
+    return answer.card, await tokenizers.obtain(digest, partial(_tokenizer_files, stub))
+
+
+async def _tokenizer_files(stub: engine_pb2_grpc.EngineStub) -> Mapping[str, bytes]:
+    full = await stub.Describe(engine_pb2.DescribeRequest(include_tokenizer=True))
+    return {file.name: file.content for file in full.tokenizer_files}
 
 
 def _check_identity(met: engine_pb2.ReplicaIdentity, endpoint: Endpoint) -> None:

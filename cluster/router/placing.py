@@ -185,6 +185,7 @@ class EndpointSearch:
             series, model = self._around.metrics.of_request, self._request.model
             series.expected_cached_tokens[model,].inc(self.cached_tokens)
             series.cached_tokens[model,].inc(cached_prompt_tokens)
+        self._not_used()  # without a token from there, and nobody learns any more how the endpoint would have done
         self._ticket = None  # which knows us: what has ended is not to wait for the collector
 
     def _new_ticket(self, now_s: float, deadline_s: float | None) -> Ticket:

@@ -188,6 +188,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), deadline_s)
         self._drained = True
+        self._tokenizers.refuse(_draining)
         for run, call in tuple(self._runs.items()):
             run.interrupt(_draining())
             if call.writer is not None and not call.answered and call.writer.interrupt(_draining()):

@@ -157,7 +157,7 @@ def _build(
     clock: Clock,
 ) -> _Parts:
     """Everything between the listener and the engines; ``exits`` take it down."""
-    tokenizers = TokenizerCache()
+    tokenizers = TokenizerCache(clock=clock)
     exits.callback(tokenizers.close)
     health = Health(listener.server)
     exits.push_async_callback(health.close)

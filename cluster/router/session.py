@@ -35,6 +35,7 @@ BACKOFF_MAX_S = 1.0
 SILENCE_CHECKS = 8  # per engine_silence_s
 DESCRIBE_TIMEOUT_S = 30.0
 SESSION_METHOD = f"/{engine_pb2.DESCRIPTOR.services_by_name['Engine'].full_name}/Session"
+_GENERATED = (engine_pb2.SEQUENCE_END_STOP, engine_pb2.SEQUENCE_END_LENGTH)  # ends of what is whole
 _Call: TypeAlias = ClientCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]
 
 
@@ -92,7 +93,8 @@ class EngineSession:
         self._places_elsewhere = places_elsewhere
         self._pulse = settings.health.pulse(endpoint.incarnation)
         self._log = log.bind(replica=str(endpoint.incarnation), address=endpoint.address)
-        self._sequences: dict[int, tuple[SequenceStream, int]] = {}
+        self._sequences: dict[int, SequenceStream] = {}
+        self._places: dict[int, int] = {}  # tokens of those that the engine still works on, or is about to
         self._next_id = 1
         self._commands = CommandWriter()
         self._index = index
@@ -123,7 +125,7 @@ class EngineSession:
         sequence_id, self._next_id = self._next_id, self._next_id + 1
         submit.sequence_id = sequence_id
         stream = SequenceStream(updates_max, submit.attempt)
-        self._sequences[sequence_id] = stream, tokens
+        self._sequences[sequence_id], self._places[sequence_id] = stream, tokens
         self._commands.submit(submit)
         self.load.sent(tokens, cached_tokens)
         self._pulse.submitted(submit.attempt)
@@ -131,14 +133,21 @@ class EngineSession:
 
     def release(self, sequence_id: int) -> None:
         """The request is done with this sequence; the engine is told unless it ended by itself."""
-        entry = self._sequences.pop(sequence_id, None)
-        if entry is None:
+        stream = self._sequences.pop(sequence_id, None)
+        if stream is None:
             return
-        stream, tokens = entry
-        self.load.ended(tokens)
-        self._on_load(self)
+        if self._give_back(sequence_id):
+            self._on_load(self)
         if not self._commands.take_back(sequence_id) and self.up and not stream.ended:
             self._commands.cancel(sequence_id)
+
+    def _give_back(self, sequence_id: int) -> bool:
+        """The engine is done with it, whoever still reads what it said: nobody waits for a client that does not."""
+        tokens = self._places.pop(sequence_id, None)
+        if tokens is None:
+            return False
+        self.load.ended(tokens)
+        return True
 
     def pace(self, pauses: engine_pb2.Pauses) -> None:
         """Makes the engine send its news with other pauses from now on."""
@@ -154,7 +163,7 @@ class EngineSession:
     async def close(self, reason: LossReason = LossReason.REMOVED) -> None:
         """Ends the session; its sequences are lost for ``reason``."""
         self.up = False
-        self._pulse.closed(len(self._sequences))
+        self._pulse.closed(len(self._places))
         self._fail_sequences(reason)
         self._task.cancel()
         await asyncio.wait([self._task])
@@ -235,12 +244,17 @@ class EngineSession:
         """SequenceLost STUCK when the engine's step has run too long."""
         kind = message.WhichOneof("message")
         if kind == "step":
+            freed = False
             for update in message.step.sequences:
-                entry = self._sequences.get(update.sequence_id)
-                if entry is not None:
-                    entry[0].deliver(update)
+                stream = self._sequences.get(update.sequence_id)
+                if stream is not None:
+                    stream.deliver(update)
+                    if update.end in _GENERATED:  # whoever was refused is to go elsewhere before others come here
+                        freed |= self._give_back(update.sequence_id)
             if message.step.HasField("load"):
                 self.load.reported(convert.load_from_message(message.step.load))
+                freed = True
+            if freed:
                 self._on_load(self)
             self._feel(message.step)
         elif kind == "beat":
@@ -264,7 +278,7 @@ class EngineSession:
 
     def _relieve(self) -> None:
         """The engine is slow: sends some of its youngest sequences elsewhere, where that is worth a prefill."""
-        going_on = [stream for stream, _ in self._sequences.values() if stream.going_on]
+        going_on = [stream for stream in self._sequences.values() if stream.going_on]
         wanted = self._pulse.leaving(len(going_on))
         leaving = self._places_elsewhere(self, wanted) if wanted else 0
         if leaving:
@@ -313,20 +327,22 @@ class EngineSession:
         was_up, self.up = self.up, False
         self._commands.forget_commands()
         if was_up:
-            self._pulse.went_down(reason, len(self._sequences))
+            self._pulse.went_down(reason, len(self._places))
         self._fail_sequences(reason)
         if was_up:
             self._log.warning("session_down", reason=reason.value)
             self._on_change()
 
     def _fail_sequences(self, reason: LossReason) -> None:
-        for stream, _ in self._sequences.values():
+        for stream in self._sequences.values():
             stream.fail(SequenceLost(reason))
+        for sequence_id in tuple(self._places):
+            self._give_back(sequence_id)
 
 
 def _delivers(update: engine_pb2.SequenceUpdate) -> bool:
     """Whether the engine has computed something for the sequence: a refusal is no sign of health, nor of speed."""
-    return bool(update.token_ids) or update.end in (engine_pb2.SEQUENCE_END_STOP, engine_pb2.SEQUENCE_END_LENGTH)
+    return bool(update.token_ids) or update.end in _GENERATED
 
 
 def _brief(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +42,8 @@ MESSAGE_CHARACTERS = 32
 LONG_CHARACTERS = 2**19
 # Estimates of waits are noisy, and a refusal costs a request: one is refused when even this share would be too late.
 SURE_SHARE = 0.5
+# A tokenizer's files come within a second: whoever has waited longer for another one's fetch does not rely on it.
+FETCH_PATIENCE_S = 2.0
 Result = TypeVar("Result")
 Messages = Sequence[Mapping[str, str]]
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -185,7 +187,7 @@ class _Job:
 
 
 class TokenizerCache:
-    """Tokenizers by digest, built once each, and the threads that long prompts are tokenized in.
+    """Tokenizers by digest, fetched and built once each, and the threads that long prompts are tokenized in.
 
     Prompts that wait for a thread go by priority, and take turns by tenant (``prompt_turns``). ``encode`` and
     ``encode_chat`` raise RequestRejected QUEUE_FULL when ``waiting_max`` characters wait, for whoever those turns
@@ -203,19 +205,49 @@ class TokenizerCache:
         self._turns: PromptTurns[_Job] = PromptTurns(waiting_max)
         self._running: set[_Job] = set()
         self._pace = Pace()
-        self._by_digest: dict[str, Tokenizer] = {}
+        self._refusal: Callable[[], RequestRejected] | None = None
+        self._built: dict[str, asyncio.Future[Tokenizer]] = {}  # by digest; those that are being built as well
+        self._fetching: dict[str, asyncio.Future[None]] = {}  # by digest; done when the fetch has ended
 
-    def get(self, digest: str) -> Tokenizer | None:
-        return self._by_digest.get(digest)
+    async def obtain(self, digest: str, fetch: Callable[[], Awaitable[Mapping[str, bytes]]]) -> Tokenizer:
+        """The tokenizer of the files that hash to ``digest``; calls ``fetch`` for them if nobody else gets them.
+
+        Raises what the own ``fetch`` does: another caller's error makes this one try. CheckpointError as ``build``.
+        """
+        while (other := self._fetching.get(digest)) is not None:
+            _, late = await asyncio.wait([other], timeout=FETCH_PATIENCE_S)
+            if late and self._fetching.get(digest) is other:
+                break  # one replica that hangs must not keep all others of its checkpoint away
+        built = self._built.get(digest)
+        if built is None:
+            fetching = self._fetching[digest] = asyncio.get_running_loop().create_future()
+            try:
+                built = self._being_built(digest, await fetch())
+            finally:
+                fetching.set_result(None)
+                if self._fetching.get(digest) is fetching:
+                    del self._fetching[digest]
+        return await asyncio.shield(built)
 
     async def build(self, digest: str, files: Mapping[str, bytes]) -> Tokenizer:
-        """The tokenizer of ``files``, which hash to ``digest``."""
-        known = self._by_digest.get(digest)
-        if known is None:
-            loop = asyncio.get_running_loop()
-            built = await loop.run_in_executor(self._executor, _build, dict(files))
-            known = self._by_digest.setdefault(digest, built)
-        return known
+        """The tokenizer of ``files``, which hash to ``digest``; whoever asks meanwhile waits for the same build.
+
+        CheckpointError goes to all of them and is not kept: the next one builds again.
+        """
+        return await asyncio.shield(self._being_built(digest, files))
+
+    def _being_built(self, digest: str, files: Mapping[str, bytes]) -> asyncio.Future[Tokenizer]:
+        """To be shielded: others wait for it too."""
+        built = self._built.get(digest)
+        if built is None:
+            built = asyncio.get_running_loop().run_in_executor(self._executor, _build, dict(files))
+            self._built[digest] = built
+            built.add_done_callback(partial(self._forget_failed, digest))
+        return built
+
+    def _forget_failed(self, digest: str, built: asyncio.Future[Tokenizer]) -> None:
+        if built.cancelled() or built.exception() is not None:
+            del self._built[digest]
 
     async def encode(
         self,
@@ -266,6 +298,8 @@ class TokenizerCache:
         return Place(tenant, priority, min(size, self._waiting_max), work)
 
     async def _in_turn(self, place: Place, left_s: float | None, work: Callable[[], Result]) -> Result:
+        if self._refusal is not None:
+            raise self._refusal()
         now_s = self._clock.now()
         deadline_s = math.inf if left_s is None else now_s + left_s
         pace = self._pace.per_second(now_s)
@@ -337,6 +371,17 @@ class TokenizerCache:
             job.result.cancel()
         elif not job.result.done():  # else its request has left
             job.result.set_result(running.result())
+
+    def refuse(self, refusal: Callable[[], RequestRejected]) -> None:
+        """From now on ``refusal`` ends whatever prompt is in a thread, waits for one or would need one.
+
+        Short ones need none and are tokenized as before.
+        """
+        self._refusal = refusal
+        while (job := self._turns.next()) is not None:
+            _fail(job, refusal())
+        for job in self._running:  # its thread goes on with it, for nobody
+            _fail(job, refusal())
 
     def close(self) -> None:
         """Whoever still waits is cancelled."""

@@ -218,9 +218,10 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             if blocks is not None:
                 blocks.close()
             reader.cancel()
-            await asyncio.wait([reader])
+            # Before anything is awaited: a session that is cancelled twice gets no further than that.
             for key in [k for k in engine.running if k[0] == session]:
                 del engine.running[key]
+            await asyncio.wait([reader])
         await context.abort(grpc.StatusCode.UNAVAILABLE, "dead")
 
     async def _read(self, session: int, context: Any, blocks: BlockReader | None) -> None:

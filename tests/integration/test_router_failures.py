@@ -1,6 +1,7 @@
 """What the router learns from failures: who is ejected, who is slow, what is tried again, and what never is."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import grpc
@@ -188,3 +189,31 @@ async def test_streams_that_find_no_place_elsewhere_stay_where_they_are_or_come_
         one.step_s = 0.01
     assert {await answer for answer in running} == {("OK", None)}
     assert await cluster.outcomes() == {"completed": 14}
+
+
+async def test_a_probe_whose_client_leaves_is_followed_by_another() -> None:
+    """A replica that broke and is up again gets one request for a try: that one proves nothing if it is given up."""
+    broken, sound = (FakeEngine(hashed_token(300), slot=slot, vocab_size=300) for slot in range(2))
+    cluster = await RouterCluster().start(broken, sound)
+    asked = inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=[1, 2]), sampling=inference_pb2.Sampling(max_tokens=2)
+    )
+
+    async def until(submits: int, timeout_s: float) -> None:
+        """Requests, one after the other, until so many have come to the replica."""
+        async with asyncio.timeout(6):
+            while len(broken.submits) < submits:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await cluster.generate(asked, timeout_s=timeout_s)
+                await asyncio.sleep(0.01)
+
+    broken.break_after = 1
+    await until(1, 10.0)
+    broken.break_after, broken.step_age_s = None, 0.1  # up again, and no token comes
+    await cluster.until_ready(2)
+    tried = len(broken.submits)
+    await until(tried + 1, 0.3)  # the probe, and its client leaves
+    broken.step_age_s = 0.0
+    broken._work.set()
+    await until(tried + 2, 10.0)
+    await cluster.close()

@@ -96,3 +96,21 @@ async def test_a_client_that_reads_nothing_is_cut_off() -> None:
         assert cut.value.code() is grpc.StatusCode.CANCELLED
     finally:
         await cluster.close()
+
+
+async def test_a_place_is_free_when_the_engine_is_done_whoever_still_reads() -> None:
+    places = 3  # two slots, and one more
+    lots = FakeEngine(scripted_token(SCRIPT), max_model_len=10**6, tokens_per_step=64, max_num_seqs=2)
+    cluster = await RouterCluster(client_stall_s=GENEROUS_S).start(lots)
+    async with grpc.aio.insecure_channel(cluster.address, options=LITTLE_ROOM) as narrow:
+        stub = inference_pb2_grpc.InferenceStub(narrow)
+        cluster.injected += places
+        calls = [stub.Generate(request(), timeout=GENEROUS_S) for _ in range(places)]
+        await eventually(lambda: len(lots.submits) == places and not lots.running, "the engine is done with them")
+        assert (await cluster.generate(request(3), timeout_s=10.0)).token_ids == SCRIPT[:3]
+        assert cluster.router.server.active_requests == places, "nobody has read their tokens"
+        assert cluster.router.fleet.outstanding_tokens == 0
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*(call.code() for call in calls))
+    await cluster.close()

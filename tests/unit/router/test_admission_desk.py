@@ -392,6 +392,27 @@ async def test_a_newcomer_to_a_full_fleet_looks_for_nobody_else() -> None:
     desk.check_empty()
 
 
+async def test_one_look_gives_all_the_places_there_are() -> None:
+    desk = Desk(3)
+    first = await desk.full(3)
+    gone = desk.start("gone", desk.ticket())
+    tasks = [desk.start(str(number), desk.ticket()) for number in range(5)]
+    await turns()
+    picks = desk.fleet.picks
+    gone.cancel()  # its answer is there when the look comes to it
+    session = desk.fleet.sessions[0]
+    for ticket in first[:3]:
+        session.load.ended(ticket.tokens)
+    desk.fleet.room_at(session)
+    await turns(2)
+    assert desk.served == ["0", "1", "2"]
+    assert desk.fleet.picks - picks <= 4
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait([gone, *tasks])
+    desk.check_empty()
+
+
 async def test_each_checkpoint_has_a_queue_of_its_own() -> None:
     """Nobody waits for what others wait for: order, estimates and places are those of one's own replicas."""
     desk = Desk(1, max_queue_wait_s=60.0)

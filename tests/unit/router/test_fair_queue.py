@@ -150,6 +150,24 @@ def test_a_tenant_with_much_waiting_makes_room_for_one_with_little() -> None:
     assert queue.queue.pushed_out_by(entry("light"), 1, 13) is None  # that many it may not ask for
 
 
+def test_continuations_come_in_order_of_arrival_however_they_began_to_wait() -> None:
+    queue = Queue()
+    entries = [entry("a") for _ in range(40)]
+    queue.add(*entries)
+    for one in entries:
+        queue.queue.remove(one)
+        one.exempt = True
+    shuffled = [*entries[::3], *entries[1::3], *entries[2::3]]
+    for number, one in enumerate(shuffled, start=1):
+        queue.queue.add(one)
+        assert queue.queue.continuations == number
+    assert list(queue.queue.exempt) == entries
+    queue.queue.remove(entries[7])
+    queue.queue.add(entries[7])
+    assert list(queue.queue.exempt) == entries
+    queue.queue.check()
+
+
 def test_of_its_own_level_a_newcomer_pushes_out_a_few_and_of_lower_ones_as_many_as_it_takes() -> None:
     queue = Queue()
     queue.add(*[entry("a", -1) for _ in range(50)])

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.domain.clock import ManualClock
 from cluster.domain.errors import CheckpointError, RejectReason, RequestEvicted, RequestRejected
+from cluster.router import tokenization
 from cluster.router.prompt_turns import SURE_AFTER
 from cluster.router.tokenization import (
     INLINE_CHARACTERS,
@@ -28,7 +29,7 @@ from cluster.v1 import inference_pb2
 from cluster.wire.status import from_rpc_error
 from tests.contract import small_tokenizers
 from tests.contract.fake_engine import FakeEngine, hashed_token
-from tests.contract.router_cluster import RouterCluster
+from tests.contract.router_cluster import RouterCluster, eventually
 
 FILES = small_tokenizers.files(small_tokenizers.byte_level())
 MESSAGES = [{"role": "user", "content": "fox?"}]
@@ -96,7 +97,7 @@ def test_damaged_files(files: dict[str, bytes]) -> None:
 async def test_tokenizers_are_built_once_and_long_texts_go_to_a_thread() -> None:
     cache = TokenizerCache()
     tokenizer = await cache.build("d", FILES)
-    assert await cache.build("d", {}) is tokenizer is cache.get("d")
+    assert await cache.build("d", {}) is tokenizer
     text = "fox " * INLINE_CHARACTERS
     assert await cache.encode(tokenizer, text, add_special_tokens=True) == tokenizer.encode(text)
     cache.close()
@@ -562,3 +563,182 @@ async def test_a_template_that_cannot_be_compiled_does_not_keep_its_model_away(c
     tokenizer = await cache.build("d", files)
     with pytest.raises(RequestRejected, match="chat template"):
         await cache.encode_chat(tokenizer, [said("user", "fox?")], lambda _: None)
+
+
+class Refused:
+    """Refusals, each a new one."""
+
+    def __init__(self) -> None:
+        self.made: list[RequestRejected] = []
+
+    def __call__(self) -> RequestRejected:
+        self.made.append(RequestRejected(RejectReason.DRAINING, "stopping"))
+        return self.made[-1]
+
+
+async def test_prompts_that_need_a_thread_are_refused_when_the_router_ends(cache: TokenizerCache) -> None:
+    slow, refused = Slow(), Refused()
+    held = [await slow.occupied(cache), slow.task(cache, "first"), slow.task(cache, "second")]
+    await asyncio.sleep(0)
+    cache.refuse(refused)
+    ends = await asyncio.wait_for(asyncio.gather(*held, return_exceptions=True), 1)
+    with pytest.raises(RequestRejected) as caught:
+        await asyncio.wait_for(slow.encoded(cache, "late"), 1)
+    with pytest.raises(RequestRejected):
+        await asyncio.wait_for(cache.encode(slow, LONG, add_special_tokens=True), 1)
+    assert len(refused.made) == 5
+    assert {id(end) for end in [*ends, caught.value]} == {id(made) for made in refused.made[:4]}
+    assert await slow.encoded(cache, "short", content="x") == [5]
+    slow.go_on.set()
+    await asyncio.to_thread(cache._executor.shutdown)
+    await asyncio.sleep(0)
+    assert slow.rendered == ["slow", "short"]
+
+
+class Source:
+    """A replica's files: fetched so many times, and not before ``go_on``."""
+
+    def __init__(self, files: Mapping[str, bytes] | Exception = FILES) -> None:
+        self.files, self.fetches, self.go_on = files, 0, asyncio.Event()
+
+    async def fetch(self) -> Mapping[str, bytes]:
+        self.fetches += 1
+        await self.go_on.wait()
+        if isinstance(self.files, Exception):
+            raise self.files
+        return self.files
+
+    def obtained(self, cache: TokenizerCache) -> asyncio.Task[Tokenizer]:
+        return asyncio.create_task(cache.obtain("d", self.fetch))
+
+
+class Builds:
+    """Counts builds, none of which ends before ``go_on``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.started, self.go_on = 0, threading.Event(), threading.Event()
+        plain = tokenization._build
+
+        def build(files: Mapping[str, bytes]) -> Tokenizer:
+            self.count += 1
+            self.started.set()
+            assert self.go_on.wait(5)
+            return plain(files)
+
+        monkeypatch.setattr(tokenization, "_build", build)
+
+    async def began(self) -> None:
+        assert await asyncio.to_thread(self.started.wait, 5)
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
+    return Builds(monkeypatch)
+
+
+class TestOneTokenizerForManyReplicas:
+    @pytest.fixture(autouse=True)
+    def patient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whoever goes on has been told to."""
+        monkeypatch.setattr(tokenization, "FETCH_PATIENCE_S", 60.0)
+
+    async def test_is_fetched_and_built_once(self, cache: TokenizerCache, builds: Builds) -> None:
+        source = Source()
+        fetching = [source.obtained(cache) for _ in range(3)]
+        await asyncio.sleep(0)
+        source.go_on.set()
+        await builds.began()
+        building = [source.obtained(cache), asyncio.create_task(cache.build("d", FILES))]
+        await asyncio.sleep(0)
+        builds.go_on.set()
+        made = await asyncio.wait_for(asyncio.gather(*fetching, *building, source.obtained(cache)), 5)
+        assert len({id(one) for one in [*made, await source.obtained(cache)]}) == 1
+        assert (source.fetches, builds.count) == (1, 1)
+        assert cache._fetching == {}
+
+    async def test_other_digests_do_not_wait(self, cache: TokenizerCache, builds: Builds) -> None:
+        builds.go_on.set()
+        held = Source().obtained(cache)
+        await asyncio.sleep(0)
+        await asyncio.wait_for(cache.build("e", FILES), 5)
+        held.cancel()
+
+    async def test_who_leaves_the_build_does_not_end_it(self, cache: TokenizerCache, builds: Builds) -> None:
+        source = Source()
+        source.go_on.set()
+        tasks = [source.obtained(cache), asyncio.create_task(cache.build("d", FILES)), source.obtained(cache)]
+        await builds.began()
+        for leaving in tasks[:2]:
+            leaving.cancel()
+        await asyncio.wait(tasks[:2])
+        assert [task.cancelled() for task in tasks[:2]] == [True, True]
+        builds.go_on.set()
+        await asyncio.wait_for(tasks[2], 5)
+        assert (source.fetches, builds.count) == (1, 1)
+
+    async def test_a_build_that_waits_for_a_thread_outlives_who_began_it(
+        self, cache: TokenizerCache, builds: Builds
+    ) -> None:
+        slow = Slow()
+        running = await slow.occupied(cache)
+        tasks = [asyncio.create_task(cache.build("d", FILES)) for _ in range(2)]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        builds.go_on.set()
+        slow.go_on.set()
+        await asyncio.wait_for(asyncio.gather(running, tasks[1]), 5)
+        assert builds.count == 1
+
+    async def test_a_failed_build_is_told_to_all_and_tried_again(self, cache: TokenizerCache, builds: Builds) -> None:
+        source = Source({"tokenizer.json": b"{"})
+        source.go_on.set()
+        tasks = [source.obtained(cache) for _ in range(3)]
+        await builds.began()
+        builds.go_on.set()
+        ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        assert [type(end) for end in ends] == [CheckpointError] * 3
+        assert (source.fetches, builds.count) == (1, 1)
+        source.files = FILES
+        await asyncio.wait_for(source.obtained(cache), 5)
+        assert (source.fetches, builds.count) == (2, 2)
+
+    @pytest.mark.parametrize("leaves", [False, True])
+    async def test_where_a_fetch_ends_early_the_next_one_fetches(
+        self, cache: TokenizerCache, builds: Builds, *, leaves: bool
+    ) -> None:
+        builds.go_on.set()
+        broken, sound = Source(ConnectionError()), Source()
+        first, *others = [broken.obtained(cache), sound.obtained(cache), sound.obtained(cache)]
+        await asyncio.sleep(0)
+        assert (broken.fetches, sound.fetches) == (1, 0)
+        if leaves:
+            first.cancel()
+        broken.go_on.set()
+        sound.go_on.set()
+        with pytest.raises(asyncio.CancelledError if leaves else ConnectionError):
+            await first
+        await asyncio.wait_for(asyncio.gather(*others), 5)
+        assert (sound.fetches, builds.count) == (1, 1)
+
+    async def test_a_replica_that_hangs_keeps_no_other_away(
+        self, cache: TokenizerCache, builds: Builds, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenization, "FETCH_PATIENCE_S", 0.1)
+        builds.go_on.set()
+        hanging, slow, sound = Source(), Source(), Source()
+        sound.go_on.set()
+        held = [hanging.obtained(cache)]
+        await asyncio.sleep(0)
+        held += [slow.obtained(cache) for _ in range(2)]
+        await eventually(lambda: slow.fetches > 0, "somebody has lost patience")
+        assert slow.fetches == 1, "the others rely on that one now"
+        others = [sound.obtained(cache) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert sound.fetches == 0
+        made = await asyncio.wait_for(asyncio.gather(*others), 5)
+        assert (sound.fetches, builds.count) == (1, 1)
+        hanging.go_on.set()
+        slow.go_on.set()
+        assert {id(one) for one in await asyncio.wait_for(asyncio.gather(*held), 5)} == {id(made[0])}
+        assert (builds.count, cache._fetching) == (1, {})
