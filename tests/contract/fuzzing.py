@@ -132,7 +132,8 @@ def _value(field: FieldDescriptor, rng: random.Random) -> Any:
     return rng.choice(TEXTS)
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """As the wire format has it."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -141,15 +142,20 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
+def part(number: int, content: bytes) -> bytes:
+    """The field ``number`` with ``content``, and its length before it."""
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
 def spoil(raw: bytes, rng: random.Random) -> bytes:
     """What no message of ours would be: unknown fields, both sides of a oneof, wrong types, cuts, invalid UTF-8."""
     kind = rng.randrange(7)
     if kind == 0:  # an unknown field
-        return raw + _varint(rng.choice((100, 2**20, 2**28)) << 3) + _varint(rng.getrandbits(60))
+        return raw + varint(rng.choice((100, 2**20, 2**28)) << 3) + varint(rng.getrandbits(60))
     if kind == 1:  # a oneof with all its sides, the last one counts
         return raw + b"\x1a\x01x" + b"\x22\x03\x0a\x01\x05" + b"\x2a\x00"
     if kind == 2:  # a known field with another wire type
-        return raw + _varint(rng.randrange(1, 15) << 3 | rng.choice((0, 1, 5))) + rng.randbytes(8)
+        return raw + varint(rng.randrange(1, 15) << 3 | rng.choice((0, 1, 5))) + rng.randbytes(8)
     if kind == 3 and raw:
         return raw[: rng.randrange(len(raw))]
     if kind == 4 and raw:  # some bits
@@ -184,7 +190,7 @@ def _header(name: bytes, value: bytes) -> bytes:
 
 def _integer(value: int, bits: int) -> bytes:
     most = (1 << bits) - 1
-    return bytes((value,)) if value < most else bytes((most,)) + _varint(value - most)
+    return bytes((value,)) if value < most else bytes((most,)) + varint(value - most)
 
 
 def call_headers(path: bytes, *extra: tuple[bytes, bytes]) -> bytes:

@@ -16,6 +16,7 @@ from cluster.v1 import inference_pb2
 from cluster.wire.status import from_rpc_error
 from tests.contract import small_tokenizers
 from tests.contract.fake_engine import FakeEngine, expected_tokens, hashed_token
+from tests.contract.fuzzing import part
 from tests.contract.router_cluster import RouterCluster, eventually
 
 pytestmark = pytest.mark.integration
@@ -34,19 +35,6 @@ async def cluster() -> AsyncIterator[RouterCluster]:
     started = await RouterCluster(ttft_objective_s=100.0, max_queue_wait_s=200.0).start(engine)
     yield started
     await started.close()
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def part(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 def request(tokens: int, seed: int = 3) -> inference_pb2.GenerateRequest:

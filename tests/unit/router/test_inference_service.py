@@ -12,24 +12,12 @@ from google.protobuf.message import Message
 from cluster.router.inference_service import BOUNDS, DECODERS, LOOKED_AT_BYTES
 from cluster.router.validation import CHAT_MESSAGES_MAX, LOGIT_BIAS_MAX, STOP_TOKENS_MAX, STOPS_MAX
 from cluster.v1 import inference_pb2
+from tests.contract.fuzzing import part, varint
 
 MB = 2**20
 KEPT = 60
 ALL_METHODS = ("Generate", "Complete", "ExplainRoute", "Tokenize", "ListModels")
 UNKNOWN = b"\xfa\x7f"  # the tag of a field 2047, with a length
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def part(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 def unknown(size: int) -> bytes:

@@ -14,25 +14,12 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.v1 import inference_pb2
 from cluster.wire.message_shape import Bounds, MessageShape
-from tests.contract.fuzzing import SAMPLES, mutate, spoil
+from tests.contract.fuzzing import SAMPLES, mutate, part, spoil, varint
 
 PLENTY = Bounds(fields=10**6, numbers=10**6, unknown_bytes=10**6)
 TIGHT = Bounds(fields=12, numbers=6, unknown_bytes=8)
 GENERATE = inference_pb2.GenerateRequest.DESCRIPTOR
 SPOILED = 20_000
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def part(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
 
 
 def excess(raw: bytes, *, fields: int = 10**6, numbers: int = 10**6, unknown_bytes: int = 10**6) -> str | None:
