@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from cluster.domain.endpoint import Endpoint
-from cluster.router.tokenization import Tokenizer, TokenizerCache
+from cluster.router.tokenization import Tokenizer
+from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.v1 import engine_pb2, engine_pb2_grpc
 from cluster.wire import convert
 

@@ -32,7 +32,7 @@ from cluster.router.route_explanation import route_explanation, unserved_explana
 from cluster.router.session import ServedModel
 from cluster.router.surroundings import Surroundings
 from cluster.router.text import TextStream
-from cluster.router.tokenization import TokenizerCache
+from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.router.validation import ValidRequest
 from cluster.telemetry.logs import Logger
 from cluster.v1 import inference_pb2, inference_pb2_grpc, routing_pb2

@@ -28,7 +28,7 @@ from cluster.router.prefix_series import PrefixSeries
 from cluster.router.server import InferenceServer
 from cluster.router.session import SessionSettings
 from cluster.router.surroundings import Surroundings
-from cluster.router.tokenization import TokenizerCache
+from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.router.watch import EndpointWatch
 from cluster.telemetry.exposition import MetricsServer, Page, new_registry
 from cluster.telemetry.logs import Logger, get_logger

@@ -23,7 +23,8 @@ from cluster.router.fleet_health import FleetHealth
 from cluster.router.handshake import HandshakeRefused, check_welcome, describe
 from cluster.router.prefix_index import MAX_BLOCKS, PrefixIndex
 from cluster.router.sequence_stream import LossReason, SequenceLost, SequenceStream
-from cluster.router.tokenization import Tokenizer, TokenizerCache
+from cluster.router.tokenization import Tokenizer
+from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.telemetry.logs import Logger
 from cluster.v1 import engine_pb2, engine_pb2_grpc
 from cluster.wire import convert

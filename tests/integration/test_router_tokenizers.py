@@ -10,8 +10,9 @@ import pytest
 
 from cluster.client import AsyncClient
 from cluster.domain.errors import RequestRejected
-from cluster.router import tokenization
-from cluster.router.tokenization import INLINE_CHARACTERS, Tokenizer
+from cluster.router import tokenizer_cache
+from cluster.router.tokenization import Tokenizer
+from cluster.router.tokenizer_cache import INLINE_CHARACTERS
 from cluster.v1 import engine_pb2, inference_pb2
 from cluster.wire.status import from_rpc_error
 from tests.contract import fake_engine, small_tokenizers
@@ -32,7 +33,7 @@ async def test_a_checkpoints_tokenizer_is_fetched_and_built_once(
     start: StartCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched, built = [], []
-    describe, build = fake_engine._Servicer.Describe, tokenization._build
+    describe, build = fake_engine._Servicer.Describe, tokenizer_cache._build
 
     async def counted_describe(self: Any, request: engine_pb2.DescribeRequest, context: Any) -> Any:
         fetched.extend([1] * request.include_tokenizer)
@@ -43,7 +44,7 @@ async def test_a_checkpoints_tokenizer_is_fetched_and_built_once(
         return build(files)
 
     monkeypatch.setattr(fake_engine._Servicer, "Describe", counted_describe)
-    monkeypatch.setattr(tokenization, "_build", counted_build)
+    monkeypatch.setattr(tokenizer_cache, "_build", counted_build)
     await start(*(engine(slot) for slot in range(8)))
     assert (len(fetched), len(built)) == (1, 1)
 

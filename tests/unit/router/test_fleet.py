@@ -6,7 +6,7 @@ from cluster.domain.endpoint import EndpointTable
 from cluster.domain.errors import ModelNotFound, RejectReason, RequestRejected
 from cluster.router.fleet import Fleet
 from cluster.router.session import SessionSettings
-from cluster.router.tokenization import TokenizerCache
+from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.telemetry.logs import get_logger
 
 

@@ -19,7 +19,7 @@ from cluster.router.policy.contracts import Demand
 from cluster.router.policy.prompt_blocks import PromptBlocks
 from cluster.router.sequence_stream import LossReason
 from cluster.router.session import EngineSession, ServedModel, SessionSettings
-from cluster.router.tokenization import TokenizerCache
+from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.telemetry.logs import get_logger
 from cluster.v1 import engine_pb2
 

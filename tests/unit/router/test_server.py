@@ -16,7 +16,8 @@ from cluster.router.forwarding import Ended, Progress, RequestRun
 from cluster.router.server import InferenceServer
 from cluster.router.session import ServedModel, SessionSettings
 from cluster.router.surroundings import Surroundings
-from cluster.router.tokenization import Tokenizer, TokenizerCache
+from cluster.router.tokenization import Tokenizer
+from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.telemetry.logs import get_logger
 from cluster.telemetry.metrics import RouterMetrics
 from cluster.v1 import engine_pb2, inference_pb2
