@@ -19,6 +19,7 @@ from ops.monitoring.queries import (
     substituted,
     variable_queries,
 )
+from ops.monitoring.rules import rules
 from tests.monitoring.promtool import promtool
 
 PAGES = pages()
@@ -71,6 +72,31 @@ def test_promtool_takes_every_query(tmp_path: Path) -> None:
     rules = [{"record": f"q{i}", "expr": plain(query.expr)} for i, query in enumerate(panel_queries())]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
     done = promtool("check", "rules", tmp_path / "rules.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_new_process_at_the_address_of_a_dead_one_breaks_no_query(tmp_path: Path, catalogue: Catalogue) -> None:
+    """Prometheus keeps what the dead one said, under labels of its own, for as long as a rate looks back."""
+    joins = [plain(query.expr) for query in panel_queries() if "group_left" in query.expr]
+    joins += [rule.expr for rule in rules() if "group_left (model, replica)" in rule.expr]
+    names = {name for expr in joins for name in catalogue.names(expr)}
+    series = []
+    for replica, values in (("m/0", "1+1x4 stale"), ("m/1", "_x4 1+1x40")):
+        target = f'job="ranks", instance="a:1", namespace="n", model="m", replica="{replica}", rank="0"'
+        for name in sorted(names):
+            edges = [', le="1"', ', le="+Inf"'] if name.endswith("_bucket") else [""]
+            series += [{"series": f'{name}{{{target}, kind="decode"{edge}}}', "values": values} for edge in edges]
+    asked = [
+        {"expr": f"count({expr}) >= bool 1", "eval_time": "75s", "exp_samples": [{"labels": "{}", "value": 1}]}
+        for expr in joins
+    ]
+    told = {
+        "evaluation_interval": "15s",
+        "tests": [{"interval": "15s", "input_series": series, "promql_expr_test": asked}],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(told))
+    done = promtool("test", "rules", tmp_path / "test.yaml")
+    assert len(joins) > 10
     assert done.returncode == 0, done.stdout + done.stderr
 
 

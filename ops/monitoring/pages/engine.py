@@ -5,7 +5,6 @@ from __future__ import annotations
 from ops.monitoring.pages.selecting import (
     MODEL_VARIABLE,
     NAMESPACE_VARIABLE,
-    OF_ENGINE,
     REPLICA_VARIABLE,
     of_engine,
 )
@@ -21,7 +20,7 @@ STEPS = "rate(cluster_engine_step_seconds_bucket[$__rate_interval])"
 
 
 def step_quantile(quantile: float, by: str) -> str:
-    return f"histogram_quantile({quantile}, sum by (le, {by}) ({STEPS} {OF_ENGINE}))"
+    return f"histogram_quantile({quantile}, {of_engine(f'le, {by}', STEPS)})"
 
 
 BATCH = (
