@@ -42,12 +42,13 @@ class Vocabulary:
 class Detokenizer:
     """The state of one text; see the module's contract."""
 
-    __slots__ = ("_broken", "_bytes", "_emitted", "_run", "_vocabulary", "_window")
+    __slots__ = ("_all_out", "_broken", "_bytes", "_emitted", "_run", "_vocabulary", "_window")
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._window: list[int] = []  # context, then tokens whose text is not out yet
         self._emitted = 0  # characters of the window's text that are out
+        self._all_out = True  # they are all of them
         self._run: list[int] = []  # byte-fallback tokens held back
         self._bytes: codecs.IncrementalDecoder | None = None
         self._broken = False  # the run at the end of the window is not UTF-8
@@ -70,9 +71,11 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The rest, when nothing more will come."""
+        if self._all_out and not self._run:
+            return ""
         self._window += self._run
         self._run, self._bytes, self._broken = [], None, False
-        return self._let_out(hold_partial=False) if self._window else ""
+        return self._let_out(hold_partial=False)
 
     def _push_byte(self, token_id: int, byte: int) -> str:
         if self._broken:
@@ -107,7 +110,8 @@ class Detokenizer:
         if hold_partial and text.endswith(REPLACEMENT):
             end -= 1
         new = text[self._emitted : end]
-        if end == len(text):
+        self._all_out = end == len(text)
+        if self._all_out:
             self._restart_after(text)
         else:
             self._emitted = max(self._emitted, end)

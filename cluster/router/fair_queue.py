@@ -104,6 +104,8 @@ class FairQueue:
 
         Where nobody does, on any; where nobody waits at all, beside the tenant that was served last.
         """
+        if not self._ranks:
+            return self._served.floor
         rank = self._ranks.get(level)
         ranks = self._ranks.values() if rank is None else (rank,)
         return min((one.least_counter(self._served) for one in ranks), default=self._served.floor)

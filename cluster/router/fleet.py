@@ -143,10 +143,10 @@ class Fleet:
 
     def resolve(self, model: str) -> str | None:
         """The name of the model that a request for ``model`` means, "" being the only one; None when there is none."""
-        known = self.models
-        if not model and len(known) == 1:
-            return known[0]
-        return model if model in known else None
+        known = self._models
+        if model in known:
+            return model
+        return known[0] if not model and len(known) == 1 else None
 
     def ready_replicas(self, model: str) -> int:
         return len(self._taking.get(model, ()))
@@ -156,11 +156,11 @@ class Fleet:
 
         ModelNotFound, or RequestRejected NO_ENDPOINT.
         """
-        known, named = self.models, self.resolve(model)
-        if not known:
-            raise RequestRejected(RejectReason.NO_ENDPOINT, "No model is served yet; try again in a moment.")
+        named = self.resolve(model)
         if named is None:
-            names = ", ".join(known)
+            if not self._models:
+                raise RequestRejected(RejectReason.NO_ENDPOINT, "No model is served yet; try again in a moment.")
+            names = ", ".join(self._models)
             called = f"No model is called {model[:NAME_CHARACTERS]!r}"
             what = called if model else "Several models are served, so the request must name one"
             raise ModelNotFound(f"{what}; served are: {names}.")

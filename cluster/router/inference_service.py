@@ -79,12 +79,12 @@ def inference_handlers(server: InferenceServer) -> dict[str, Method]:
 def _method(server: InferenceServer, name: str) -> Method:
     answer = getattr(server, name)
 
-    async def handle(request: Message | str, context: _Context) -> Message | None:
+    def handle(request: Message | str, context: _Context) -> Awaitable[Message | None]:
         if isinstance(request, str):
             if name in _COUNTED:
                 server.count_unserved(Outcome.REJECTED_INVALID)
-            await context.abort_with_status(to_rpc_status(RequestRejected(RejectReason.INVALID, request)))
-        answered: Message | None = await answer(request, context)
+            return context.abort_with_status(to_rpc_status(RequestRejected(RejectReason.INVALID, request)))
+        answered: Awaitable[Message | None] = answer(request, context)
         return answered
 
     return handle

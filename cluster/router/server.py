@@ -93,8 +93,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
         self._runs: dict[RequestRun, _Call] = {}
         self._draining = False
         self._drained = False  # the time to finish is over
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Future[None] | None = None  # of somebody who waits for the last call
 
     @property
     def active_requests(self) -> int:
@@ -185,16 +184,20 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
 
     async def drain(self, deadline_s: float) -> None:
         self._draining = True
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
+        await self._until_idle(deadline_s)
         self._drained = True
         self._tokenizers.refuse(_draining)
         for run, call in tuple(self._runs.items()):
             run.interrupt(_draining())
             if call.writer is not None and not call.answered and call.writer.interrupt(_draining()):
                 call.stalled = True  # it waits for its client rather than for an engine
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), DRAIN_MARGIN_S)
+        await self._until_idle(DRAIN_MARGIN_S)
+
+    async def _until_idle(self, limit_s: float) -> None:
+        """Until the last call has ended, or so long."""
+        if self._calls:
+            self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._idle], timeout=limit_s)
 
     def _call(self, model: str, request_id: str, context: _Context, *, counted: bool = True) -> _Call:
         remaining_s: float | None = context.time_remaining()
@@ -242,11 +245,11 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
 
     def count_unserved(self, outcome: Outcome) -> None:
         """A Generate or Complete ended before there was a request to look at."""
-        self._around.metrics.of_request.requests[UNKNOWN_MODEL, outcome.value].inc(1)
+        self._around.metrics.of_request.requests[UNKNOWN_MODEL, outcome].inc(1)
 
     def _count(self, call: _Call, outcome: Outcome) -> None:
         series, now_s = self._around.metrics.of_request, self._around.clock.now()
-        series.requests[call.model, outcome.value].inc(1)
+        series.requests[call.model, outcome].inc(1)
         series.request_duration[call.model,].observe(now_s - call.arrived_s)
         if outcome is Outcome.COMPLETED and call.run is not None and call.run.good(now_s):
             series.goodput_requests[call.model,].inc(1)
@@ -269,22 +272,21 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             message = f"{limit} requests are in flight, which is this router's limit; try again in a moment."
             raise RequestRejected(RejectReason.QUEUE_FULL, message)
         self._calls.add(id(call))
-        self._idle.clear()
 
     def _dismiss(self, call: _Call) -> None:
         self._calls.discard(id(call))
         if call.writer is not None:
             call.writer.close()
         self._leave_run(call)
-        if not self._calls:
-            self._idle.set()
+        if self._idle is not None and not self._calls and not self._idle.done():
+            self._idle.set_result(None)
 
     async def _generated(self, request: inference_pb2.GenerateRequest, call: _Call, emit: Emit) -> Ended:
         """Runs the request; anew when it waits for a checkpoint that another one takes over from."""
         for moves_left in range(MOVES_MAX, -1, -1):
             run = await self._prepare(request, call, movable=moves_left > 0)
             try:
-                return await self._run(run, emit, call)
+                return await run.run(emit, self._left_s(call))
             except ServedElsewhere:
                 self._leave_run(call)
         raise AssertionError("the last run is not movable")
@@ -322,9 +324,6 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
             request, call.request_id, sampling, served.card, prompt, tenant=call.tenant, session_key=call.session_key
         )
         return valid, served
-
-    async def _run(self, run: RequestRun, emit: Emit, call: _Call) -> Ended:
-        return await run.run(emit, self._left_s(call))
 
     def _left_s(self, call: _Call) -> float | None:
         """Seconds until the call's deadline; None when it has none."""

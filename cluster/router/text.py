@@ -28,41 +28,41 @@ class TextStream:
 
     def __init__(self, vocabulary: Vocabulary, stops: Sequence[str], min_tokens: int = 0) -> None:
         self._detokenizer = Detokenizer(vocabulary)
-        self._filter = StopFilter(stops)
+        self._filter = StopFilter(stops) if stops else None
         self._min_tokens = min_tokens
         self._tokens = 0
 
     @property
     def stopped(self) -> bool:
-        return self._filter.stopped
+        return self._filter is not None and self._filter.stopped
 
     @property
     def held_back_max(self) -> int:
         """Characters that ``flush`` may let out, at most."""
-        return self._filter.held_back_max + HELD_BACK_MAX
+        return HELD_BACK_MAX if self._filter is None else self._filter.held_back_max + HELD_BACK_MAX
 
     def push(self, token_ids: Sequence[int]) -> Emission:
-        assert not self._filter.stopped
-        if len(token_ids) == 1:  # nearly always
-            self._tokens += 1
-            text = self._detokenizer.push(token_ids[0])
-            return Emission(self._filtered(text) if text else "", 1)
-        pieces: list[str] = []
+        assert not self.stopped
+        stops, pieces = self._filter, list[str]()
         for index, token_id in enumerate(token_ids):
             self._tokens += 1
             text = self._detokenizer.push(token_id)
-            if text:
-                pieces.append(self._filtered(text))
-                if self._filter.stopped:
-                    return Emission("".join(pieces), index + 1)
+            if text and stops is not None:
+                text = self._filtered(stops, text)
+            pieces.append(text)
+            if stops is not None and stops.stopped:
+                return Emission("".join(pieces), index + 1)
         return Emission("".join(pieces), len(token_ids))
 
     def flush(self) -> str:
         """The rest after the last token; it may still end at a stop string."""
+        stops = self._filter
+        if stops is None:
+            return self._detokenizer.flush()
         if self.stopped:
             return ""
-        text = self._filtered(self._detokenizer.flush())
-        return text if self._filter.stopped else text + self._filter.flush()
+        text = self._filtered(stops, self._detokenizer.flush())
+        return text if stops.stopped else text + stops.flush()
 
-    def _filtered(self, text: str) -> str:
-        return self._filter.push(text, searched=self._tokens >= self._min_tokens)
+    def _filtered(self, stops: StopFilter, text: str) -> str:
+        return stops.push(text, searched=self._tokens >= self._min_tokens)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -27,10 +27,21 @@ ALIKE_IN_PROCESSES = frozenset(
 )
 
 
-class Counted(Protocol):
-    """A series that is added to."""
+# Series that one thread alone adds to, the event loop's. So they need no lock, which prometheus_client takes for each
+# number, nor its question what the child is; a scrape in another thread reads one number or the next.
 
-    def inc(self, amount: float) -> None: ...
+
+class Count:
+    """A counter's or a gauge's series."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, child: Counter | Gauge) -> None:
+        """``child`` has all of its labels."""
+        self._value = child._value  # noqa: SLF001
+
+    def inc(self, amount: float) -> None:
+        self._value._value += amount  # noqa: SLF001
 
 
 class Observations:
@@ -43,13 +54,8 @@ class Observations:
         self._bounds, self._buckets, self._sum = histogram._upper_bounds, histogram._buckets, histogram._sum  # noqa: SLF001
 
     def observe(self, value: float, times: int = 1) -> None:
-        self._sum.inc(value * times)
-        self._buckets[bisect_left(self._bounds, value)].inc(times)
-
-
-def _counted(child: Counter | Gauge) -> Counted:
-    series: Counted = child._value  # noqa: SLF001 - ``inc`` of the child itself asks first what it is, each time
-    return series
+        self._sum._value += value * times  # noqa: SLF001
+        self._buckets[bisect_left(self._bounds, value)]._value += times  # noqa: SLF001
 
 
 Metric = TypeVar("Metric", Counter | Gauge, Histogram)
@@ -223,18 +229,18 @@ class RequestSeries:
     """
 
     def __init__(self, metrics: RouterMetrics) -> None:
-        self.requests = Children(metrics.requests, _counted)
+        self.requests = Children(metrics.requests, Count)
         self.request_duration = Children(metrics.request_duration, Observations)
         self.time_to_first_token = Children(metrics.time_to_first_token, Observations)
         self.inter_token_latency = Children(metrics.inter_token_latency, Observations)
         self.queue_seconds = Children(metrics.queue_seconds, Observations)
-        self.goodput_requests = Children(metrics.goodput_requests, _counted)
-        self.prompt_tokens = Children(metrics.prompt_tokens, _counted)
-        self.generation_tokens = Children(metrics.generation_tokens, _counted)
-        self.expected_cached_tokens = Children(metrics.expected_cached_tokens, _counted)
-        self.cached_tokens = Children(metrics.cached_tokens, _counted)
-        self.running = Children(metrics.running, _counted)
-        self.endpoint_picks = Children(metrics.endpoint_picks, _counted)
+        self.goodput_requests = Children(metrics.goodput_requests, Count)
+        self.prompt_tokens = Children(metrics.prompt_tokens, Count)
+        self.generation_tokens = Children(metrics.generation_tokens, Count)
+        self.expected_cached_tokens = Children(metrics.expected_cached_tokens, Count)
+        self.cached_tokens = Children(metrics.cached_tokens, Count)
+        self.running = Children(metrics.running, Count)
+        self.endpoint_picks = Children(metrics.endpoint_picks, Count)
 
 
 class EngineMetrics:

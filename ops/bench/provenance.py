@@ -32,6 +32,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model, "cores": os.cpu_count(), "cores_used": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**20, 1), "kernel": platform.release(), "python": platform.python_version(),
+        "python_build": " ".join((*platform.python_build(), platform.python_compiler())),
         "load_average_before": os.getloadavg(),
     }  # fmt: skip
 

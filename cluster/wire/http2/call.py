@@ -57,7 +57,7 @@ class Wire(Protocol):
     def reset(self, stream_id: int, code: ErrorCodes) -> None: ...
 
     def drop(self, call: ServerCall) -> None:
-        """A call without a handler has ended."""
+        """Nobody works on it any more."""
         ...
 
     @property
@@ -74,8 +74,8 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
 
     __slots__ = (
         "_aborted", "_began", "_code", "_deadline_s", "_details", "_done", "_ended", "_expired", "_handler", "_head",
-        "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "ended_as", "gone", "half_closed", "held", "owed",
-        "served", "task",
+        "_loop", "_more", "_reader", "_running", "_timer", "_trailing", "_wire", "ended_as", "gone", "half_closed",
+        "held", "owed", "served", "task",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
@@ -85,7 +85,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         self._wire, self.stream_id, self._head, self._handler = wire, stream_id, head, handler
         self._reader = MessageReader(head.encoding, wire.largest_message)
         self._more: asyncio.Event | None = None  # a handler waits for messages or the end of them
-        self._aborted = self._began = self._ended = self._expired = False
+        self._aborted = self._began = self._ended = self._expired = self._running = False
         self.gone = False  # the client has left, or its connection
         self.served = False  # its handler has seen it
         self.ended_as: grpc.StatusCode | None = None  # what its client was told
@@ -110,7 +110,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         whole = reader.ready()
         if not self._handler.request_streaming:
             self._acknowledge()  # one message is bounded, and who sends no end of it may not hold up the others
-            if reader.more_than_one:
+            if whole and reader.more_than_one:
                 raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, _ONE_MESSAGE)
         elif not whole:
             self._acknowledge()
@@ -148,10 +148,9 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     def can_start(self) -> bool:
         return self.task is None and not self._ended and (self._handler.request_streaming or self.half_closed)
 
-    def start(self) -> asyncio.Task[None]:
-        """Runs the handler."""
+    def start(self) -> None:
+        """Runs the handler; with its end the connection drops the call, before what it has sent goes out."""
         self.task = self._loop.create_task(self._run())
-        return self.task
 
     def leave(self) -> None:
         """The client or its connection is gone: nothing is sent any more."""
@@ -161,6 +160,8 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     def cancel(self) -> None:
         if self.task is not None:
             self.task.cancel()
+            if not self._running:  # then it never will
+                self._loop.call_soon(self._wire.drop, self)
 
     def refuse(self, code: grpc.StatusCode, message: str) -> None:
         """Ends the call with a status, before its handler runs or while it does."""
@@ -168,13 +169,14 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         if self.task is None:
             self._wire.drop(self)
         else:
-            self.task.cancel()
+            self.cancel()
 
     def close(self) -> None:
         """Nobody works on it any more."""
         if self._timer is not None:
             self._timer.cancel()
-        self._acknowledge()  # the connection's window is everybody's
+        if self.owed:
+            self._acknowledge()  # the connection's window is everybody's
         if not self._ended:  # cancelled without a word
             self._ended = True
             if self.unsent is not None:
@@ -187,6 +189,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     # --------------------------------------------------------------------------------------------------- the handler
 
     async def _run(self) -> None:
+        self._running = True
         handler: Any = self._handler
         try:
             request: Any = self._requests() if handler.request_streaming else self._only_request()
@@ -213,9 +216,11 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
             if not self.gone:
                 _LOG.exception("the handler of %s failed", self._head.path)
                 self._end(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error).__name__}: {error}")
+        finally:
+            self._wire.drop(self)
 
     def _only_request(self) -> Any:
-        taken = self._take()
+        taken = self._reader.take()
         assert taken is not None, "receive_end has seen it"
         return self._request(taken)
 

@@ -23,7 +23,6 @@ from h2.events import (
     StreamEnded,
     StreamReset,
     TrailersReceived,
-    WindowUpdated,
 )
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
@@ -54,7 +53,7 @@ class ClientLink(Link):
         self._calls: dict[int, ClientCall[Any, Any]] = {}
         self._on: dict[type[Event], Callable[[Any], None]] = {
             ResponseReceived: self._headers, TrailersReceived: self._headers, DataReceived: self._data,
-            StreamEnded: self._stream_ended, StreamReset: self._stream_reset, WindowUpdated: self._window,
+            StreamEnded: self._stream_ended, StreamReset: self._stream_reset,
             RemoteSettingsChanged: self._settings, ConnectionTerminated: self._terminated,
         }  # fmt: skip
 
@@ -89,7 +88,8 @@ class ClientLink(Link):
             self._leave()
             return
         self._outbox.resume_if_opened()
-        self.flush()
+        if self._h2.has_outgoing:
+            self.flush()
         if self._h2.peer_leaves:
             self._stay_for_what_it_took(self._h2.peer_took)
 
@@ -119,9 +119,6 @@ class ClientLink(Link):
         if call is not None:
             code = _OF_RESET.get(event.error_code or 0, grpc.StatusCode.INTERNAL)
             call.end(code, f"{self._peer} has reset the call (HTTP/2 error {event.error_code}).")
-
-    def _window(self, event: WindowUpdated) -> None:
-        self._outbox.window_opened(event.stream_id)
 
     def _settings(self, event: RemoteSettingsChanged) -> None:
         if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:

@@ -119,6 +119,8 @@ class ClientCall(Sending, Generic[Request, Response]):
         assert self._reader is not None, "it has begun"
         while True:
             response = self._next(self._reader)
+            if not self._reader.holds_more:
+                self._acknowledge()
             if response is not None:
                 return response
             if self.status is not None:
@@ -134,6 +136,7 @@ class ClientCall(Sending, Generic[Request, Response]):
         assert self._reader is not None, "it has begun"
         while not self._left and (response := self._next(self._reader)) is not None:
             take(response)
+        self._acknowledge()
         self._take = take
         try:
             while self.status is None:
@@ -198,8 +201,6 @@ class ClientCall(Sending, Generic[Request, Response]):
         except CallRefused as refused:
             self._reset(refused.code, str(refused))
             return None
-        if self._owed and not reader.holds_more:
-            self._acknowledge()
         return None if message is None else self._deserialize(message)
 
     def _reset(self, code: grpc.StatusCode, message: str) -> None:

@@ -17,7 +17,6 @@ from h2.events import (
     RequestReceived,
     StreamEnded,
     StreamReset,
-    WindowUpdated,
 )
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
@@ -86,7 +85,7 @@ class Connection(Link):
         self._last_head: tuple[Iterable[tuple[bytes, bytes]], headers.CallHead] | None = None
         self._on: dict[type[Event], Callable[[Any], None]] = {
             RequestReceived: self._request, DataReceived: self._data, StreamEnded: self._stream_ended,
-            StreamReset: self._stream_reset, WindowUpdated: self._window, RemoteSettingsChanged: self._settings,
+            StreamReset: self._stream_reset, RemoteSettingsChanged: self._settings,
             ConnectionTerminated: self._terminated,
         }  # fmt: skip
 
@@ -129,7 +128,8 @@ class Connection(Link):
         except Exception:  # boundary: what a stranger sends must not be able to do more than this
             _LOG.exception("a client's bytes could not be read")
             self._break("")
-        self.flush()
+        if self._h2.has_outgoing:
+            self.flush()
         transport = self._transport
         if self._outbox.paused and transport is not None and transport.get_write_buffer_size() > OUT_BYTES_MAX:
             transport.pause_reading()  # it is to read first; who never does is given up as any silent client is
@@ -196,7 +196,7 @@ class Connection(Link):
         self._idle_bytes = 0
         self._unfinished -= call.held
         call.held = 0
-        call.start().add_done_callback(lambda _: self.drop(call))
+        call.start()
 
     def _data(self, event: DataReceived) -> None:
         size, stream_id = event.flow_controlled_length, event.stream_id
@@ -240,9 +240,6 @@ class Connection(Link):
         call.leave()
         if call.task is None:
             self.drop(call)
-
-    def _window(self, event: WindowUpdated) -> None:
-        self._outbox.window_opened(event.stream_id)
 
     def _settings(self, event: RemoteSettingsChanged) -> None:
         if SettingCodes.INITIAL_WINDOW_SIZE in event.changed_settings:
@@ -288,7 +285,8 @@ class Connection(Link):
 
     def _flush_soon(self) -> None:
         self._idle_bytes = 0  # clients answer what they get with frames of their own
-        super()._flush_soon()
+        if not self._flushing:
+            super()._flush_soon()
 
     def _break(self, why: str) -> None:
         """The client has broken the protocol: it is told, and its connection ends."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 
@@ -27,6 +27,9 @@ INFLATED_RATIO_MAX = 100
 INFLATED_ALWAYS_BYTES = 2**20
 
 
+Received: TypeAlias = "tuple[bytes, bool]"  # a message as it came, and whether it is compressed
+
+
 class CallRefused(Exception):  # noqa: N818 - an answer
     """What came is no call that can be served; ``code`` and the sentence are for its sender."""
 
@@ -38,14 +41,6 @@ class CallRefused(Exception):  # noqa: N818 - an answer
 def framed(message: bytes) -> bytes:
     """``message``, uncompressed, as it goes over a stream."""
     return _PREFIX.pack(0, len(message)) + message
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """A message as it came."""
-
-    payload: bytes
-    compressed: bool
 
 
 class MessageReader:
@@ -78,8 +73,8 @@ class MessageReader:
 
     @property
     def more_than_one(self) -> bool:
-        """Whether something comes behind the first message, which is whole."""
-        return self.ready() and len(self._rest) > self._end
+        """Whether something comes behind the first message, which was found to be ``ready``."""
+        return len(self._rest) > self._end
 
     @property
     def holds_more(self) -> bool:
@@ -91,32 +86,38 @@ class MessageReader:
 
     def ready(self) -> bool:
         """Whether a message is whole; CallRefused for one that is too long or not what its prefix says."""
+        rest = self._rest
         if not self._end:
-            if len(self._rest) < _PREFIX.size:
+            if len(rest) < _PREFIX.size:
                 return False
-            compressed, length = _PREFIX.unpack_from(self._rest)
+            compressed, length = _PREFIX.unpack_from(rest)
             if length > self._largest:
                 raise self._too_long()
             if compressed > 1:
                 raise CallRefused(grpc.StatusCode.INVALID_ARGUMENT, "What was sent is no gRPC message.")
             self._end, self._compressed = _PREFIX.size + length, bool(compressed)
-        return len(self._rest) >= self._end
+        return len(rest) >= self._end
 
     def take(self) -> Received | None:
         """The first message, once it is whole; CallRefused as ``ready``."""
-        if not self.ready():
+        rest = self._rest
+        if not (rest and self.ready()):
             return None
-        payload = bytes(memoryview(self._rest)[_PREFIX.size : self._end])
-        del self._rest[: self._end]
-        self._end = 0
-        return Received(payload, self._compressed)
+        end, self._end = self._end, 0
+        payload = bytes(memoryview(rest)[_PREFIX.size : end])
+        if end == len(rest):
+            rest.clear()
+        else:
+            del rest[:end]
+        return payload, self._compressed
 
     def plain(self, message: Received) -> bytes:
         """``message`` decompressed, when somebody wants it and not before: it may be much longer then.
 
         CallRefused for what cannot be decompressed or is too long.
         """
-        return self._decompressed(message.payload) if message.compressed else message.payload
+        payload, compressed = message
+        return self._decompressed(payload) if compressed else payload
 
     def _too_long(self) -> CallRefused:
         text = f"The message is longer than {self._largest} bytes, which is the limit; send less at once."

@@ -44,13 +44,6 @@ class Outbox:
         self._waiting.clear()
         self._narrow.clear()
 
-    def window_opened(self, stream_id: int | None) -> None:
-        """Of a stream, or with 0 of the connection."""
-        call = self._narrow.pop(stream_id, None) if stream_id else None
-        if call is not None:
-            self._waiting[call.stream_id] = call
-        self._opened = True
-
     def windows_changed(self) -> None:
         """Of all streams."""
         self._waiting |= self._narrow
@@ -58,7 +51,16 @@ class Outbox:
         self._opened = True
 
     def resume_if_opened(self) -> None:
-        if self._opened:
+        """After frames have come: they may have opened windows."""
+        opened = self._h2.opened
+        if opened:
+            for stream_id in opened if self._narrow else ():
+                call = self._narrow.pop(stream_id, None)
+                if call is not None:
+                    self._waiting[stream_id] = call
+            opened.clear()
+            self._opened = True
+        if self._opened and self._waiting:
             self.resume()
 
     def resume(self) -> None:
@@ -89,16 +91,13 @@ class Outbox:
         h2 = self._h2
         try:
             while not self.paused:
-                room = min(h2.local_flow_control_window(stream_id), h2.max_outbound_frame_size)
-                if len(data) <= room:
-                    h2.put_data(stream_id, data)
-                    self._sent(len(data))
-                    return None
-                if room <= 0:
+                sent = h2.put_data(stream_id, data)
+                if not sent:
                     break
-                h2.put_data(stream_id, data[:room])
-                self._sent(room)
-                data = data[room:]
+                self._sent(sent)
+                if sent == len(data):
+                    return None
+                data = data[sent:]
         except ProtocolError as error:  # the stream or the connection is over; whoever works for it is told as well
             _LOG.debug("stream %d: %s", stream_id, error)
             return None
