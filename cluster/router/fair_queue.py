@@ -108,7 +108,7 @@ class FairQueue:
             return self._served.floor
         rank = self._ranks.get(level)
         ranks = self._ranks.values() if rank is None else (rank,)
-        return min((one.least_counter(self._served) for one in ranks), default=self._served.floor)
+        return min(one.least_counter(self._served) for one in ranks)
 
     def gained(self, tenant: str) -> None:
         """The counter of ``tenant`` has become less: its turn may come sooner."""

@@ -196,7 +196,8 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
     async def _until_idle(self, limit_s: float) -> None:
         """Until the last call has ended, or so long."""
         if self._calls:
-            self._idle = asyncio.get_running_loop().create_future()
+            if self._idle is None or self._idle.done():
+                self._idle = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._idle], timeout=limit_s)
 
     def _call(self, model: str, request_id: str, context: _Context, *, counted: bool = True) -> _Call:

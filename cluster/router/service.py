@@ -221,7 +221,7 @@ def run_router(
     """``serve_router`` on an event loop of its own: what a router process calls."""
     import uvloop
 
-    # Texts are tokenized one at a time: its pool of threads would be woken for each, and have nothing to share.
+    # Each text is tokenized by itself: the library's own threads would be woken for each, and have nothing to share.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # What was imported lives as long as the process: never looked at again. The rest is looked at less often, since
     # requests leave no cycles behind.

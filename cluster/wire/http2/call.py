@@ -73,9 +73,9 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     """
 
     __slots__ = (
-        "_aborted", "_began", "_code", "_deadline_s", "_details", "_done", "_ended", "_expired", "_handler", "_head",
-        "_loop", "_more", "_reader", "_running", "_timer", "_trailing", "_wire", "ended_as", "gone", "half_closed",
-        "held", "owed", "served", "task",
+        "_aborted", "_began", "_code", "_deadline_s", "_details", "_done", "_ended", "_entered", "_expired",
+        "_handler", "_head", "_loop", "_more", "_reader", "_timer", "_trailing", "_wire", "ended_as", "gone",
+        "half_closed", "held", "owed", "served", "task",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, stream_id: int, head: CallHead, handler: grpc.RpcMethodHandler[Any, Any]) -> None:
@@ -85,7 +85,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         self._wire, self.stream_id, self._head, self._handler = wire, stream_id, head, handler
         self._reader = MessageReader(head.encoding, wire.largest_message)
         self._more: asyncio.Event | None = None  # a handler waits for messages or the end of them
-        self._aborted = self._began = self._ended = self._expired = self._running = False
+        self._aborted = self._began = self._ended = self._entered = self._expired = False
         self.gone = False  # the client has left, or its connection
         self.served = False  # its handler has seen it
         self.ended_as: grpc.StatusCode | None = None  # what its client was told
@@ -149,7 +149,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
         return self.task is None and not self._ended and (self._handler.request_streaming or self.half_closed)
 
     def start(self) -> None:
-        """Runs the handler; with its end the connection drops the call, before what it has sent goes out."""
+        """Runs the handler; with its end the connection drops the call. Nobody cancels the task but ``cancel``."""
         self.task = self._loop.create_task(self._run())
 
     def leave(self) -> None:
@@ -160,7 +160,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     def cancel(self) -> None:
         if self.task is not None:
             self.task.cancel()
-            if not self._running:  # then it never will
+            if not self._entered:  # then it never will be
                 self._loop.call_soon(self._wire.drop, self)
 
     def refuse(self, code: grpc.StatusCode, message: str) -> None:
@@ -189,7 +189,7 @@ class ServerCall(Sending, grpc.aio.ServicerContext[Any, Any]):
     # --------------------------------------------------------------------------------------------------- the handler
 
     async def _run(self) -> None:
-        self._running = True
+        self._entered = True
         handler: Any = self._handler
         try:
             request: Any = self._requests() if handler.request_streaming else self._only_request()

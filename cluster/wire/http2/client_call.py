@@ -119,8 +119,6 @@ class ClientCall(Sending, Generic[Request, Response]):
         assert self._reader is not None, "it has begun"
         while True:
             response = self._next(self._reader)
-            if not self._reader.holds_more:
-                self._acknowledge()
             if response is not None:
                 return response
             if self.status is not None:
@@ -134,9 +132,12 @@ class ClientCall(Sending, Generic[Request, Response]):
         Returns at a good end, raises AioRpcError at any other. What ``take`` raises ends the call and is raised.
         """
         assert self._reader is not None, "it has begun"
-        while not self._left and (response := self._next(self._reader)) is not None:
-            take(response)
-        self._acknowledge()
+        try:
+            while not self._left and (response := self._next(self._reader)) is not None:
+                take(response)
+        except Exception:  # boundary: of whoever reads, as in ``receive``
+            self.cancel()
+            raise
         self._take = take
         try:
             while self.status is None:
@@ -201,6 +202,8 @@ class ClientCall(Sending, Generic[Request, Response]):
         except CallRefused as refused:
             self._reset(refused.code, str(refused))
             return None
+        if self._take is None and not reader.holds_more:  # else whoever brings the next ones does it, once for all
+            self._acknowledge()
         return None if message is None else self._deserialize(message)
 
     def _reset(self, code: grpc.StatusCode, message: str) -> None:

@@ -30,7 +30,6 @@ from cluster.wire.http2.headers import METADATA_BYTES_MAX
 STREAMS_MAX = 65536  # calls of one connection at a time
 STREAM_WINDOW = 2**20  # bytes that a client may send on a stream before it hears from us
 CONNECTION_WINDOW = 2**22
-GIVEN_BACK_AT_ONCE = CONNECTION_WINDOW // 8  # of the connection: less than h2 would tell the other side of anyway
 HEADER_BYTES_MAX = 2**20  # of a header block that is read at all; a call is refused long before
 SETTINGS_MAX = 100  # frames of settings between two looks
 PAYLOAD_BYTES = 1024  # of a frame whose head is no noise
@@ -83,7 +82,6 @@ class ConnectionProtocol(H2Connection):
         # Streams whose windows the other side has opened, 0 for the connection's; whoever looks empties it.
         self.opened: list[int] = []
         self._their_window = self.remote_settings.initial_window_size  # of a stream that they begin
-        self._done_with = 0  # bytes of all streams that the connection's window has not been told of
 
     def initiate_connection(self) -> None:
         super().initiate_connection()
@@ -91,17 +89,13 @@ class ConnectionProtocol(H2Connection):
 
     # What every message costs, without the objects and checks that h2 has for what we never send. Its state of the
     # connection and the streams goes on as if it had sent the frames itself: where its tables say that nothing
-    # changes, which is nearly always, they are not asked.
-
-    def _check(self, step: ConnectionInputs) -> None:
-        """Of the steps that calls take, none changes the state of a connection that is open; ProtocolError."""
-        if self.state_machine.state is not self._open:
-            self.state_machine.process_input(step)
+    # changes, which is nearly always, they are not asked: none of the steps that calls take changes the state of a
+    # connection that is open.
 
     def put_headers(self, stream_id: int, block: bytes, *, last: bool) -> None:
         """``send_headers``, encoded without tables, on a stream that the other side has opened; ProtocolError."""
         if self.state_machine.state is not self._open:
-            self._check(ConnectionInputs.SEND_HEADERS)
+            self.state_machine.process_input(ConnectionInputs.SEND_HEADERS)
         stream = self.streams.get(stream_id) or self._get_stream_by_id(stream_id)
         machine = stream.state_machine
         if machine.state is StreamState.HALF_CLOSED_REMOTE and not (machine.client or machine.trailers_sent):
@@ -125,9 +119,12 @@ class ConnectionProtocol(H2Connection):
         self._put(kind, flags | _END_HEADERS, stream_id, block)
 
     def put_data(self, stream_id: int, data: memoryview) -> int:
-        """``send_data`` of as much as there is room for in the windows and a frame; how many bytes. ProtocolError."""
+        """``send_data`` of as much as there is room for in the windows and a frame; how many bytes. ProtocolError.
+
+        There are some in ``data``.
+        """
         if self.state_machine.state is not self._open:
-            self._check(ConnectionInputs.SEND_DATA)
+            self.state_machine.process_input(ConnectionInputs.SEND_DATA)
         stream = self.streams.get(stream_id) or self._get_stream_by_id(stream_id)
         if stream.state_machine.state not in _WE_SEND:
             stream.state_machine.process_input(StreamInputs.SEND_DATA)
@@ -144,19 +141,15 @@ class ConnectionProtocol(H2Connection):
 
     def give_back(self, stream_id: int, size: int) -> None:
         """``acknowledge_received_data``: so many bytes of a stream's DATA are done with."""
-        self._done_with += size
-        if self._done_with >= GIVEN_BACK_AT_ONCE:
-            done_with, self._done_with = self._done_with, 0
-            self._open_inbound(0, self._inbound_flow_control_window_manager, done_with)
+        self._open_inbound(0, self._inbound_flow_control_window_manager, size)
         stream = self.streams.get(stream_id)
         if stream is not None and stream.state_machine.state in _THEY_SEND:
-            window = stream._inbound_window_manager  # noqa: SLF001
-            if window.current_window_size and window._bytes_processed + size < window.max_window_size // 2:  # noqa: SLF001
-                window._bytes_processed += size  # noqa: SLF001 - as h2 does, which would not tell the other side yet
-            else:
-                self._open_inbound(stream_id, window, size)
+            self._open_inbound(stream_id, stream._inbound_window_manager, size)  # noqa: SLF001
 
     def _open_inbound(self, stream_id: int, window: WindowManager, size: int) -> None:
+        if window.current_window_size and window._bytes_processed + size < window.max_window_size // 2:  # noqa: SLF001
+            window._bytes_processed += size  # noqa: SLF001 - all that h2 would do: the other side has room enough
+            return
         increment = window.process_bytes(size)
         if increment:
             self._put(_WINDOW_UPDATE, 0, stream_id, _INCREMENT.pack(increment))
@@ -230,7 +223,7 @@ class ConnectionProtocol(H2Connection):
             raise TooManyStreamsError(f"{STREAMS_MAX} streams are open, which is the limit")
         fields = _decode_headers(self.decoder, block)
         if self.state_machine.state is not self._open:
-            self._check(ConnectionInputs.RECV_HEADERS)
+            self.state_machine.process_input(ConnectionInputs.RECV_HEADERS)
         stream = H2Stream(stream_id, self.config, STREAM_WINDOW, self._their_window)
         stream.max_outbound_frame_size = self.max_outbound_frame_size
         self.streams[stream_id], self.highest_inbound_stream_id = stream, stream_id
@@ -262,7 +255,7 @@ class ConnectionProtocol(H2Connection):
             return False
         self.noise_bytes += _HEAD_BYTES + _INCREMENT.size
         if self.state_machine.state is not self._open:
-            self._check(ConnectionInputs.RECV_WINDOW_UPDATE)
+            self.state_machine.process_input(ConnectionInputs.RECV_WINDOW_UPDATE)
         if stream is None:
             self.outbound_flow_control_window = window + increment
         else:
@@ -273,7 +266,7 @@ class ConnectionProtocol(H2Connection):
     def _answer_ping(self, body: bytes) -> None:
         self.noise_bytes += _HEAD_BYTES + _PING_BYTES
         if self.state_machine.state is not self._open:
-            self._check(ConnectionInputs.RECV_PING)
+            self.state_machine.process_input(ConnectionInputs.RECV_PING)
         self._put(_PING, _ACK, 0, body)
 
     def _receive_plain(self, stream: H2Stream, body: bytes, ended: int, events: list[Event]) -> None:
@@ -282,7 +275,7 @@ class ConnectionProtocol(H2Connection):
         if size < PAYLOAD_BYTES:
             self.noise_bytes += _HEAD_BYTES
         if self.state_machine.state is not self._open:
-            self._check(ConnectionInputs.RECV_DATA)
+            self.state_machine.process_input(ConnectionInputs.RECV_DATA)
         common, own = self._inbound_flow_control_window_manager, stream._inbound_window_manager  # noqa: SLF001
         common.current_window_size -= size
         own.current_window_size -= size

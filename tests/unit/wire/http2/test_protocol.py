@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.wire.http2 import headers
-from cluster.wire.http2.protocol import ConnectionProtocol, ServerProtocol
+from cluster.wire.http2.protocol import CONNECTION_WINDOW, ConnectionProtocol, ServerProtocol
 
 HEAD = [(":method", "POST"), (":scheme", "http"), (":path", "/a.B/C"), (":authority", "x"), ("te", "trailers")]
 
@@ -224,6 +224,27 @@ def test_windows_are_opened_when_h2_would_open_them() -> None:
         assert sent[-1] == plain.data_to_send()
     opened = [int.from_bytes(update[5:9], "big") for update in sent if update]
     assert {0, 1, 3} == set(opened), "the connection's and both streams'"
+
+
+@pytest.mark.parametrize("size", [16_384, 10_000, 1_023])
+@pytest.mark.parametrize("unread", [1, 3])
+def test_streams_that_nobody_reads_stop_no_others_while_there_is_room(unread: int, size: int) -> None:
+    client, server = pair()
+    server.take_in(sent_by(client, [("call", 1)] * (unread + 1)))
+    *kept, read = sorted(server.streams)
+    for stream_id in kept:
+        while room := min(client.local_flow_control_window(stream_id), size):
+            client.send_data(stream_id, bytes(room))
+    server.take_in(client.data_to_send())
+    passed = 0
+    while passed < 3 * CONNECTION_WINDOW:
+        room = min(client.local_flow_control_window(read), size)
+        assert room, f"nothing goes on after {passed} bytes"
+        client.send_data(read, bytes(room))
+        server.take_in(client.data_to_send())
+        server.give_back(read, room)
+        client.receive_data(server.data_to_send())
+        passed += room
 
 
 def test_bytes_of_streams_that_are_over_are_given_back_to_the_others() -> None:
