@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.domain.ids import Incarnation
 
@@ -39,8 +40,7 @@ class EndpointTable:
     state_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadSnapshot:
+class LoadSnapshot(NamedTuple):
     """An engine's load as its last step message told it."""
 
     running_sequences: int = 0

@@ -80,10 +80,12 @@ class CommandWriter:
             call.push(self._gathered.popleft())
 
     def _gather(self) -> bool:
+        if not (self._submits or self._cancels or self._asides):
+            return False
         submits, self._submits = self._submits, {}
         cancels, self._cancels = self._cancels, []
         asides, self._asides = self._asides, {}
         if submits or cancels:
             self._gathered.extend(batches(tuple(submits.values()), cancels, self._bytes_max))
         self._gathered.extend(asides.values())
-        return bool(self._gathered)
+        return True

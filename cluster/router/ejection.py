@@ -57,6 +57,7 @@ class Ejections:
     def __init__(self, rules: EjectionRules | None = None) -> None:
         self._rules = rules or EjectionRules()
         self._models: dict[str, _Model] = {}
+        self.open: set[Incarnation] = set()  # whose circuits are not closed; for whoever asks to read
         self._past: dict[Incarnation, _Circuit] = {}  # those that failed and may fail again
 
     def came_up(self, incarnation: Incarnation) -> None:
@@ -82,6 +83,7 @@ class Ejections:
         """It is in the endpoint table no more: nothing is remembered of it."""
         self.went_down(incarnation)
         self._past.pop(incarnation, None)
+        self.open.discard(incarnation)
         model = self._models.get(incarnation.replica.model)
         if model is not None:
             model.open.pop(incarnation, None)
@@ -101,6 +103,7 @@ class Ejections:
         circuit.probe_until_s = None
         circuit.up = incarnation in model.up
         model.open[incarnation] = circuit
+        self.open.add(incarnation)
         model.valid_until_s = 0.0
 
     def picked(self, incarnation: Incarnation, now_s: float) -> bool:
@@ -127,18 +130,18 @@ class Ejections:
         circuit = None if model is None else model.open.get(incarnation)
         if model is not None and circuit is not None and now_s >= circuit.until_s:
             del model.open[incarnation]
+            self.open.discard(incarnation)
             model.valid_until_s = 0.0
 
     def suspected(self, incarnation: Incarnation) -> bool:
         """Whether ``delivered`` and ``picked`` would change anything: the circuit is not closed."""
-        model = self._models.get(incarnation.replica.model)
-        return model is not None and incarnation in model.open
+        return incarnation in self.open
 
     def ejected(self, incarnation: Incarnation, now_s: float) -> bool:
         """Whether nothing new should go there now."""
-        model = self._models.get(incarnation.replica.model)
-        if model is None or incarnation not in model.open:
+        if incarnation not in self.open:
             return False
+        model = self._models[incarnation.replica.model]
         if now_s >= model.valid_until_s:
             self._decide(model, now_s)
         return incarnation in model.ejected

@@ -42,6 +42,8 @@ class FleetHealth:
 
     def standing(self, incarnation: Incarnation) -> Standing:
         """HEALTHY for whatever is not known. Changes with events and with time; asking changes nothing."""
+        if not (self.ejections.open or self.slowness.convicted):
+            return Standing.HEALTHY  # all are, nearly always: a pick asks this of many
         now_s = self.clock.now()
         if self.ejections.ejected(incarnation, now_s):
             return Standing.EJECTED
@@ -52,6 +54,8 @@ class FleetHealth:
 
         Then the answer is what has to be called if the request is not sent after all, so that the next one may be.
         """
+        if not (self.ejections.open or self.slowness.convicted):
+            return None
         now_s = self.clock.now()
         trusted_again = self.ejections.picked(incarnation, now_s)
         quick_again = self.slowness.picked(incarnation, now_s)

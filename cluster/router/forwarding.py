@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -43,8 +42,7 @@ class Progress(NamedTuple):
     logprobs: Sequence[inference_pb2.TokenLogprobs]
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """A request that ran to its end."""
 
     finish_reason: inference_pb2.FinishReason

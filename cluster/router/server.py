@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -301,7 +301,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServicer):
     async def _prepare(self, request: inference_pb2.GenerateRequest, call: _Call, *, movable: bool) -> RequestRun:
         valid, served = await self._valid(request, call)
         if not movable:
-            valid = replace(valid, movable=False)
+            valid = valid._replace(movable=False)
         card, tokenizer = served.card, served.tokenizer
         text = TextStream(tokenizer.vocabulary, valid.stops, valid.sampling.min_tokens) if tokenizer else None
         call.run = RequestRun(valid, text, card.checkpoint_digest, self._around, call.arrived_s)

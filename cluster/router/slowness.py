@@ -54,8 +54,12 @@ class _Verdict:
 
 @dataclass(slots=True)
 class _Peers:
-    """The endpoints of one model that are up; ``medians_s`` are sorted and those of ``gathered_at_s``."""
+    """The endpoints of one model that are up; ``medians_s`` are sorted and those of ``gathered_at_s``.
 
+    ``convicted``: who is slow, of all models.
+    """
+
+    convicted: set[Pace]
     paces: set[Pace] = field(default_factory=set)
     slow: set[Pace] = field(default_factory=set)
     medians_s: list[float] = field(default_factory=list)
@@ -178,6 +182,7 @@ class Pace:
     def acquit(self) -> None:
         self._verdict = None
         self._peers.slow.discard(self)
+        self._peers.convicted.discard(self)
 
     def leave(self) -> None:
         """The endpoint is down: it is nobody's peer any more."""
@@ -245,6 +250,7 @@ class Pace:
             peers.slow.discard(self)
         else:
             self._verdict = _Verdict(others_s, now_s + rules.first_probe_s, rules.first_probe_s)
+            peers.convicted.add(self)
 
     def _some_peers(self, now_s: float) -> Iterator[Pace]:
         """Those that a verdict is checked against."""
@@ -284,11 +290,12 @@ class Slowness:
         self._rules = rules or SlownessRules()
         self._models: dict[str, _Peers] = {}
         self._paces: dict[Incarnation, Pace] = {}
+        self.convicted: set[Pace] = set()  # found slow and not recovered; for whoever asks to read
 
     def came_up(self, incarnation: Incarnation) -> Pace:
         """The pace to be fed from now on; what was known of an earlier session is forgotten."""
         self.went_down(incarnation)
-        peers = self._models.setdefault(incarnation.replica.model, _Peers())
+        peers = self._models.setdefault(incarnation.replica.model, _Peers(self.convicted))
         pace = self._paces[incarnation] = Pace(peers, self._rules)
         peers.paces.add(pace)
         return pace

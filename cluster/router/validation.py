@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, le
+from typing import NamedTuple
 
 from cluster.domain.errors import RejectReason, RequestRejected
 from cluster.domain.request import SamplingParams
@@ -36,10 +37,11 @@ _RANGES = {
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
+_numbers = attrgetter(*_RANGES)
+_LOWEST, _HIGHEST = zip(*_RANGES.values(), strict=True)
 
 
-@dataclass(frozen=True, slots=True)
-class ValidRequest:
+class ValidRequest(NamedTuple):
     """A request that can be run: every default resolved, every bound checked.
 
     ``session_key`` names the conversation it belongs to, for policies that keep one together.
@@ -214,12 +216,18 @@ def _check_prompt_tokens(prompt_tokens: int, card: engine_pb2.ModelCard) -> None
 
 
 def _check_numbers(sampling: inference_pb2.Sampling, vocab_size: int) -> None:
-    for field, (lowest, highest) in _RANGES.items():
-        value = getattr(sampling, field)
-        if not lowest <= value <= highest:  # false for NaN too
-            raise _invalid(f"{field} is {value:g}; it must be between {lowest:g} and {highest:g}.")
+    values = _numbers(sampling)
+    if not (all(map(le, _LOWEST, values)) and all(map(le, values, _HIGHEST))):  # false for NaN too
+        raise _out_of_range(values)
     if sampling.top_k > vocab_size:
         raise _invalid(f"top_k is {sampling.top_k}; the vocabulary has only {vocab_size} tokens.")
+
+
+def _out_of_range(values: Sequence[float]) -> RequestRejected:
+    """Names the first of ``_RANGES`` that is."""
+    ranges = zip(_RANGES.items(), values, strict=True)
+    field, lowest, highest, value = next((f, lo, hi, v) for (f, (lo, hi)), v in ranges if not lo <= v <= hi)
+    return _invalid(f"{field} is {value:g}; it must be between {lowest:g} and {highest:g}.")
 
 
 def _check_stops(sampling: inference_pb2.Sampling, card: engine_pb2.ModelCard, *, has_tokenizer: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.domain.request import SamplingParams, SequenceEnd, TokenLogprob
@@ -18,6 +20,7 @@ _END_TO_MESSAGE = {
     SequenceEnd.ABORTED_DEADLINE: engine_pb2.SEQUENCE_END_ABORTED_DEADLINE,
 }
 _END_FROM_MESSAGE = {message: end for end, message in _END_TO_MESSAGE.items()}
+_load_fields = attrgetter(*LoadSnapshot._fields)  # the message's are called alike
 
 
 def sampling_to_message(params: SamplingParams) -> inference_pb2.Sampling:
@@ -93,13 +96,7 @@ def load_to_message(load: LoadSnapshot) -> engine_pb2.Load:
 
 
 def load_from_message(message: engine_pb2.Load) -> LoadSnapshot:
-    return LoadSnapshot(
-        running_sequences=message.running_sequences,
-        waiting_sequences=message.waiting_sequences,
-        queued_prompt_tokens=message.queued_prompt_tokens,
-        kv_blocks_used=message.kv_blocks_used,
-        kv_blocks_total=message.kv_blocks_total,
-    )
+    return LoadSnapshot._make(_load_fields(message))
 
 
 def identity_of(endpoint: Endpoint) -> engine_pb2.ReplicaIdentity:

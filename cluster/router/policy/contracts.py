@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.domain.ids import Incarnation
 from cluster.router.endpoint_table import Candidate
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from cluster.router.policy.prompt_blocks import PromptBlocks
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What one request asks of an endpoint.
 
     ``checkpoint_digest``: what it was tokenized for, as ``Endpoint`` has it, empty for any; a continuation must find

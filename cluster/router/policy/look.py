@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress, islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from cluster.domain.block_hash import LeadingNames
@@ -151,8 +151,8 @@ class _Glance:
     """
 
     __slots__ = (
-        "_best", "_built", "_demand", "_group", "_holders", "_home", "_in_vain_max", "_names", "_remembers",
-        "_rooms", "_rules", "doubted", "found", "seen", "spare",
+        "_asked_again", "_best", "_built", "_demand", "_group", "_holders", "_home", "_in_vain_max", "_names",
+        "_others", "_remembers", "_roomy", "_rules", "_strangers", "doubted", "found", "seen", "spare",
     )  # fmt: skip
 
     def __init__(
@@ -167,7 +167,10 @@ class _Glance:
         self._rules, self._group, self._demand, self._holders, self._home = rules, group, demand, holders, home
         self._names = demand.blocks.leading(group.block_size) if demand.blocks is not None and holders.depth else None
         self._in_vain_max = IN_VAIN_MAX if doubted is not None else len(group)
-        self._rooms: list[bool] = []  # of all members, once they were asked
+        self._strangers: Sequence[int] = range(len(group))  # of whom nothing was known before this look
+        self._roomy: list[int] = []  # those of them who have room, once it is searched
+        self._asked_again: list[int] = []
+        self._others: list[int] | None = None  # who may be asked, once somebody wants to know
         self._built = 0
         self._best = NOBODY
         self._remembers = doubted is not None
@@ -202,15 +205,13 @@ class _Glance:
     def search(self, walk: Iterator[int], enough: int, rng: random.Random) -> Left:
         """Goes on where the first of a walk were no good: only who may be some good is asked from here on.
 
-        Who has room is found out about all at once: that takes a third of what a walk's step takes for each.
+        Who has room is asked about all strangers at once: that takes a third of what a walk's step takes for each.
         """
-        members, demand, seen = self._group.members, self._demand, self.seen
-        rooms = self._rooms = [member.has_room for member in members]
-        roomy = list(compress(range(len(members)), rooms))
-        if demand.needs_room and not roomy:
-            return Left([])
-        doubted, known = self.doubted, zip(self._group.positions.items(), rooms, strict=True)
-        unknown = [p for (who, p), has_room in known if has_room and who not in doubted and p not in seen]
+        members, doubted, seen = self._group.members, self.doubted, self.seen
+        if doubted:
+            self._strangers = [p for who, p in self._group.positions.items() if who not in doubted]
+        roomy = self._roomy = [p for p in self._strangers if members[p].has_room]
+        unknown = [p for p in roomy if p not in seen]
         if len(unknown) <= enough:  # their order says nothing
             for position in unknown:
                 self._see(position)
@@ -218,26 +219,24 @@ class _Glance:
             self._follow(walk, set(unknown))
         if not (self.found or self.in_vain):
             self._ask_again()
-        if self.found:
-            return Left(self.found)
-        others: Sequence[int] = roomy if demand.needs_room else range(len(members))
-        return self.conclude(others, rng.randrange(len(others)))
+        return Left(self.found) if self.found else self.conclude(rng)
 
-    def conclude(self, others: Sequence[int] = (), begin: int = 0) -> Left:
+    def conclude(self, rng: random.Random | None = None) -> Left:
         """Who qualifies where nobody found so far passes every filter.
 
-        Some of ``others`` may be asked as well, from the one at ``begin`` on, so that all are asked equally often.
+        Some of those who may be asked are asked as well, given ``rng``; all of them equally often.
         """
         demand, rules = self._demand, self._rules
         held: tuple[Filter, ...] = ()
-        if not (self.spare or others):
+        if not (self.spare or (rng is not None and self._who_may_be_asked())):
             return Left([])
         if self._best < len(rules.sound):
             if demand.needs_room and self._sound_but_full():
                 held = (NOT_EJECTED,) if demand.settles else rules.sound
                 if not demand.settles:
                     return Left([], held)
-            self._top_up(others, begin)
+            if rng is not None:
+                self._top_up(rng)
             if self.found:
                 return Left(self.found)
         kept = [one for one in self.spare if passes(one[0], demand, held)]
@@ -253,7 +252,10 @@ class _Glance:
         for incarnation in tuple(islice(self.doubted, ASKED_AGAIN)):
             del self.doubted[incarnation]
             position = self._group.positions.get(incarnation)
-            if position is None or position in self.seen:
+            if position is None:
+                continue
+            self._asked_again.append(position)
+            if position in self.seen:
                 continue
             if self._group.members[position].has_room or not self._demand.needs_room:
                 self._see(position)
@@ -269,11 +271,25 @@ class _Glance:
                 if self.found:
                     return
 
-    def _top_up(self, others: Sequence[int], begin: int) -> None:
-        """Asks some of ``others`` where there are few spare ones, or where filters step aside later for these."""
+    def _who_may_be_asked(self) -> Sequence[int]:
+        """All, or those who have room where the demand needs some, in order."""
+        members = self._group.members
+        if not self._demand.needs_room:
+            return range(len(members))
+        if self._others is None:
+            self._others = self._roomy
+            if len(self._strangers) < len(members):
+                known = set(range(len(members))).difference(self._strangers)
+                self._others = sorted((*self._roomy, *(p for p in known if members[p].has_room)))
+        return self._others
+
+    def _top_up(self, rng: random.Random) -> None:
+        """Asks some where there are few spare ones, or where filters step aside later for these."""
         rules, best = self._rules.sound, self._best if len(self.spare) >= SPARES_MAX else NOBODY
-        if not others or (best == len(rules) - 1 and self._demand.needs_room):
+        if best == len(rules) - 1 and self._demand.needs_room:
             return  # only sound ones are better than the best, and there are none
+        others = self._who_may_be_asked()
+        begin = rng.randrange(len(others)) if others else 0
         members, ranked = self._group.members, list[tuple[int, int]]()
         for position in chain(others[begin:], others[:begin]):
             if position not in self.seen:
@@ -287,9 +303,10 @@ class _Glance:
     def _sound_but_full(self) -> bool:
         """Whether some member without room would pass every filter if it had some."""
         rules, doubted, members = (*self._rules.required, *self._rules.sound), self.doubted, self._group.members
-        rooms, left = self._rooms or [member.has_room for member in members], self._in_vain_max
-        for member, has_room in zip(members, rooms, strict=True):
-            if has_room or member.incarnation in doubted:
+        left, roomy = self._in_vain_max, set(self._roomy)
+        for position in chain(self._strangers, self._asked_again):
+            member = members[position]
+            if position in roomy or member.has_room or member.incarnation in doubted:
                 continue
             if not left:
                 break

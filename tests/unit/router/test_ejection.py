@@ -163,6 +163,10 @@ class AnyHistory(RuleBasedStateMachine):
         assert len(ejected) <= len(self.up) // 2
 
     @invariant()
+    def whose_circuit_is_not_closed_is_known_at_a_glance(self) -> None:
+        assert self.ejections.open == {one for model in self.ejections._models.values() for one in model.open}
+
+    @invariant()
     def everybody_comes_back(self) -> None:
         later, later_s = copy.deepcopy(self.ejections), self.now_s + RULES.longest_s + RULES.probe_s
         assert not any(later.ejected(at(slot), later_s) for slot in range(6))

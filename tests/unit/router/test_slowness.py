@@ -340,6 +340,7 @@ def test_never_more_than_half_whatever_happens(step_s: list[float], rng: random.
     replicas = Replicas(step_s)
     for _ in range(12):
         slow = replicas.run(4.0, idle=rng.sample(range(len(step_s)), rng.randrange(len(step_s) + 1)))
+        assert replicas.slowness.convicted == {p for p in map(replicas.paces.get, replicas.step_s) if p and p.slow}
         assert len(slow) <= len(replicas.step_s) // 2
         if len(replicas.step_s) > 1 and rng.random() < 0.3:
             gone = rng.choice(list(replicas.step_s))
