@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.domain.clock import Clock
@@ -115,8 +115,7 @@ class EngineLoop:
             load, (sequences, tokens) = self._progress.load, self._arriving
         if not sequences:
             return load
-        return replace(
-            load,
+        return load._replace(
             waiting_sequences=load.waiting_sequences + sequences,
             queued_prompt_tokens=load.queued_prompt_tokens + tokens,
         )

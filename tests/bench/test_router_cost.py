@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ops.bench.router import __main__ as bench
-from ops.bench.router import cases, cold, load, report, usage
+from ops.bench.router import cases, cold, load, report, usage, waking
 
 WORKLOAD: dict[str, Any] = yaml.safe_load((Path(bench.__file__).parent / "workload.yaml").read_text())
 
@@ -169,6 +169,12 @@ def test_the_work_between_pauses_is_a_call_and_is_done_as_often_as_said() -> Non
     found = cold.after_pauses((0.0, 0.5), times=3, work=lambda: done.append(1))
     assert list(found) == ["0", "0.5"]
     assert len(done) == cold.TIMES_BEFORE + 2 * 2 * 3
+
+
+def test_writes_that_wake_a_reader_are_timed_after_each_pause_and_at_once() -> None:
+    found = waking.after_sleeps((0.5, 1.0), times=3)
+    assert list(found) == ["0.5", "1", "at once"]
+    assert min(found.values()) > 0.0
 
 
 def test_the_error_of_a_broken_load_is_told_with_its_status() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ops.bench import provenance
-from ops.bench.router import cases, cold, report
+from ops.bench.router import cases, cold, report, waking
 from ops.bench.router.contenders import Contender, ContenderError, Starter
 
 HERE = Path(__file__).parent
@@ -139,6 +139,7 @@ def main() -> None:
         workload["scenarios"] = {name: one for name, one in workload["scenarios"].items() if name in wanted}
     result = provenance.facts() | {"workload": workload, "versions": versions(given.peers)}
     result["same_work_us_after_pause_ms"] = cold.after_pauses()
+    result["waking_write_us_after_pause_ms"] = waking.after_sleeps()
     with tempfile.TemporaryDirectory(prefix="router-bench-") as folder:
         runs, left_out = measure(workload, Starter(Path(folder), given.peers))
     summary = report.summarise(runs, workload)
@@ -150,6 +151,8 @@ def main() -> None:
     report.plot(result, path.with_suffix(".png"))
     print("\n".join([report.table(summary), cases.tables(summary)]).strip())
     print(f"the same work after a pause (ms), us: {result['same_work_us_after_pause_ms']}; see cold.py")
+    waking_us = result["waking_write_us_after_pause_ms"]
+    print(f"a write that wakes its reader after so many ms, us: {waking_us}; see waking.py")
     print("\n".join([*report.goals(summary, workload), *cases.linear_lines(linear)]))
 
 
