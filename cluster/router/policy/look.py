@@ -167,9 +167,9 @@ class _Glance:
         self._rules, self._group, self._demand, self._holders, self._home = rules, group, demand, holders, home
         self._names = demand.blocks.leading(group.block_size) if demand.blocks is not None and holders.depth else None
         self._in_vain_max = IN_VAIN_MAX if doubted is not None else len(group)
-        self._strangers: Sequence[int] = range(len(group))  # of whom nothing was known before this look
+        self._strangers: Sequence[int] = range(len(group))  # all but those of whom it is known that they are unsound
         self._roomy: list[int] = []  # those of them who have room, once it is searched
-        self._asked_again: list[int] = []
+        self._asked_again: list[int] = []  # or left alone as they are full: what was known of them is forgotten
         self._others: list[int] | None = None  # who may be asked, once somebody wants to know
         self._built = 0
         self._best = NOBODY
@@ -205,13 +205,19 @@ class _Glance:
     def search(self, walk: Iterator[int], enough: int, rng: random.Random) -> Left:
         """Goes on where the first of a walk were no good: only who may be some good is asked from here on.
 
-        Who has room is asked about all strangers at once: that takes a third of what a walk's step takes for each.
+        Who has room is asked about all at once, or all strangers: that takes a third of what a walk's step takes for
+        each.
         """
         members, doubted, seen = self._group.members, self.doubted, self.seen
-        if doubted:
+        if 2 * len(doubted) < len(members):
+            roomy = self._roomy = [position for position, member in enumerate(members) if member.has_room]
+            unknown = [p for p in roomy if p not in seen and members[p].incarnation not in doubted]
+        else:
             self._strangers = [p for who, p in self._group.positions.items() if who not in doubted]
-        roomy = self._roomy = [p for p in self._strangers if members[p].has_room]
-        unknown = [p for p in roomy if p not in seen]
+            roomy = self._roomy = [p for p in self._strangers if members[p].has_room]
+            unknown = [p for p in roomy if p not in seen]
+        if not (self.spare or self._who_may_be_asked()):
+            return Left([])
         if len(unknown) <= enough:  # their order says nothing
             for position in unknown:
                 self._see(position)
@@ -228,7 +234,7 @@ class _Glance:
         """
         demand, rules = self._demand, self._rules
         held: tuple[Filter, ...] = ()
-        if not (self.spare or (rng is not None and self._who_may_be_asked())):
+        if not (self.spare or rng is not None):
             return Left([])
         if self._best < len(rules.sound):
             if demand.needs_room and self._sound_but_full():
@@ -304,9 +310,9 @@ class _Glance:
         """Whether some member without room would pass every filter if it had some."""
         rules, doubted, members = (*self._rules.required, *self._rules.sound), self.doubted, self._group.members
         left, roomy = self._in_vain_max, set(self._roomy)
-        for position in chain(self._strangers, self._asked_again):
+        for position in chain(self._asked_again, self._strangers):
             member = members[position]
-            if position in roomy or member.has_room or member.incarnation in doubted:
+            if position in roomy or (doubted and member.incarnation in doubted) or member.has_room:
                 continue
             if not left:
                 break

@@ -4,7 +4,8 @@
 
 Eighty bytes over loopback to a process that has waited for them for so many milliseconds, and as many right behind
 them. The writer spins in the pauses: nothing of its own goes to sleep, and the reader wakes on another core if there is
-one. A request crosses a router in two such writes, one each way; whoever is in the middle pays them.
+one. The first write finds the kernel's path cold as well. A request crosses a router in two such writes, one each way;
+where its neighbours sleep, as they do when requests are few, whoever is in the middle pays them.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def after_sleeps(pauses_ms: Sequence[float] = PAUSES_MS, times: int = TIMES) -> 
         finally:
             reader.join(PATIENCE_S)
             reader.kill()
+            reader.join()
     return {pause_ms: round(statistics.median(taken), 1) for pause_ms, taken in found.items()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.domain.endpoint import LoadSnapshot
-from cluster.router.endpoint_table import Candidate, Standing
+from cluster.router.endpoint_table import Standing
 from cluster.router.policy.contracts import Demand, Profile
 from cluster.router.policy.group import Group
 from cluster.router.policy.prompt_blocks import PromptBlocks
@@ -42,19 +42,9 @@ class Cost:
     first_us: float  # the first pick behind a change of the endpoint table, the group's own gathering excluded
 
 
-class StandingSeat(Seat):
-    """A seat with a standing that is not judged but set."""
-
-    standing = Standing.HEALTHY
-
-    def candidate(self, cached_tokens: int = 0, *, has_room: bool, at_home: bool = False) -> Candidate:
-        candidate = super().candidate(cached_tokens, has_room=has_room, at_home=at_home)
-        return candidate if self.standing is Standing.HEALTHY else candidate._replace(standing=self.standing)
-
-
-def _seats(endpoints: int, situation: str, rng: random.Random) -> list[StandingSeat]:
+def _seats(endpoints: int, situation: str, rng: random.Random) -> list[Seat]:
     """``shared``: loads are spread; ``full``: of a hundred endpoints, one has room; for the others see DEGRADED."""
-    seats = [StandingSeat(SimulatedReplica(slot, Hardware())) for slot in range(endpoints)]
+    seats = [Seat(SimulatedReplica(slot, Hardware())) for slot in range(endpoints)]
     for number, seat in enumerate(seats):
         running = rng.randrange(40) if situation != "idle" else 0
         if situation == "full" and number % 100:

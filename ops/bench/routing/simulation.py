@@ -20,7 +20,7 @@ from cluster.domain.endpoint import LoadSnapshot
 from cluster.domain.ids import Incarnation
 from cluster.engine.load_news import LoadNews
 from cluster.engine.sessions import TELL_LOADS_S
-from cluster.router.endpoint_table import Candidate, LiveLoad
+from cluster.router.endpoint_table import Candidate, LiveLoad, Standing
 from cluster.router.fleet import LOAD_MESSAGES_PER_S
 from cluster.router.policy.contracts import Demand, Profile
 from cluster.router.policy.group import Group
@@ -58,7 +58,9 @@ class Report:
 
 
 class Seat:
-    """One replica as one router sees it."""
+    """One replica as one router sees it; its standing is not judged but set."""
+
+    standing = Standing.HEALTHY
 
     def __init__(self, replica: SimulatedReplica) -> None:
         self.replica = replica
@@ -78,6 +80,7 @@ class Seat:
             tokens=load.tokens,
             cached_tokens=cached_tokens,
             has_room=has_room,
+            standing=self.standing,
             queued_tokens=load.queued_tokens,
             at_home=at_home,
         )

@@ -281,6 +281,24 @@ def test_the_one_sound_endpoint_with_room_among_thousands_is_found_when_the_slow
 
 
 @pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_who_is_slow_stays_known_while_nobody_has_room(name: str) -> None:
+    fleet = [FakeSeat(slot, standing=Standing.SLOW) if slot < 1000 else full(slot) for slot in range(2000)]
+    selector, group = Selector(PROFILES[name], random.Random(3)), Group(fleet, BLOCK_SIZE)
+
+    def taken() -> int | None:
+        return slot_of(selector.choose(group, demand_for(PROMPT, needs_room=True), NOBODY))
+
+    assert [taken() for _ in range(30)] == [None] * 30, "the sound ones are only full"
+    for seat in fleet[:1000]:
+        seat.has_room = False
+    assert [taken() for _ in range(100)] == [None] * 100
+    fleet[500].has_room = True
+    assert [taken() for _ in range(20)] == [None] * 20, "as before"
+    fleet[1500].has_room = True
+    assert [taken() for _ in range(20)] == [1500] * 20
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
 @pytest.mark.parametrize("settles", [False, True])
 def test_a_slow_endpoint_among_thousands_that_are_ejected_is_found(name: str, settles: bool) -> None:
     fleet = [FakeSeat(slot, standing=Standing.EJECTED) for slot in range(600)]
