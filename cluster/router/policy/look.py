@@ -84,14 +84,16 @@ def look(
     for position in walk:
         if position in seen:
             continue
-        if len(seen) >= limit and (found or len(spare) >= SPARES_MAX or len(seen) >= WALKED_MAX):
+        if (len(seen) >= limit and (found or len(spare) >= SPARES_MAX or len(seen) >= WALKED_MAX)) or (
+            len(spare) >= SPARES_MAX and glance.in_vain
+        ):
             walk = chain((position,), walk)
             break
         seen.add(position)
         has_room = members[position].has_room
         if demand.needs_room and not has_room:
             continue  # nine of ten cost no more than this when a large fleet is nearly full
-        if len(spare) >= SPARES_MAX and (glance.in_vain or members[position].incarnation in doubted):
+        if len(spare) >= SPARES_MAX and members[position].incarnation in doubted:
             passed_over.append(position)
             continue
         glance.ask(position, has_room=has_room)
@@ -208,21 +210,25 @@ class _Glance:
         Who has room is asked about all at once, or all strangers: that takes a third of what a walk's step takes for
         each.
         """
-        members, doubted, seen = self._group.members, self.doubted, self.seen
+        members, doubted = self._group.members, self.doubted
         if 2 * len(doubted) < len(members):
-            roomy = self._roomy = [position for position, member in enumerate(members) if member.has_room]
-            unknown = [p for p in roomy if p not in seen and members[p].incarnation not in doubted]
+            roomy = [position for position, member in enumerate(members) if member.has_room]
         else:
-            self._strangers = [p for who, p in self._group.positions.items() if who not in doubted]
-            roomy = self._roomy = [p for p in self._strangers if members[p].has_room]
-            unknown = [p for p in roomy if p not in seen]
+            positions = self._group.positions
+            self._strangers = sorted(map(positions.__getitem__, set(positions).difference(doubted)))
+            roomy = [p for p in self._strangers if members[p].has_room]
+        self._roomy = roomy
         if not (self.spare or self._who_may_be_asked()):
             return Left([])
-        if len(unknown) <= enough:  # their order says nothing
-            for position in unknown:
-                self._see(position)
-        else:
-            self._follow(walk, set(unknown))
+        if not self.in_vain or len(roomy) <= enough + len(self.seen) + len(doubted):  # else more are unknown than asked
+            unknown = set(roomy).difference(self.seen)
+            if doubted and len(self._strangers) == len(members):
+                unknown = {p for p in unknown if members[p].incarnation not in doubted}
+            if len(unknown) <= enough:  # their order says nothing
+                for position in sorted(unknown):
+                    self._see(position)
+            else:
+                self._follow(walk, unknown)
         if not (self.found or self.in_vain):
             self._ask_again()
         return Left(self.found) if self.found else self.conclude(rng)
@@ -309,10 +315,10 @@ class _Glance:
     def _sound_but_full(self) -> bool:
         """Whether some member without room would pass every filter if it had some."""
         rules, doubted, members = (*self._rules.required, *self._rules.sound), self.doubted, self._group.members
-        left, roomy = self._in_vain_max, set(self._roomy)
-        for position in chain(self._asked_again, self._strangers):
+        left, full = self._in_vain_max, set(self._strangers).difference(self._roomy)
+        for position in chain(self._asked_again, sorted(full)):
             member = members[position]
-            if position in roomy or (doubted and member.incarnation in doubted) or member.has_room:
+            if (doubted and member.incarnation in doubted) or member.has_room:
                 continue
             if not left:
                 break
