@@ -210,11 +210,11 @@ class _Glance:
         Who has room is asked about all at once, or all strangers: that takes a third of what a walk's step takes for
         each.
         """
-        members, doubted = self._group.members, self.doubted
-        if 2 * len(doubted) < len(members):
+        members, positions, doubted = self._group.members, self._group.positions, self.doubted
+        some_known = 2 * len(doubted) < len(members)
+        if some_known:
             roomy = [position for position, member in enumerate(members) if member.has_room]
         else:
-            positions = self._group.positions
             self._strangers = sorted(map(positions.__getitem__, set(positions).difference(doubted)))
             roomy = [p for p in self._strangers if members[p].has_room]
         self._roomy = roomy
@@ -222,8 +222,8 @@ class _Glance:
             return Left([])
         if not self.in_vain or len(roomy) <= enough + len(self.seen) + len(doubted):  # else more are unknown than asked
             unknown = set(roomy).difference(self.seen)
-            if doubted and len(self._strangers) == len(members):
-                unknown = {p for p in unknown if members[p].incarnation not in doubted}
+            if some_known:
+                unknown.difference_update(map(positions.get, doubted))
             if len(unknown) <= enough:  # their order says nothing
                 for position in sorted(unknown):
                     self._see(position)
