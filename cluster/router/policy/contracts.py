@@ -66,7 +66,7 @@ Picker = Callable[[Sequence[float], random.Random], int]
 
 @dataclass(slots=True)
 class Turn:
-    """What a router remembers between two picks for one model.
+    """What a router remembers between two picks for one model and checkpoint.
 
     ``position``: whose turn it is among the members of a group. ``doubted``, of large groups only: who was not sound
     when last asked, the oldest answers first; and how many filters had said that it was, before one said no.

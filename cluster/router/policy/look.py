@@ -210,20 +210,16 @@ class _Glance:
         Who has room is asked about all at once, or all strangers: that takes a third of what a walk's step takes for
         each.
         """
-        members, positions, doubted = self._group.members, self._group.positions, self.doubted
-        some_known = 2 * len(doubted) < len(members)
-        if some_known:
-            roomy = [position for position, member in enumerate(members) if member.has_room]
+        members, doubted = self._group.members, self.doubted
+        if 2 * len(doubted) >= len(members):
+            self._strangers = [p for who, p in self._group.positions.items() if who not in doubted]
+            self._roomy = [p for p in self._strangers if members[p].has_room]
         else:
-            self._strangers = sorted(map(positions.__getitem__, set(positions).difference(doubted)))
-            roomy = [p for p in self._strangers if members[p].has_room]
-        self._roomy = roomy
+            self._roomy = [position for position, member in enumerate(members) if member.has_room]
         if not (self.spare or self._who_may_be_asked()):
             return Left([])
-        if not self.in_vain or len(roomy) <= enough + len(self.seen) + len(doubted):  # else more are unknown than asked
-            unknown = set(roomy).difference(self.seen)
-            if some_known:
-                unknown.difference_update(map(positions.get, doubted))
+        if not self.in_vain or len(self._roomy) <= enough + len(self.seen) + len(doubted):  # else too many are unknown
+            unknown = self._unknown()
             if len(unknown) <= enough:  # their order says nothing
                 for position in sorted(unknown):
                     self._see(position)
@@ -255,6 +251,16 @@ class _Glance:
         left = {id(candidate) for candidate in filtered([one[0] for one in kept], demand, rules.optional)}
         return Left([one for one in kept if id(one[0]) in left], held)
 
+    def _unknown(self) -> set[int]:
+        """Strangers with room who are yet to be asked."""
+        members, positions, doubted = self._group.members, self._group.positions, self.doubted
+        unasked = set(self._roomy).difference(self.seen)
+        if len(self._strangers) < len(members):  # those with room are strangers already
+            return unasked
+        if len(unasked) <= len(doubted):
+            return {position for position in unasked if members[position].incarnation not in doubted}
+        return unasked.difference(positions[who] for who in doubted if who in positions)
+
     def _see(self, position: int) -> None:
         self.seen.add(position)
         self.ask(position, has_room=self._group.members[position].has_room)
@@ -262,7 +268,7 @@ class _Glance:
     def _ask_again(self) -> None:
         """Those whose last answers are the oldest, so that every recovery is noticed in the end."""
         for incarnation in tuple(islice(self.doubted, ASKED_AGAIN)):
-            del self.doubted[incarnation]
+            self.doubted.pop(incarnation, None)  # who has left may have been forgotten meanwhile
             position = self._group.positions.get(incarnation)
             if position is None:
                 continue
@@ -315,10 +321,11 @@ class _Glance:
     def _sound_but_full(self) -> bool:
         """Whether some member without room would pass every filter if it had some."""
         rules, doubted, members = (*self._rules.required, *self._rules.sound), self.doubted, self._group.members
-        left, full = self._in_vain_max, set(self._strangers).difference(self._roomy)
-        for position in chain(self._asked_again, sorted(full)):
+        left, roomy = self._in_vain_max, set(self._roomy)
+        strangers = self._strangers if len(roomy) < len(self._strangers) else ()
+        for position in chain(self._asked_again, strangers):
             member = members[position]
-            if (doubted and member.incarnation in doubted) or member.has_room:
+            if position in roomy or (doubted and member.incarnation in doubted) or member.has_room:
                 continue
             if not left:
                 break
@@ -337,7 +344,8 @@ class _Glance:
         if rank < len(self._rules.sound):
             doubted[incarnation] = rank
             if len(doubted) > len(self._group):  # some have left
-                del doubted[next(iter(doubted))]
+                for gone in [who for who in doubted if who not in self._group.positions]:
+                    del doubted[gone]
 
     def _rank(self, candidate: Candidate) -> int:
         """How many filters say that it is sound, before the first one that does not."""

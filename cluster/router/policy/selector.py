@@ -14,6 +14,7 @@ from cluster.router.policy.group import Group, Member
 from cluster.router.policy.look import Rules, candidate_of, filtered, home_of, look, passes
 
 ONLY = "only"
+TURNS_MAX = 256  # models and checkpoints of which something is remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +42,27 @@ class Selector:
     def __init__(self, profile: Profile, rng: random.Random) -> None:
         self.profile = profile
         self._rng = rng
-        self._turns: dict[str, Turn] = {}
+        self._turns: dict[tuple[str, str], Turn] = {}  # by model and checkpoint, as groups are
         self._rules = Rules.of(profile)
 
     def choose(self, group: Group, demand: Demand, holders: Holders) -> Choice | None:
         """The endpoint of ``group`` that gets ``demand``; None when none qualifies."""
-        turn = self._turns.setdefault(demand.model, Turn())
         if len(group) == 1:
             return self._only(group, demand, holders)
+        turn = self._turns.get((demand.model, demand.checkpoint_digest)) or self._new_turn(demand)
         found = look(self.profile, self._rules, group, demand, holders, turn, self._rng).members
         if not found:
             return None
         choice = decide(self.profile, [candidate for candidate, _ in found], demand, self._rng)
         turn.position = 1 + next(position for candidate, position in found if candidate is choice.candidate)
         return choice
+
+    def _new_turn(self, demand: Demand) -> Turn:
+        """In the place of the oldest where there are too many: checkpoints come with every update and never return."""
+        if len(self._turns) >= TURNS_MAX:
+            del self._turns[next(iter(self._turns))]
+        turn = self._turns[demand.model, demand.checkpoint_digest] = Turn()
+        return turn
 
     def _only(self, group: Group, demand: Demand, holders: Holders) -> Choice | None:
         """As ``choose`` where there is no choice: who is alone is needed, whatever filters that step aside say."""
@@ -74,7 +82,7 @@ class Selector:
         Members are in the walk's order. Who qualifies is said by the code that picks, asked about everybody: of a
         large group, whoever a pick does not get as far as as well. O(endpoints).
         """
-        remembered = self._turns.get(demand.model, Turn())
+        remembered = self._turns.get((demand.model, demand.checkpoint_digest), Turn())
         turn = Turn(remembered.position, dict(remembered.doubted))
         order = list(dict.fromkeys(self.profile.walk(group, demand, holders, turn, self._copied_rng())))
         home = home_of(group, demand, holders) if self.profile.uses_homes and len(group) > 1 else None

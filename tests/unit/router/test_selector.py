@@ -19,8 +19,8 @@ from cluster.router.policy.group import Group
 from cluster.router.policy.look import ASKED_AGAIN, IN_VAIN_MAX, LOOKED_MAX, SPARES_MAX, WALKED_MAX
 from cluster.router.policy.profiles import EVERYBODY, PROFILES
 from cluster.router.policy.scorers import tokens_ahead
-from cluster.router.policy.selector import ONLY, Selector
-from tests.unit.router.policy_fleet import BLOCK_SIZE, CountedSeat, FakeSeat, demand_for, holders_of, prompt_of
+from cluster.router.policy.selector import ONLY, TURNS_MAX, Selector
+from tests.unit.router.policy_fleet import BLOCK_SIZE, DIGEST, CountedSeat, FakeSeat, demand_for, holders_of, prompt_of
 
 PROMPT = prompt_of(200)
 NOBODY = Holders((), (), {})
@@ -296,6 +296,47 @@ def test_who_is_slow_stays_known_while_nobody_has_room(name: str) -> None:
     assert [taken() for _ in range(20)] == [None] * 20, "as before"
     fleet[1500].has_room = True
     assert [taken() for _ in range(20)] == [1500] * 20
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+@pytest.mark.parametrize("needs_room", [False, True])
+def test_a_fleet_that_shrinks_forgets_who_has_left(name: str, needs_room: bool) -> None:
+    fleet = [FakeSeat(slot, standing=Standing.SLOW) for slot in range(600)]
+    selector, demand = Selector(PROFILES[name], random.Random(3)), demand_for(PROMPT, needs_room=needs_room)
+    for _ in range(60):
+        selector.choose(Group(fleet, BLOCK_SIZE), demand, NOBODY)
+    fleet = fleet[300:]
+    picks = [slot_of(selector.choose(Group(fleet, BLOCK_SIZE), demand, NOBODY)) for _ in range(40)]
+    assert all(slot is not None and slot >= 300 for slot in picks)
+    fleet[17].standing = Standing.HEALTHY
+    picks = [slot_of(selector.choose(Group(fleet, BLOCK_SIZE), demand, NOBODY)) for _ in range(60)]
+    assert picks[-20:] == [317] * 20, "recoveries are noticed"
+    (turn,) = selector._turns.values()
+    assert turn.doubted.keys() <= {seat.incarnation for seat in fleet}
+
+
+@pytest.mark.parametrize("name", EVERY_PROFILE)
+def test_what_is_known_of_one_checkpoint_is_not_forgotten_for_another(name: str) -> None:
+    counts, digests = Counter[str](), (DIGEST, "sha256:b")
+    groups = [
+        Group([CountedSeat(FakeSeat(n, standing=Standing.SLOW, digest=digest), counts) for n in slots], BLOCK_SIZE)
+        for digest, slots in zip(digests, (range(420), range(420, 600)), strict=True)
+    ]
+    selector, demand = Selector(PROFILES[name], random.Random(3)), demand_for(PROMPT, needs_room=True)
+    for number in range(100):
+        counts.clear()
+        for digest, group in zip(digests, groups, strict=True):
+            assert selector.choose(group, demand._replace(checkpoint_digest=digest), NOBODY) is not None
+        if number >= 30:  # by then all are known
+            assert counts["candidate"] <= 2 * (SPARES_MAX + ASKED_AGAIN + 1)
+
+
+def test_checkpoints_that_are_gone_are_forgotten() -> None:
+    selector, group = Selector(PROFILES["round_robin"], random.Random(3)), Group([FakeSeat(0), FakeSeat(1)], BLOCK_SIZE)
+    for number in range(TURNS_MAX + 10):
+        selector.choose(group, demand_for(PROMPT)._replace(checkpoint_digest=f"sha256:{number}"), NOBODY)
+    assert len(selector._turns) == TURNS_MAX
+    assert ("demo", f"sha256:{TURNS_MAX + 9}") in selector._turns
 
 
 @pytest.mark.parametrize("name", EVERY_PROFILE)
