@@ -89,6 +89,11 @@ class Admission:
         self._next_turn_s = -math.inf  # when all that was sent away would have had its turn
 
     @property
+    def live(self) -> int:
+        """Requests that wait, or run and may come back."""
+        return self._served.live
+
+    @property
     def next_due_s(self) -> float:
         """When ``expire`` has something to do, or a moment before; infinity when nothing is due."""
         while self._due and not _is_due(self._due[0]):

@@ -25,7 +25,7 @@ from cluster.router.waiting_rank import Entry
 from cluster.telemetry.metrics import RouterMetrics
 
 LOOK_AGAIN_S = 0.25
-LINES_KEPT = 2  # for each model, whether anybody serves their checkpoint or not
+LINES_KEPT = 2  # for each model, whether anybody serves their checkpoint or has a request in them, or not
 ANY_CHECKPOINT = ""
 CONTINUATIONS_TRIED = 16  # that find no endpoint at one look, before new requests get theirs
 Placed = tuple[EngineSession, Choice]
@@ -172,7 +172,7 @@ class AdmissionDesk:
         for line in tuple(self._waiting_lines):
             self._look_soon(line)
         if len(self._lines) > LINES_KEPT * len(self._fleet.models):
-            self._lines = {key: line for key, line in self._lines.items() if line.waiting or self._serves(line)}
+            self._lines = {key: line for key, line in self._lines.items() if line.admission.live or self._serves(line)}
 
     def _serves(self, line: _Line) -> bool:
         return self._fleet.serves(Demand(line.model, line.checkpoint_digest))

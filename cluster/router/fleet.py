@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -57,8 +57,8 @@ class Fleet:
         self._settings = settings
         self._log = log
         self._on_change = on_change
-        # Breaks ties, keeps no secrets.
-        self._selector = Selector(profile, rng or random.Random(0))  # noqa: S311
+        self._rng = rng or random.Random(0)  # noqa: S311 - breaks ties, keeps no secrets
+        self._selector = Selector(profile, self._rng)
         self._standings: Standings = standings or settings.health
         self._clock: Clock = clock or MonotonicClock()
         self._table: EndpointTable | None = None
@@ -184,7 +184,9 @@ class Fleet:
         return sum(self._room_of(kind).free_places for kind in others)
 
     def _room_of(self, kind: _Kind) -> CheckpointRoom:
-        asked = kind.sessions[:ASKED_FOR_PLACES_MAX]
+        asked: Sequence[EngineSession] = kind.sessions
+        if len(asked) > ASKED_FOR_PLACES_MAX:  # others each time: those that came together may be unsound together
+            asked = self._rng.sample(asked, ASKED_FOR_PLACES_MAX)
         sound = [s for s in asked if self._standings.standing(s.endpoint.incarnation) is Standing.HEALTHY]
         places = sum(session.load.places for session in sound)
         return CheckpointRoom(len(kind.sessions), len(asked), len(sound), places)

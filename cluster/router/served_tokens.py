@@ -37,6 +37,7 @@ class ServedTokens:
         self._away: OrderedDict[str, None] = OrderedDict()
         self._expected_generated = GENERATED_FIRST_GUESS
         self.floor = 0.0
+        self.live = 0  # requests that wait or run, of all tenants
 
     def __len__(self) -> int:
         return len(self._accounts)
@@ -58,11 +59,13 @@ class ServedTokens:
             counter = self.floor if start is None else start
             account = self._accounts[tenant] = _Account(counter, self._expected_generated)
         account.live += 1
+        self.live += 1
         self._away.pop(tenant, None)
 
     def left(self, tenant: str) -> None:
         account = self._accounts[tenant]
         account.live -= 1
+        self.live -= 1
         assert account.live >= 0, "a request left twice"
         if account.live:
             return

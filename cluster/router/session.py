@@ -102,6 +102,7 @@ class EngineSession:
         self._pauses = pauses or engine_pb2.Pauses()
         self._heard = False
         self._stuck = False  # its step ran too long: it is down until it says that it works again
+        self._closed = False
         self._task = asyncio.get_running_loop().create_task(self._keep_open(), name=f"session {endpoint.incarnation}")
 
     @property
@@ -163,7 +164,7 @@ class EngineSession:
 
     async def close(self, reason: LossReason = LossReason.REMOVED) -> None:
         """Ends the session; its sequences are lost for ``reason``."""
-        self.up = False
+        self.up, self._closed = False, True
         self._pulse.closed(len(self._places))
         self._fail_sequences(reason)
         self._task.cancel()
@@ -319,6 +320,8 @@ class EngineSession:
         call.cancel()
 
     def _came_up(self) -> None:
+        if self._closed:  # a beat that came before the stream's end: nobody would tell that it is down again
+            return
         self.up = True
         self._pulse.came_up()
         self._log.info("session_up")

@@ -1,4 +1,4 @@
-"""Which endpoints are much slower than their peers, from the pace of their step messages. Pure: time is an argument.
+"""Which endpoints are much slower than their peers, from the pace of their step messages. Pure, given time and chance.
 
 An endpoint's pace is the median of its last steps' times. It is compared with that of the other endpoints of the same
 model, so that model and machine explain nothing away: a replica alone is never slow. Nor does its load: a step of many
@@ -9,8 +9,9 @@ with half as many if each took a time of its own.
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
@@ -30,7 +31,7 @@ class SlownessRules:
     recovered_factor: float = 1.5
     much_factor: float = 5.0  # slower than this, a few steps are verdict enough, and the median moves its streams
     much_steps: int = 4  # in a row; every verdict is checked against the median of as many last ones of its peers, ...
-    much_peers: int = 32  # of so many of them: the rest would cost more than it tells
+    much_peers: int = 32  # of so many of them, drawn by lot: the rest would cost more than it tells
     floor_s: float = 0.02  # steps as quick as this are never slow: noise alone would make them so
     moved_at_once: int = 4  # sequences: the others have to compute what they have so far
     fresh_s: float = 10.0  # an endpoint without a step for so long is no measure for others
@@ -42,9 +43,10 @@ class SlownessRules:
 
 @dataclass(slots=True)
 class _Verdict:
-    """On a slow endpoint. ``others_s``: what it was compared with last."""
+    """On a slow endpoint. ``others_s``: what it was compared with last; ``peers``: whom it was found slow beside."""
 
     others_s: float
+    peers: tuple[Pace, ...]
     probe_at_s: float
     probe_wait_s: float
     waited_s: float = 0.0  # before the last probe
@@ -60,19 +62,33 @@ class _Peers:
     """
 
     convicted: set[Pace]
+    rng: random.Random
     paces: set[Pace] = field(default_factory=set)
     slow: set[Pace] = field(default_factory=set)
+    gathered: list[Pace] = field(default_factory=list)  # whose medians these are; some may have left
     medians_s: list[float] = field(default_factory=list)
     gathered_at_s: float = float("-inf")
 
     def gather(self, now_s: float, fresh_s: float) -> None:
         """Takes less than a microsecond for each endpoint."""
-        known = []
+        known = self.gathered = []
+        medians_s = []
         for pace in self.paces:
             median_s = pace.gathered_s = pace.median_s if now_s - pace.heard_s <= fresh_s else None
             if median_s is not None:
-                known.append(median_s)
-        self.medians_s, self.gathered_at_s = sorted(known), now_s
+                medians_s.append(median_s)
+                known.append(pace)
+        self.medians_s, self.gathered_at_s = sorted(medians_s), now_s
+
+    def some(self, count: int) -> Collection[Pace]:
+        """Everybody, or of more than ``count`` about twice as many of those that were heard lately, by lot.
+
+        Not the same ones each time: where most of these were slow, nobody ever would be.
+        """
+        if len(self.paces) <= count:
+            return self.paces
+        drawn = self.rng.sample(self.gathered, min(2 * count, len(self.gathered)))
+        return [pace for pace in drawn if pace in self.paces]
 
 
 class Pace:
@@ -209,7 +225,11 @@ class Pace:
     def _review(self, verdict: _Verdict, pace_s: float, now_s: float) -> None:
         """It may have recovered. Without peers that are as loaded, what it was compared with last still holds."""
         rules, sequences = self._rules, _upper_median(self._counts)
-        alike = [p.median_s for p in self._some_peers(now_s) if p.median_s is not None and not p.lighter(sequences)]
+        # Those of the verdict, for as long as half of them tell: others might be slow themselves, and acquit it.
+        peers = tuple(p for p in verdict.peers if p in self._peers.paces and now_s - p.heard_s <= rules.fresh_s)
+        if len(peers) < rules.much_peers // 2 or len(self._peers.paces) <= rules.much_peers:
+            verdict.peers = peers = self._some_peers(now_s)
+        alike = [p.median_s for p in peers if p.median_s is not None and not p.lighter(sequences)]
         if alike:
             verdict.others_s = _upper_median(alike)
         self._much_s = max(rules.floor_s, rules.much_factor * verdict.others_s)
@@ -236,7 +256,8 @@ class Pace:
         """
         rules, peers = self._rules, self._peers
         alike, other = [], []
-        for pace in self._some_peers(now_s):
+        compared = self._some_peers(now_s)
+        for pace in compared:
             seconds, lighter = _upper_median(pace.last_steps()), pace.lighter(sequences)
             if lighter:
                 other.append((lighter, lighter * seconds))
@@ -249,13 +270,14 @@ class Pace:
         if self._excess() > 0:
             peers.slow.discard(self)
         else:
-            self._verdict = _Verdict(others_s, now_s + rules.first_probe_s, rules.first_probe_s)
+            self._verdict = _Verdict(others_s, compared, now_s + rules.first_probe_s, rules.first_probe_s)
             peers.convicted.add(self)
 
-    def _some_peers(self, now_s: float) -> Iterator[Pace]:
+    def _some_peers(self, now_s: float) -> tuple[Pace, ...]:
         """Those that a verdict is checked against."""
-        fresh = (p for p in self._peers.paces if p is not self and now_s - p.heard_s <= self._rules.fresh_s)
-        return islice(fresh, self._rules.much_peers)
+        some = self._peers.some(self._rules.much_peers + 1)
+        fresh = (p for p in some if p is not self and now_s - p.heard_s <= self._rules.fresh_s)
+        return tuple(islice(fresh, self._rules.much_peers))
 
     def lighter(self, sequences: int) -> float:
         """How many times as many as in its last steps half of ``sequences`` are; 0 where they are no more."""
@@ -286,8 +308,9 @@ class Slowness:
     turned the median.
     """
 
-    def __init__(self, rules: SlownessRules | None = None) -> None:
+    def __init__(self, rules: SlownessRules | None = None, rng: random.Random | None = None) -> None:
         self._rules = rules or SlownessRules()
+        self._rng = rng or random.Random(0)  # noqa: S311 - draws whom to compare with
         self._models: dict[str, _Peers] = {}
         self._paces: dict[Incarnation, Pace] = {}
         self.convicted: set[Pace] = set()  # found slow and not recovered; for whoever asks to read
@@ -295,7 +318,7 @@ class Slowness:
     def came_up(self, incarnation: Incarnation) -> Pace:
         """The pace to be fed from now on; what was known of an earlier session is forgotten."""
         self.went_down(incarnation)
-        peers = self._models.setdefault(incarnation.replica.model, _Peers(self.convicted))
+        peers = self._models.setdefault(incarnation.replica.model, _Peers(self.convicted, self._rng))
         pace = self._paces[incarnation] = Pace(peers, self._rules)
         peers.paces.add(pace)
         return pace

@@ -364,9 +364,38 @@ async def test_nothing_is_kept_of_models_that_are_gone() -> None:
     desk.fleet.models = ()
     desk.fleet.serves = lambda _demand: False  # type: ignore[method-assign]
     desk.fleet.changed()
-    assert not desk.desk._lines
+    assert len(desk.desk._lines) == 1, "its request may come back"
     desk.end(ticket)
+    desk.fleet.changed()
+    assert not desk.desk._lines
     gc.collect()
+    desk.check_empty()
+
+
+async def test_a_request_that_runs_comes_back_to_the_line_of_those_that_came_after_it() -> None:
+    desk = Desk(4)
+    others = [desk.ticket(digest="sha256:a"), desk.ticket(digest="sha256:c")]
+    lost, follower = desk.ticket(digest="sha256:b"), desk.ticket(digest="sha256:b")
+    for ticket in (*others, lost, follower):
+        await desk.placed("first", ticket)
+    fleet = cast("Any", desk.fleet)
+    fleet.serves = lambda demand: demand.checkpoint_digest != "sha256:b"
+    desk.fleet.changed()  # the only replica of that checkpoint has broken, and two others have lines
+    fleet.serves = lambda _demand: True
+    last = desk.ticket(digest="sha256:b")
+    await desk.placed("first", last)  # it is back, and full again
+    desk.served.clear()
+    lost.entry.exempt, lost.entry.due_s = True, desk.clock.now() + 60
+    continuation = desk.start("continuation", lost)
+    await turns()
+    new = desk.start("new", newcomer := desk.ticket(digest="sha256:b"))
+    await turns()
+    assert desk.gauge("queued_requests") == 2
+    for ticket in (*others, follower, last):
+        desk.end(ticket)
+    await asyncio.wait_for(asyncio.gather(continuation, new), 5)
+    assert desk.served == ["continuation", "new"]
+    desk.end(newcomer)
     desk.check_empty()
 
 

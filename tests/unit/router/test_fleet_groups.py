@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -13,11 +14,11 @@ from cluster.domain.endpoint import Endpoint, EndpointTable, LoadSnapshot
 from cluster.domain.errors import RequestRejected
 from cluster.domain.ids import Incarnation, ReplicaId
 from cluster.router.endpoint_table import Standing
-from cluster.router.fleet import Fleet
+from cluster.router.fleet import ASKED_FOR_PLACES_MAX, Fleet
 from cluster.router.fleet_health import FleetHealth
 from cluster.router.policy.contracts import Demand
 from cluster.router.policy.prompt_blocks import PromptBlocks
-from cluster.router.sequence_stream import LossReason
+from cluster.router.sequence_stream import LossReason, SequenceLost
 from cluster.router.session import EngineSession, ServedModel, SessionSettings
 from cluster.router.tokenizer_cache import TokenizerCache
 from cluster.telemetry.logs import get_logger
@@ -194,3 +195,35 @@ async def test_a_readiness_that_comes_and_goes_is_told_each_time(site: Site) -> 
     site.up(Incarnation(ReplicaId("a", 0), 1))
     site.down(Incarnation(ReplicaId("a", 0), 1))
     assert site.told == told + 2
+
+
+async def test_another_checkpoints_room_counts_though_those_that_came_first_are_slow(site: Site) -> None:
+    old = [endpoint("a", slot) for slot in range(20)]
+    new = [endpoint("a", 100 + slot, checkpoint_digest=DIGESTS[1]) for slot in range(200)]
+    site.apply(*old, *new)
+    for incarnation, session in site.sessions.items():
+        site.up(incarnation)
+        session.load.max_num_seqs = 8
+        session.load.reported(LoadSnapshot(running_sequences=9 if session.endpoint in old else 0))
+    slow = {one.incarnation for one in new[:ASKED_FOR_PLACES_MAX]}
+    cast("Any", site.health).standing = lambda one: Standing.SLOW if one in slow else Standing.HEALTHY
+    rooms = [site.fleet.room_elsewhere("a", DIGESTS[0]) for _ in range(100)]
+    assert min(rooms) > 0
+    assert abs(sum(rooms) / len(rooms) - 184 * 9) < 0.05 * 184 * 9, "what the sound ones have"
+    assert site.fleet.served("a") is site.sessions[new[0].incarnation].served
+
+
+async def test_a_session_that_is_closed_does_not_come_up_again(site: Site) -> None:
+    stays, leaves = endpoint("a", 0), endpoint("a", 1)
+    site.apply(stays, leaves)
+    for incarnation in list(site.table):
+        site.up(incarnation)
+    session = site.sessions[leaves.incarnation]
+    with pytest.raises(SequenceLost):
+        session._dispatch(engine_pb2.SessionResponse(beat=engine_pb2.Beat(step_age_s=9)))
+    session._went_down(LossReason.STUCK)
+    site.apply(stays)
+    await asyncio.sleep(0)  # it is being closed, and its stream is yet to hear of it
+    session._dispatch(engine_pb2.SessionResponse(beat=engine_pb2.Beat(step_age_s=0)))
+    assert not session.up
+    assert list(site.health.slowness._paces) == [stays.incarnation]

@@ -334,6 +334,23 @@ def test_ten_times_as_slow_beside_as_many_is_noticed_whatever_the_others_have(
     assert [slot for slot, pace in replicas.paces.items() if pace.slow] == [0]
 
 
+@pytest.mark.parametrize(("count", "slow"), [(60, 20), (200, 17), (200, 80)])
+def test_whoever_is_slow_in_a_large_fleet_is_noticed_and_stays_so(count: int, slow: int) -> None:
+    replicas = Replicas([0.03] * count, SlownessRules())
+    by_pace = {pace: slot for slot, pace in replicas.paces.items()}
+    first = [by_pace[pace] for pace in replicas.slowness._models["demo"].paces][:slow]  # as a loop over them meets them
+    for slot in first:
+        replicas.step_s[slot] = 0.3
+    replicas.run(12.0)
+    for _ in range(6):
+        assert [slot for slot, pace in replicas.paces.items() if pace.slow] == sorted(first)
+        replicas.run(1.0)
+    for slot in first[: slow // 2]:
+        replicas.step_s[slot] = 0.03
+    replicas.run(3.0)
+    assert {slot for slot, pace in replicas.paces.items() if pace.slow} == set(first[slow // 2 :])
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([0.03, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.randoms(use_true_random=False))
 def test_never_more_than_half_whatever_happens(step_s: list[float], rng: random.Random) -> None:
