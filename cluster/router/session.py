@@ -240,7 +240,8 @@ class EngineSession:
 
     def _hear(self, message: engine_pb2.SessionResponse) -> None:
         self._heard = True
-        self._dispatch(message)
+        if not self._closed:  # as the stream may not know yet: what comes up now would be up for ever
+            self._dispatch(message)
 
     def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
         """SequenceLost STUCK when the engine's step has run too long."""
@@ -320,8 +321,6 @@ class EngineSession:
         call.cancel()
 
     def _came_up(self) -> None:
-        if self._closed:  # a beat that came before the stream's end: nobody would tell that it is down again
-            return
         self.up = True
         self._pulse.came_up()
         self._log.info("session_up")

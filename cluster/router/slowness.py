@@ -4,14 +4,14 @@ An endpoint's pace is the median of its last steps' times. It is compared with t
 model, so that model and machine explain nothing away: a replica alone is never slow. Nor does its load: a step of many
 sequences takes longer than one of few, but no more than in proportion. So every verdict rests on peers with at least
 half as many sequences in their steps; or, where there are none, on what the steps of those that come nearest would take
-with half as many if each took a time of its own.
+with half as many if each took a time of its own. Of many peers some are drawn by lot, for each verdict anew.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
@@ -32,6 +32,7 @@ class SlownessRules:
     much_factor: float = 5.0  # slower than this, a few steps are verdict enough, and the median moves its streams
     much_steps: int = 4  # in a row; every verdict is checked against the median of as many last ones of its peers, ...
     much_peers: int = 32  # of so many of them, drawn by lot: the rest would cost more than it tells
+    alike_drawn: int = 5  # of these, where there are more: with fewer as loaded those that come nearest count as well
     floor_s: float = 0.02  # steps as quick as this are never slow: noise alone would make them so
     moved_at_once: int = 4  # sequences: the others have to compute what they have so far
     fresh_s: float = 10.0  # an endpoint without a step for so long is no measure for others
@@ -216,25 +217,34 @@ class Pace:
         if others_s is not None:
             self._much_s = max(rules.floor_s, rules.much_factor * others_s)
         if self._verdict is not None:
-            self._review(self._verdict, pace_s, now_s)
+            self._review(self._verdict, pace_s, others_s, now_s)
         elif others_s is not None and pace_s > max(rules.floor_s, rules.slow_factor * others_s):
             self._convict(pace_s, _upper_median(self._counts), rules.slow_factor, now_s)
             if self._verdict is not None:
                 self._verdict.much = pace_s > max(rules.floor_s, rules.much_factor * self._verdict.others_s)
 
-    def _review(self, verdict: _Verdict, pace_s: float, now_s: float) -> None:
-        """It may have recovered. Without peers that are as loaded, what it was compared with last still holds."""
-        rules, sequences = self._rules, _upper_median(self._counts)
-        # Those of the verdict, for as long as half of them tell: others might be slow themselves, and acquit it.
-        peers = tuple(p for p in verdict.peers if p in self._peers.paces and now_s - p.heard_s <= rules.fresh_s)
-        if len(peers) < rules.much_peers // 2 or len(self._peers.paces) <= rules.much_peers:
-            verdict.peers = peers = self._some_peers(now_s)
-        alike = [p.median_s for p in peers if p.median_s is not None and not p.lighter(sequences)]
+    def _review(self, verdict: _Verdict, pace_s: float, all_s: float | None, now_s: float) -> None:
+        """It may have recovered. Without peers that are as loaded, what it was compared with last still holds.
+
+        Where peers are drawn by lot it is compared with those of its verdict, for as long as half of them tell and one
+        is as loaded: others might be slow themselves, and acquit it. Nor does it stay slow where most of all are,
+        whose median is ``all_s``: then those of its verdict were the lucky ones.
+        """
+        rules, peers, sequences = self._rules, self._peers, _upper_median(self._counts)
+        alike, drawn = list[float](), self._drawn
+        if drawn:
+            verdict.peers = tuple(p for p in verdict.peers if p in peers.paces and now_s - p.heard_s <= rules.fresh_s)
+            if len(verdict.peers) >= rules.much_peers // 2:
+                alike = _as_loaded(verdict.peers, sequences)
+        if not alike:
+            verdict.peers = self._some_peers(now_s)
+            alike = _as_loaded(verdict.peers, sequences)
         if alike:
             verdict.others_s = _upper_median(alike)
         self._much_s = max(rules.floor_s, rules.much_factor * verdict.others_s)
         verdict.much = pace_s > self._much_s
-        if pace_s <= max(rules.floor_s, rules.recovered_factor * verdict.others_s):
+        measure_s = max(verdict.others_s, all_s) if drawn and all_s is not None else verdict.others_s
+        if pace_s <= max(rules.floor_s, rules.recovered_factor * measure_s):
             self.acquit()
 
     def _judge_row(self, now_s: float) -> None:
@@ -263,7 +273,9 @@ class Pace:
                 other.append((lighter, lighter * seconds))
             else:
                 alike.append(seconds)
-        last = alike or [scaled_s for _, scaled_s in sorted(other)[: (len(other) + 1) // 2]]
+        last = alike
+        if len(alike) < (rules.alike_drawn if self._drawn else 1):
+            last = [*alike, *(scaled_s for _, scaled_s in sorted(other)[: (len(other) + 1) // 2])]
         if not last or pace_s <= max(rules.floor_s, factor * (others_s := _upper_median(last))):
             return
         peers.slow.add(self)
@@ -272,6 +284,11 @@ class Pace:
         else:
             self._verdict = _Verdict(others_s, compared, now_s + rules.first_probe_s, rules.first_probe_s)
             peers.convicted.add(self)
+
+    @property
+    def _drawn(self) -> bool:
+        """Whether a verdict is checked against some only."""
+        return len(self._peers.paces) > self._rules.much_peers + 1
 
     def _some_peers(self, now_s: float) -> tuple[Pace, ...]:
         """Those that a verdict is checked against."""
@@ -328,7 +345,9 @@ class Slowness:
         if pace is None:
             return
         pace.leave()
-        if not self._models[incarnation.replica.model].paces:
+        peers = self._models[incarnation.replica.model]
+        if not peers.paces:
+            peers.gathered.clear()
             del self._models[incarnation.replica.model]
 
     def picked(self, incarnation: Incarnation, now_s: float) -> bool:
@@ -346,6 +365,11 @@ class Slowness:
         """Whether new work should rather go elsewhere."""
         pace = self._paces.get(incarnation)
         return pace is not None and pace.avoided(now_s)
+
+
+def _as_loaded(paces: Iterable[Pace], sequences: int) -> list[float]:
+    """The medians of those who have at least half of ``sequences``."""
+    return [pace.median_s for pace in paces if pace.median_s is not None and not pace.lighter(sequences)]
 
 
 def _upper_median(values: Collection[_Number]) -> _Number:

@@ -220,10 +220,10 @@ async def test_a_session_that_is_closed_does_not_come_up_again(site: Site) -> No
         site.up(incarnation)
     session = site.sessions[leaves.incarnation]
     with pytest.raises(SequenceLost):
-        session._dispatch(engine_pb2.SessionResponse(beat=engine_pb2.Beat(step_age_s=9)))
+        session._hear(engine_pb2.SessionResponse(beat=engine_pb2.Beat(step_age_s=9)))
     session._went_down(LossReason.STUCK)
     site.apply(stays)
     await asyncio.sleep(0)  # it is being closed, and its stream is yet to hear of it
-    session._dispatch(engine_pb2.SessionResponse(beat=engine_pb2.Beat(step_age_s=0)))
+    session._hear(engine_pb2.SessionResponse(beat=engine_pb2.Beat(step_age_s=0)))
     assert not session.up
     assert list(site.health.slowness._paces) == [stays.incarnation]

@@ -351,6 +351,54 @@ def test_whoever_is_slow_in_a_large_fleet_is_noticed_and_stays_so(count: int, sl
     assert {slot for slot, pace in replicas.paces.items() if pace.slow} == set(first[slow // 2 :])
 
 
+@pytest.mark.parametrize(("count", "slow"), [(33, 19), (60, 33), (300, 195), (300, 240)])
+def test_where_most_are_slow_nobody_stays_so(count: int, slow: int) -> None:
+    drawn = random.Random(count + slow).sample(range(count), slow)
+    replicas = Replicas([0.15 if slot in drawn else 0.033 for slot in range(count)], SlownessRules())
+    replicas.run(6.0)  # the quick ones were there first
+    assert not any(pace.slow for pace in replicas.paces.values())
+    assert not replicas.slowness.convicted
+
+
+def test_a_slow_one_whose_peers_have_less_to_do_now_is_compared_with_others() -> None:
+    replicas = Replicas([0.3] + [0.03] * 99, SlownessRules())
+    replicas.sequences.update(dict.fromkeys(replicas.sequences, 8))
+    replicas.run(6.0)
+    verdict = replicas.paces[0]._verdict
+    assert verdict is not None
+    for slot, pace in replicas.paces.items():
+        if slot and pace not in verdict.peers:
+            replicas.sequences[slot], replicas.step_s[slot] = 64, 0.12
+    replicas.sequences[0], replicas.step_s[0] = 64, 0.12
+    replicas.run(5.0)
+    assert not replicas.paces[0].slow
+
+
+def test_a_few_as_loaded_are_no_measure_in_a_large_fleet_beside_what_load_explains() -> None:
+    for seed in range(4):
+        rng = random.Random(seed)
+        replicas = Replicas([0.03] * 200, SlownessRules())
+        replicas.sequences.update(dict.fromkeys(replicas.sequences, 8))
+        for slot in rng.sample(range(200), 10):  # of which the quickest needs a third of what the slowest does
+            replicas.sequences[slot], replicas.step_s[slot] = 64, rng.uniform(0.08, 0.28)
+        replicas.run(10.0)
+        assert not any(pace.slow for pace in replicas.paces.values())
+        replicas.step_s[7], replicas.sequences[7] = 1.5, 64
+        replicas.run(20.0)
+        assert [slot for slot, pace in replicas.paces.items() if pace.slow] == [7]
+
+
+def test_nothing_is_kept_of_a_model_whose_endpoints_have_gone() -> None:
+    replicas = Replicas([0.03] * 40, SlownessRules())
+    replicas.run(3.0)
+    peers = replicas.slowness._models["demo"]
+    for slot in range(40):
+        assert peers.gathered
+        replicas.slowness.went_down(at(slot))
+    assert not peers.gathered, "they know it, and would wait for the collector of cycles"
+    assert not replicas.slowness._models
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([0.03, 0.1, 0.3, 1.0]), min_size=1, max_size=9), st.randoms(use_true_random=False))
 def test_never_more_than_half_whatever_happens(step_s: list[float], rng: random.Random) -> None:
