@@ -5,6 +5,7 @@ Thin: the decisions are those of ejection.py, slowness.py and retry_budget.py; h
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 from cluster.domain.clock import Clock, MonotonicClock
@@ -33,11 +34,12 @@ class FleetHealth:
         ejection: EjectionRules | None = None,
         slowness: SlownessRules | None = None,
         retries: RetryRules | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         self.clock = clock or MonotonicClock()
         self.metrics = metrics
         self.ejections = Ejections(ejection)
-        self.slowness = Slowness(slowness)
+        self.slowness = Slowness(slowness, rng)
         self.retries = RetryBudget(retries, self.clock.now())
 
     def standing(self, incarnation: Incarnation) -> Standing:

@@ -166,12 +166,12 @@ def _build(
         health.set_ready(ready=fleet.ready and not stopping.is_set())
         series.follow({model: fleet.ready_replicas(model) for model in fleet.models}, fleet.replicas)
 
-    fleet_health = FleetHealth(clock, metrics)
+    rng = random.Random(router_id)  # noqa: S311 - routers break ties and draw lots differently, that is all
+    fleet_health = FleetHealth(clock, metrics, rng=rng)
     settings = SessionSettings(
         router_id, config.engine_silence_s, config.engine_step_deadline_s, tokenizers, fleet_health,
         config.max_index_blocks, PrefixSeries(metrics).observe,
     )  # fmt: skip
-    rng = random.Random(router_id)  # noqa: S311 - routers break ties differently, that is all
     fleet = Fleet(settings, log, publish_readiness, rng, PROFILES[config.policy], clock=clock)
     exits.push_async_callback(fleet.close)
     series = FleetSeries(metrics, config)
