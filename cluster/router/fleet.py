@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -57,8 +58,9 @@ class Fleet:
         self._settings = settings
         self._log = log
         self._on_change = on_change
-        self._rng = rng or random.Random(0)  # noqa: S311 - breaks ties, keeps no secrets
-        self._selector = Selector(profile, self._rng)
+        rng = rng or random.Random(0)  # noqa: S311 - breaks ties, keeps no secrets
+        self._selector = Selector(profile, rng)
+        self._lots = copy(rng)  # of its own: whose places are asked moves no pick, which an explanation foretells
         self._standings: Standings = standings or settings.health
         self._clock: Clock = clock or MonotonicClock()
         self._table: EndpointTable | None = None
@@ -186,7 +188,7 @@ class Fleet:
     def _room_of(self, kind: _Kind) -> CheckpointRoom:
         asked: Sequence[EngineSession] = kind.sessions
         if len(asked) > ASKED_FOR_PLACES_MAX:  # others each time: those that came together may be unsound together
-            asked = self._rng.sample(asked, ASKED_FOR_PLACES_MAX)
+            asked = self._lots.sample(asked, ASKED_FOR_PLACES_MAX)
         sound = [s for s in asked if self._standings.standing(s.endpoint.incarnation) is Standing.HEALTHY]
         places = sum(session.load.places for session in sound)
         return CheckpointRoom(len(kind.sessions), len(asked), len(sound), places)
